@@ -1,0 +1,101 @@
+"""Every error that crosses a module boundary.
+
+Foreign exceptions (libp2p's, protobuf's, msgpack's, safetensors') are mapped to these at the one place that
+calls the foreign library. Messages name the key, peer or block concerned and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class BridgeError(Exception):
+    """Base of all errors of this package."""
+
+
+class RemoteError(BridgeError):
+    """The peer broke a protocol: bytes that do not decode, sizes that do not match, an answer out of turn."""
+
+
+class ConfigError(BridgeError):
+    """The operator's input is wrong. The message names the key or file and the remedy."""
+
+
+class IdentityError(ConfigError):
+    """An identity file that cannot be used: unreadable, too widely readable, or held by a running node."""
+
+
+class NetworkError(BridgeError):
+    """Something between two peers failed; neither of them is necessarily wrong."""
+
+
+class PeerUnreachable(NetworkError):
+    """No address of the peer could be connected.
+
+    ``hop`` is the furthest step any attempt reached: ``address`` (none known), ``dns``, ``tcp``, ``noise``,
+    ``yamux``, ``protocol``.
+    """
+
+    def __init__(self, message: str, *, hop: str) -> None:
+        super().__init__(message)
+        self.hop = hop
+
+
+class ProtocolNotSupported(NetworkError):
+    """The peer answered, and does not serve this protocol."""
+
+
+class StreamReset(NetworkError):
+    """The peer, or the connection below, ended the stream abruptly. What came before was delivered."""
+
+
+class StreamClosed(NetworkError):
+    """The stream was used after this side closed it, or ended before the answer was whole."""
+
+
+class DeadlineExceeded(NetworkError):
+    """The peer did not answer in time. The message names the call, the peer and the limit in seconds."""
+
+
+class HandlerError(NetworkError):
+    """The peer ran our call and answered with an error. ``text`` is what it sent, unaltered."""
+
+    def __init__(self, method: str, peer: object, text: str) -> None:
+        super().__init__(f"{method} at {peer}: {text}")
+        self.text = text
+
+
+class Refusal(BridgeError):
+    """An answer to a caller that its request cannot be served.
+
+    Stock peers send ``repr(exception)`` from unary handlers and ``str(exception)`` from streaming ones, and
+    stock clients show that text. ``kind`` is the exception name that the stock server's text would carry.
+    """
+
+    def __init__(self, text: str, *, kind: str = "RuntimeError") -> None:
+        super().__init__(text)
+        self.text = text
+        self.kind = kind
+
+    @property
+    def unary_text(self) -> str:
+        return f"{self.kind}({self.text!r})"
+
+    @property
+    def stream_text(self) -> str:
+        # str() of a KeyError is the repr of its argument
+        return repr(self.text) if self.kind == "KeyError" else self.text
+
+
+class EngineError(BridgeError):
+    """The engine cannot do what was asked."""
+
+
+class CheckpointError(EngineError):
+    """A model folder that cannot be served: files, tensors or settings missing or contradictory."""
+
+
+class InvalidRequest(EngineError):
+    """Tensors or numbers that do not fit the served span or the session."""
+
+
+class AllocationFailed(EngineError):
+    """The KV cache has no room for the session."""
