@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import trio
 
-from kwaainet_bridge.errors import StreamClosed, StreamReset
+from kwaainet_bridge.errors import PeerUnreachable, ProtocolNotSupported, StreamClosed, StreamReset
+from kwaainet_bridge.net.host import Host, StreamHandler
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
 
 
 class _Pipe:
@@ -91,3 +97,77 @@ def memory_stream_pair(
     """Return (the client's end, the server's end); each direction buffers at most ``window`` bytes."""
     up, down = _Pipe(window), _Pipe(window)
     return MemoryStream(server, protocol, down, up), MemoryStream(client, protocol, up, down)
+
+
+class MemoryNetwork:
+    """Hosts of one process that reach each other without a socket; for simulations and tests.
+
+    Handlers run in ``nursery``; a host in ``down`` can neither be reached nor reach others.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.nursery = nursery
+        self.hosts: dict[PeerId, MemoryHost] = {}
+        self.down: set[PeerId] = set()
+
+    def host(self, peer_id: PeerId) -> MemoryHost:
+        self.hosts[peer_id] = host = MemoryHost(self, peer_id)
+        return host
+
+
+class MemoryHost(Host):
+    """A host of a :class:`MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork, peer_id: PeerId) -> None:
+        self.peer_id = peer_id
+        self._network = network
+        self._handlers: dict[str, StreamHandler] = {}
+
+    def addresses(self) -> list[str]:
+        return [f"/memory/0/p2p/{self.peer_id}"]
+
+    def connected_peers(self) -> list[PeerId]:
+        return [p for p in self._network.hosts if p != self.peer_id and p not in self._network.down]
+
+    def add_addresses(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Peers of one process need no addresses."""
+
+    async def connect(self, address: str) -> PeerId:
+        await trio.lowlevel.checkpoint()
+        peer = PeerId.parse(address.rpartition("/p2p/")[2])
+        self._reach(peer)
+        return peer
+
+    def _reach(self, peer: PeerId) -> MemoryHost:
+        network = self._network
+        if peer not in network.hosts or {peer, self.peer_id} & network.down:
+            raise PeerUnreachable(f"{peer} is not on this network", hop="address")
+        return network.hosts[peer]
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        await trio.lowlevel.checkpoint()
+        remote = self._reach(peer)
+        handler = remote._handlers.get(protocol)  # noqa: SLF001 - a host of the same network
+        if handler is None:
+            raise ProtocolNotSupported(f"{peer} does not serve {protocol}")
+        ours, theirs = memory_stream_pair(self.peer_id, peer, protocol)
+        self._network.nursery.start_soon(_serve, handler, theirs)
+        return ours
+
+    def serve(self, protocol: str, handler: StreamHandler) -> None:
+        if protocol in self._handlers:
+            raise ValueError(f"{protocol} is served already")
+        self._handlers[protocol] = handler
+
+    def unserve(self, protocol: str) -> None:
+        self._handlers.pop(protocol, None)
+
+
+async def _serve(handler: StreamHandler, stream: Stream) -> None:
+    try:
+        await handler(stream)
+    except Exception:
+        log.exception("handler of %s failed", stream.protocol)
+        await stream.reset()
+    else:
+        await stream.close()

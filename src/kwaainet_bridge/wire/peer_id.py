@@ -24,7 +24,9 @@ class PeerId:
 
     def __post_init__(self) -> None:
         if len(self.raw) < 2 or len(self.raw) > _MAX_BYTES or self.raw[1] != len(self.raw) - 2:
-            raise RemoteError(f"peer id of {len(self.raw)} bytes is not a multihash: {self.raw[:_MAX_BYTES].hex()}")
+            raise RemoteError(
+                f"peer id of {len(self.raw)} bytes is not a multihash: {self.raw[:_MAX_BYTES].hex()}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> PeerId:
