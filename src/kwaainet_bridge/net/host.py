@@ -43,8 +43,8 @@ class Host(abc.ABC):
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
         """Open a stream that speaks ``protocol``, dialling or looking up the peer if need be.
 
-        Raises PeerUnreachable, ProtocolNotSupported or StreamReset. Has no deadline of its own beyond those of
-        dialling: the caller brings one. Cancelled: no stream stays open.
+        Raises PeerUnreachable, ProtocolNotSupported or StreamReset. Has no deadline beyond those of dialling:
+        the caller brings one. Cancelled: no stream stays open.
         """
 
     @abc.abstractmethod

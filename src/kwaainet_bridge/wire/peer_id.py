@@ -40,7 +40,7 @@ class PeerId:
         return cls(raw)
 
     def __str__(self) -> str:
-        return base58.b58encode(self.raw).decode()
+        return str(base58.b58encode(self.raw), "ascii")
 
     def __repr__(self) -> str:
         return f"<PeerId {self}>"
