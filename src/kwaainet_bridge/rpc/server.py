@@ -173,7 +173,7 @@ class _Requests(Generic[Req, Res]):
         self.error: RemoteError | None = None
 
     async def pump(self) -> None:
-        """Feed the handler, then watch the stream until the caller leaves; frames after the end are dropped."""
+        """Feed the handler, then watch the stream until the caller leaves, dropping frames after the end."""
         try:
             async with self._sender:
                 while (frame := await self._reader.next()) is not None and frame.marker == frames.MESSAGE:

@@ -51,7 +51,7 @@ class ServerInfo:
     next_pings: Mapping[PeerId, float] = field(default_factory=dict)
 
     def to_value(self) -> tuple[int, float, dict[str, Any]]:
-        """The record's value as stored: strict types, since Petals' readers drop a record over an int rate."""
+        """The record's value as stored, strictly typed: Petals' readers drop a record over an int rate."""
         fields = {
             "start_block": self.start_block,
             "end_block": self.end_block,
@@ -125,7 +125,7 @@ def default_prefix(repository: str, family: str) -> str:
     Raises ConfigError for a name that yields no usable prefix.
     """
     name = repository.strip("/")
-    if family in ("mixtral",):
+    if family == "mixtral":
         prefix = name
     elif family == "bloom":
         prefix = f"{name}-petals"
