@@ -1,0 +1,136 @@
+"""Unary calls: one length-delimited envelope each way.
+
+Source: the Hivemind fork of go-libp2p-daemon, tag v0.5.0.hivemind1, ``persistent_stream.go``, and captured
+bytes. The length in front of an envelope is an unsigned LEB128 varint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.wire.pb import envelope_pb2
+from kwaainet_bridge.wire.prefixed import PrefixedDecoder
+from kwaainet_bridge.wire.varint import MAX_UVARINT_BYTES, decode_uvarint, encode_uvarint
+
+CALL_ID_BYTES: Final = 16
+"""A UUID. Stock daemons drop calls whose id has another length, and confuse two calls in flight of one id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request. ``peer`` is whatever the caller wrote: who called is known from the connection only."""
+
+    call_id: bytes
+    peer: bytes
+    protocol: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer: exactly one of ``response`` and ``error`` is not None.
+
+    Stock daemons match answers by stream, so ``call_id`` need not be that of the call.
+    """
+
+    call_id: bytes
+    response: bytes | None
+    error: str | None
+
+
+def encode_call(call_id: bytes, peer: bytes, protocol: str, data: bytes) -> bytes:
+    """The complete wire bytes of a request to ``peer`` (its id's bytes) for the negotiated ``protocol``.
+
+    Raises ValueError unless ``call_id`` has CALL_ID_BYTES.
+    """
+    if len(call_id) != CALL_ID_BYTES:
+        raise ValueError(f"a call id has {CALL_ID_BYTES} bytes, not {len(call_id)}")
+    call = envelope_pb2.CallRequest(peer=peer, proto=protocol, data=data)
+    return _delimited(envelope_pb2.Envelope(call_id=call_id, call=call))
+
+
+def encode_answer(call_id: bytes, *, response: bytes) -> bytes:
+    """The complete wire bytes of an answer that carries a message of the method's response type."""
+    answer = envelope_pb2.CallResponse(response=response)
+    return _delimited(envelope_pb2.Envelope(call_id=call_id, answer=answer))
+
+
+def encode_error(call_id: bytes, text: str) -> bytes:
+    """The complete wire bytes of an answer that says why the call failed; lone surrogates go escaped."""
+    answer = envelope_pb2.CallResponse(error=text.encode("utf-8", "backslashreplace"))
+    return _delimited(envelope_pb2.Envelope(call_id=call_id, answer=answer))
+
+
+def _delimited(envelope: envelope_pb2.Envelope) -> bytes:
+    body = envelope.SerializeToString()
+    return encode_uvarint(len(body)) + body
+
+
+def decode_call(body: bytes) -> Call:
+    """Read a request from an envelope without its length. Raises RemoteError naming the bad field."""
+    envelope = _parse(body)
+    if not envelope.HasField("call"):
+        raise RemoteError("unary request: call is absent")
+    if len(envelope.call_id) != CALL_ID_BYTES:
+        raise RemoteError(f"unary request: call_id has {len(envelope.call_id)} bytes, not {CALL_ID_BYTES}")
+    call = envelope.call
+    for field in ("peer", "proto", "data"):
+        if not call.HasField(field):
+            raise RemoteError(f"unary request: call.{field} is absent")
+    return Call(envelope.call_id, call.peer, text_of(call.proto, "unary request: call.proto"), call.data)
+
+
+def decode_answer(body: bytes) -> Answer:
+    """Read an answer from an envelope without its length. Raises RemoteError naming the bad field.
+
+    Bytes of an error text that are not UTF-8 are left out, as stock callers do.
+    """
+    envelope = _parse(body)
+    if not envelope.HasField("answer"):
+        raise RemoteError("unary answer: answer is absent")
+    answer = envelope.answer
+    match answer.WhichOneof("result"):
+        case "response":
+            return Answer(envelope.call_id, answer.response, None)
+        case "error":
+            return Answer(envelope.call_id, None, answer.error.decode("utf-8", "ignore"))
+        case _:
+            raise RemoteError("unary answer: answer has neither response nor error")
+
+
+def _parse(body: bytes) -> envelope_pb2.Envelope:
+    try:
+        envelope = envelope_pb2.Envelope.FromString(body)
+    except DecodeError as e:
+        raise RemoteError(f"unary envelope: does not decode: {e}") from e
+    if not envelope.HasField("call_id"):
+        raise RemoteError("unary envelope: call_id is absent")
+    return envelope
+
+
+def text_of(value: str | bytes, field: str) -> str:
+    """The value of a proto2 string field: protobuf hands bytes that are not UTF-8 over as they are.
+
+    Raises RemoteError naming ``field``.
+    """
+    if isinstance(value, bytes):
+        raise RemoteError(f"{field} is not UTF-8")
+    return value
+
+
+class DelimitedDecoder(PrefixedDecoder[bytes]):
+    """Cuts a stream into length-delimited bodies of at most ``max_bytes``. See PrefixedDecoder."""
+
+    _name = "delimited message"
+    _longest_header = MAX_UVARINT_BYTES
+
+    def _parse_header(self, header: bytearray) -> tuple[int, int, int] | None:
+        parsed = decode_uvarint(header)
+        return None if parsed is None else (0, *parsed)
+
+    def _build(self, tag: int, body: bytes) -> bytes:  # noqa: ARG002 - a delimited message has no tag
+        return body
