@@ -32,8 +32,131 @@ CLOSE_GRACE_SECONDS: Final = 5.0
 
 # --- hivemind dht ---------------------------------------------------------------------------------------
 
+DHT_BUCKET_SIZE: Final = 20
+"""Nodes in one bucket of the routing table, and neighbours in one answer (stock: 20)."""
+
+DHT_DEPTH_MODULO: Final = 5
+"""A full bucket is split unless its depth is a multiple of this (Kademlia's b; stock: 5)."""
+
+DHT_REPLICAS: Final = 5
+"""Nodes that are asked to keep each record (stock: 5)."""
+
+DHT_CALL_SECONDS: Final = 3.0
+"""Longest wait for one answer. Stock peers give up on us after the same time."""
+
+DHT_CALL_BACK_SECONDS: Final = 2.0
+"""Longest wait for a caller to answer our call-back: less than the 3 s after which the caller gives up."""
+
+DHT_CLOCK_SKEW_SECONDS: Final = 3.0
+"""Largest difference between two nodes' clocks; beyond it stock peers refuse each other."""
+
+DHT_PARALLEL_CALLS: Final = 64
+"""Calls that one node has in flight."""
+
+DHT_SEARCH_WORKERS: Final = 8
+"""Peers asked at the same time by one search (stock: 4, Petals clients 32)."""
+
+DHT_KEYS_PER_QUERY: Final = 16
+"""Keys in one question: what stock sends. A stock peer that must answer more than 4 MiB never answers."""
+
+DHT_PEERS_PER_SEARCH: Final = 160
+"""Peers asked for one key before the search ends with what it has: a peer may invent neighbours without end."""
+
+DHT_BACKOFF_SECONDS: Final = 5.0
+"""A peer that fails to answer a search is left alone this long, then twice as long, and so on (stock: 5)."""
+
+DHT_BACKOFF_LIMIT_SECONDS: Final = 3600.0
+"""Where the doubling ends."""
+
+DHT_BACKOFF_PEERS: Final = 4096
+"""Failing peers remembered."""
+
+DHT_RETENTION_SECONDS: Final = 24 * 3600.0
+"""Records are dropped after this long even if they claim to live longer. Stock records live 1 to 5 minutes."""
+
+DHT_MAX_RECORD_BYTES: Final = 1 * MIB
+"""Largest value, and largest sum of a key's dictionary entries. Several must fit an answer of MAX_UNARY_BYTES."""
+
+DHT_MAX_SUBKEY_BYTES: Final = 4 * KIB
+"""Largest packed subkey. Stock's longest hold an OpenSSH public key: 388 bytes for RSA-2048."""
+
+DHT_MAX_FIND_KEYS: Final = 256
+"""Keys in one question that are answered. Stock sends at most the square root of what it looks for."""
+
+DHT_MAX_STORE_ITEMS: Final = 16384
+"""Items in one store request. Stock hands all its records to a new neighbour in one message of at most 4 MiB."""
+
+DHT_STORAGE_BYTES: Final = 128 * MIB
+"""Records kept for the network, their bookkeeping included. Beyond it new records are refused."""
+
+DHT_CACHE_BYTES: Final = 32 * MIB
+"""Records cached; beyond it those that expire first make room."""
+
+DHT_STORE_REQUEST_BYTES: Final = 1 * MIB
+"""Records sent in one store request, unless a single one is larger."""
+
 # --- engine ---------------------------------------------------------------------------------------------
 
+CACHE_TOKENS: Final = 16384
+"""Tokens of KV cache per served block where no budget in bytes is given (stock, grouped-query models: 16384)."""
+
+MAX_LENGTH: Final = 8192
+"""Longest session in tokens (stock servers of grouped-query models: 8192)."""
+
+MAX_BATCH_TOKENS: Final = 8192
+"""Batch times tokens of one forward or backward request (stock servers of grouped-query models: 8192)."""
+
+MERGED_STEP_TOKENS: Final = 128
+"""Steps of at most this many batch times tokens run through all blocks as one piece of work, as in stock servers."""
+
+PIECE_TOKENS: Final = 1024
+"""Batch times tokens that one block processes at once: bounds activation memory and how long others wait."""
+
 # --- experts --------------------------------------------------------------------------------------------
+
+STEP_TIMEOUT_SECONDS: Final = 300.0
+"""A session in which the client sends nothing for this long is ended (stock: 300 s)."""
+
+SESSION_TIMEOUT_SECONDS: Final = 1800.0
+"""Longest life of one inference session (stock: 1800 s)."""
+
+REQUEST_TIMEOUT_SECONDS: Final = 180.0
+"""Longest time for one forward or backward request, queueing included (stock: 180 s)."""
+
+MAX_ALLOC_TIMEOUT_SECONDS: Final = 600.0
+"""Longest wait for KV cache that a client may ask for (stock: 600 s)."""
+
+MAX_SESSIONS_PER_PEER: Final = 256
+"""Open inference sessions of one peer. The KV cache bounds memory; this bounds tasks and streams."""
+
+MAX_TRAINING_REQUESTS: Final = 32
+"""Forward and backward requests decoded at one time; further ones wait with their bytes still encoded."""
+
+REMEMBERED_STEPS: Final = 256
+"""Step ids a session remembers, to drop the second of a pushed and a sent copy."""
+
+PUSH_TIMEOUT_SECONDS: Final = 30.0
+"""A push that takes longer is useless: the client's own message has long arrived."""
+
+MAX_PUSHES_UNDER_WAY: Final = 64
+"""Outgoing pushes at one time; further ones are left out, since the client sends the step anyway."""
+
+UNKNOWN_PUSHES_PER_MINUTE: Final = 60
+"""Pushes to sessions that do not exist which one peer may make; late pushes of ended sessions are normal."""
+
+DECODE_INLINE_BYTES: Final = 256 * KIB
+"""Tensors up to this size are decoded on the event loop; larger ones in a worker thread."""
+
+ANNOUNCE_PERIOD_SECONDS: Final = 120.0
+"""How often block records are renewed (stock servers: 120 s, living for 240 s)."""
+
+ANNOUNCE_LIFETIME_PERIODS: Final = 3
+"""A record lives for this many periods, so that one failed round does not unlist the node."""
+
+REACHABILITY_CHECK_SECONDS: Final = 5.0
+"""Limit of one dial-back that a peer asked for (stock: 5 s)."""
+
+REACHABILITY_CHECKS_AT_ONCE: Final = 4
+"""Dial-backs at one time, so that the service cannot be used to make this node flood others."""
 
 # --- node -----------------------------------------------------------------------------------------------

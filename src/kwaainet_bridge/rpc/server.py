@@ -47,9 +47,7 @@ UnaryHandler = Callable[[Req, CallContext], Awaitable[Res]]
 class ServerStream(Generic[Req, Res]):
     """The server's side of one streaming call; iterate over it to receive requests."""
 
-    def __init__(
-        self, stream: Stream, context: CallContext, requests: trio.MemoryReceiveChannel[Req]
-    ) -> None:
+    def __init__(self, stream: Stream, context: CallContext, requests: _Requests[Req, Res]) -> None:
         self.context = context
         self._stream = stream
         self._requests = requests
@@ -59,7 +57,14 @@ class ServerStream(Generic[Req, Res]):
 
         Cancelled: no request is lost.
         """
-        return await self._requests.receive()
+        return await self._requests.channel.receive()
+
+    def offer(self, request: Req) -> bool:
+        """Put a request that came another way in line behind the caller's own.
+
+        Returns whether there was room and the caller's end-of-stream has not been read.
+        """
+        return self._requests.offer(request)
 
     def __aiter__(self) -> ServerStream[Req, Res]:
         return self
@@ -188,6 +193,13 @@ class _Requests(Generic[Req, Res]):
         self.departed = True
         self._handler_scope.cancel()
 
+    def offer(self, request: Req) -> bool:
+        try:
+            self._sender.send_nowait(request)
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        return True
+
     async def wait_for_end(self) -> None:
         """Read up to the caller's end-of-stream, its close, or the grace period.
 
@@ -208,7 +220,7 @@ async def _serve_stream(
         requests = _Requests(stream, method, nursery.cancel_scope)
         nursery.start_soon(requests.pump)
         try:
-            await handler(ServerStream(stream, context, requests.channel))
+            await handler(ServerStream(stream, context, requests))
         except Exception as e:
             error = e
         nursery.cancel_scope.cancel()

@@ -16,5 +16,16 @@ RPC_FORWARD_STREAM = streaming(f"{_HANDLER}.rpc_forward_stream", ExpertRequest, 
 RPC_BACKWARD_STREAM = streaming(f"{_HANDLER}.rpc_backward_stream", ExpertRequest, ExpertResponse)
 RPC_INFERENCE = streaming(f"{_HANDLER}.rpc_inference", ExpertRequest, ExpertResponse)
 
+ALL = (
+    RPC_INFO,
+    RPC_FORWARD,
+    RPC_BACKWARD,
+    RPC_PUSH,
+    RPC_FORWARD_STREAM,
+    RPC_BACKWARD_STREAM,
+    RPC_INFERENCE,
+)
+"""What a server of blocks mounts."""
+
 RPC_CHECK = unary("ReachabilityProtocol.rpc_check", PingRequest, PingResponse)
 """``peer.node_id`` of the request holds the bytes of a *peer id*, unlike in the DHT's ping."""

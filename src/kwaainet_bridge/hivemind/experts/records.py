@@ -103,22 +103,6 @@ def block_uid(prefix: str, block: int) -> str:
     return f"{prefix}.{block}"
 
 
-def parse_chain(uid: str) -> tuple[str, range]:
-    """Read a request's uid, ``"p.0 p.1 p.2"``, as prefix and contiguous blocks. Raises RemoteError."""
-    prefix, first, last = "", -1, -1
-    for name in uid.split(" "):
-        head, dot, tail = name.rpartition(".")
-        if not dot or not head or not tail.isascii() or not tail.isdigit() or len(tail) > 6:
-            raise RemoteError(f"block uid {name[:100]!r} is not <prefix>.<number>")
-        block = int(tail)
-        if first < 0:
-            prefix, first = head, block
-        elif head != prefix or block != last + 1:
-            raise RemoteError(f"block uids do not follow each other at {name[:100]!r}")
-        last = block
-    return prefix, range(first, last + 1)
-
-
 def default_prefix(repository: str, family: str) -> str:
     """The DHT prefix that stock Petals derives from a hub name, per model family.
 

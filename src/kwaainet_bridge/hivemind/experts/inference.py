@@ -1,0 +1,192 @@
+"""rpc_inference and rpc_push: sessions over the KV cache.
+
+Source: Petals main ``server/handler.py`` and ``server/block_functions.py``; recorded messages of sessions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.engine import Session
+from kwaainet_bridge.errors import BridgeError, EngineError, Refusal
+from kwaainet_bridge.hivemind.experts.push import Pusher, PushLimit
+from kwaainet_bridge.hivemind.experts.requests import Metadata, decode_tensors, encode_tensors, optional
+from kwaainet_bridge.hivemind.experts.span import ServedSpan, as_refusal
+from kwaainet_bridge.rpc import CallContext, ServerStream
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class LiveSession:
+    """One client's open inference session on this server."""
+
+    peer: PeerId
+    session_id: str | None
+    blocks: range
+    batch_size: int
+    call: ServerStream[ExpertRequest, ExpertResponse]
+    steps_done: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+    def remember(self, step_id: str | None) -> None:
+        if step_id is not None:
+            self.steps_done[step_id] = None
+            while len(self.steps_done) > defaults.REMEMBERED_STEPS:
+                self.steps_done.popitem(last=False)
+
+    def accepts_push(self, request: ExpertRequest, blocks: range, hidden_size: int) -> bool:
+        """Whether a pushed step has this session's blocks and shape. Its numbers are the client's risk."""
+        shape = list(request.tensors[0].size) if request.tensors else []
+        fits = len(shape) == 3 and shape[0] == self.batch_size and shape[2] == hidden_size
+        return fits and blocks == self.blocks
+
+
+class InferenceService:
+    """Runs inference sessions, one per streaming call, and feeds them the steps that other servers push."""
+
+    def __init__(self, span: ServedSpan, pusher: Pusher, *, clock: Callable[[], float]) -> None:
+        self._span = span
+        self._pusher = pusher
+        self._by_id: dict[str, list[LiveSession]] = defaultdict(list)
+        self._by_peer: dict[PeerId, int] = defaultdict(int)
+        self._push_limit = PushLimit(clock)
+        self._changed = trio.Event()
+        self.accepting = True
+        """Whether new sessions are taken; running ones go on either way."""
+
+    @property
+    def open_sessions(self) -> int:
+        return sum(self._by_peer.values())
+
+    async def wait_idle(self) -> None:
+        """Return once no session is open."""
+        while self.open_sessions:
+            await self._changed.wait()
+
+    async def inference(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
+        """Serve one session until its client ends it, leaves, or is silent for too long."""
+        first = await _next_request(call)
+        if first is None:
+            return
+        if not self.accepting:
+            raise Refusal("this server is shutting down and takes no new sessions")
+        blocks = self._span.chain(first.uid)
+        metadata = Metadata(first.metadata)
+        max_length = metadata.max_length
+        engine = self._span.engine
+        if not 0 <= max_length <= engine.max_length:
+            raise Refusal(f"Cannot allocate KV cache for {max_length} tokens, max = {engine.max_length}")
+        metadata.check_common()
+        batch_size = _batch_size(first)
+        live = LiveSession(call.context.peer, metadata.session_id, blocks, batch_size, call)
+        try:
+            with self._registered(live), trio.fail_after(defaults.SESSION_TIMEOUT_SECONDS):
+                async with engine.open_session(
+                    blocks, batch_size, max_length, timeout=metadata.alloc_timeout
+                ) as session:
+                    await self._run(live, session, first)
+        except trio.TooSlowError:
+            raise Refusal(
+                f"the session lasted longer than {defaults.SESSION_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
+            ) from None
+        except EngineError as e:
+            raise as_refusal(e) from e
+
+    @contextmanager
+    def _registered(self, live: LiveSession) -> Iterator[None]:
+        if self._by_peer[live.peer] >= defaults.MAX_SESSIONS_PER_PEER:
+            raise Refusal(f"one peer may hold {defaults.MAX_SESSIONS_PER_PEER} sessions open, and you do")
+        same_id = self._by_id[live.session_id] if live.session_id is not None else []
+        if any(other.peer == live.peer for other in same_id):
+            raise Refusal(f"session id {live.session_id} is not unique", kind="AssertionError")
+        same_id.append(live)
+        self._by_peer[live.peer] += 1
+        try:
+            yield
+        finally:
+            same_id.remove(live)
+            self._by_peer[live.peer] -= 1
+            if live.session_id is not None and not same_id:
+                self._by_id.pop(live.session_id, None)
+            if not self._by_peer[live.peer]:
+                del self._by_peer[live.peer]
+            self._changed.set()
+            self._changed = trio.Event()
+
+    async def _run(self, live: LiveSession, session: Session, first: ExpertRequest) -> None:
+        request: ExpertRequest | None = first
+        while request is not None and request.tensors:
+            await self._step(live, session, request)
+            request = await _next_request(live.call)
+
+    async def _step(self, live: LiveSession, session: Session, request: ExpertRequest) -> None:
+        metadata = Metadata(request.metadata)
+        step_id = metadata.step_id
+        if step_id is not None and step_id in live.steps_done:
+            return  # the other copy of a step that came both by push and from the client
+        pushed = metadata.raw.get("pushed") is True
+        try:
+            metadata.check_common()
+            tensors = await decode_tensors(request.tensors)
+            hidden, prompts, hypo_ids, *_ = [*metadata.arrange(tensors), None, None, None]
+            if hidden is None:
+                raise Refusal("the first argument must be the hidden states", kind="ValueError")
+            output = await session.step(
+                hidden,
+                prompts=optional(prompts),
+                hypo_ids=optional(hypo_ids),
+                start_from_position=metadata.start_from_position,
+            )
+        except BridgeError as e:
+            if not pushed:
+                raise
+            log.info("session %s: a pushed step is left out: %s", live.session_id, e)
+            return  # the client's own copy of the step decides
+        live.remember(step_id)
+        response = ExpertResponse(tensors=await encode_tensors([output], [self._span.compression]))
+        if optional(prompts) is None:
+            self._pusher.push(self._span.prefix, request, metadata, response.tensors[0])
+        await live.call.send(response)
+
+    async def push(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:
+        """Feed a pushed step to the live session that it names; ignore one that fits none, as stock does."""
+        blocks = self._span.chain(request.uid)
+        session_id = Metadata(request.metadata).session_id
+        if session_id is None:
+            raise Refusal("session_id", kind="KeyError")
+        hidden_size = self._span.engine.model.hidden_size
+        for live in self._by_id.get(session_id, ()):
+            if live.accepts_push(request, blocks, hidden_size) and live.call.offer(request):
+                return ExpertResponse()
+        self._push_limit.count_unknown(context.peer)
+        return ExpertResponse()
+
+
+def _batch_size(request: ExpertRequest) -> int:
+    if not request.tensors:
+        return 1
+    size = request.tensors[0].size
+    if len(size) != 3:
+        shown = list(size)[:8]
+        raise Refusal(f"hidden states must be [batch, tokens, hidden size], got {shown}", kind="ValueError")
+    return int(size[0])
+
+
+async def _next_request(call: ServerStream[ExpertRequest, ExpertResponse]) -> ExpertRequest | None:
+    """The next step; None when the client ended its requests or was silent for the step timeout."""
+    with trio.move_on_after(defaults.STEP_TIMEOUT_SECONDS):
+        try:
+            return await call.receive()
+        except trio.EndOfChannel:
+            return None
+    log.info("session of %s ended: no step for %g s", call.context.peer, defaults.STEP_TIMEOUT_SECONDS)
+    return None

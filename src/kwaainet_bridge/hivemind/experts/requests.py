@@ -1,0 +1,210 @@
+"""Reading what a client sends: metadata and tensors of an expert call.
+
+Source: Petals main ``server/handler.py``, ``utils/packaging.py``; hivemind 1.1.12
+``compression/serialization.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.errors import Refusal, RemoteError
+from kwaainet_bridge.rpc import ServerStream
+from kwaainet_bridge.wire import msgpack
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse, Tensor
+from kwaainet_bridge.wire.peer_id import PeerId
+from kwaainet_bridge.wire.tensors import TensorJoiner, decode_tensor, encode_tensor, split_tensor
+
+_TENSOR_MARK = b"__T"
+_MAX_BLOCKS = 1024  # far above any model; bounds what one entry of next_servers makes us write
+
+
+@dataclass(frozen=True, slots=True)
+class NextServer:
+    """Where a step goes after this server: an entry of ``next_servers``."""
+
+    peer: PeerId
+    session_id: str
+    blocks: range
+
+
+class Metadata:
+    """The msgpack map of a request, read key by key with the type that each key must have.
+
+    Every accessor raises Refusal when the value's type is wrong; absent keys give the documented default.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        raw = msgpack.unpack(data) if data else {}
+        if not isinstance(raw, dict):
+            raise RemoteError(f"metadata: expected a map, got {type(raw).__name__}")
+        self.raw: dict[str, Any] = raw
+
+    def _get(self, key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise Refusal(f"metadata: {key} has type {type(value).__name__}", kind="ValueError")
+        return value
+
+    def check_common(self) -> None:
+        """Refuse what no request may carry: points that are no number, an adapter that is not loaded."""
+        self._get("points", (int, float))
+        if adapter := self._get("active_adapter", str):
+            raise Refusal(f"adapter {adapter} not found", kind="KeyError")
+
+    @property
+    def session_id(self) -> str | None:
+        value: str | None = self._get("session_id", str)
+        return value
+
+    @property
+    def step_id(self) -> str | None:
+        value: str | None = self._get("step_id", str)
+        return value
+
+    @property
+    def start_from_position(self) -> int | None:
+        value: int | None = self._get("start_from_position", int)
+        return value
+
+    @property
+    def max_length(self) -> int:
+        value = self.raw.get("max_length")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Refusal(f"rpc_inference metadata must contain int max_length, got {value!r}")
+        return value
+
+    @property
+    def alloc_timeout(self) -> float:
+        """Seconds to wait for cache memory, 0 when absent; capped."""
+        seconds = float(self._get("alloc_timeout", (int, float), 0.0))
+        if math.isnan(seconds):
+            raise Refusal("metadata: alloc_timeout is not a number", kind="ValueError")
+        return min(max(seconds, 0.0), defaults.MAX_ALLOC_TIMEOUT_SECONDS)
+
+    def output_compression(self, default: CompressionType, count: int) -> list[CompressionType]:
+        """The compression of each of ``count`` tensors of the answer."""
+        asked = self._get("output_compression", (list, tuple))
+        if asked is None:
+            return [default] * count
+        if len(asked) != count:
+            raise Refusal(
+                f"output_compression: expected {count} entries, got {len(asked)}", kind="ValueError"
+            )
+        try:
+            return [CompressionType(item) for item in asked]
+        except ValueError as e:
+            raise Refusal(f"output_compression: {e}", kind="ValueError") from e
+
+    @property
+    def next_servers(self) -> list[NextServer]:
+        """The rest of the chain, nearest first; empty when the client does not want pushes."""
+        servers = []
+        for entry in self._get("next_servers", (list, tuple), ()):
+            try:
+                peer, session_id, start, end = entry
+                if not isinstance(session_id, str):
+                    raise RemoteError("next_servers: the session id is no text")
+                if not 0 <= start < end <= _MAX_BLOCKS:
+                    raise RemoteError(f"next_servers: {start}:{end} are no blocks of a model")
+                servers.append(NextServer(PeerId.parse(peer), session_id, range(start, end)))
+            except (TypeError, ValueError, AttributeError) as e:
+                raise RemoteError(f"next_servers: an entry is not (peer, session, start, end): {e}") from e
+        return servers
+
+    def arrange(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Put the tensors in the order of the call's positional arguments.
+
+        ``args_structure`` is ``(args, kwargs)`` in which ``b"__T<n>"`` stands for the n-th tensor; without it
+        the tensors are the arguments. Leaves that are no tensor become None; kwargs are ignored.
+        """
+        structure = self._get("args_structure", (list, tuple))
+        if structure is None:
+            return list(tensors)
+        if not structure or not isinstance(structure[0], list | tuple):
+            raise RemoteError("args_structure: expected (args, kwargs)")
+        return [_leaf(item, tensors) for item in structure[0]]
+
+
+def _leaf(item: Any, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    if not isinstance(item, bytes) or not item.startswith(_TENSOR_MARK):
+        return None
+    digits = item[len(_TENSOR_MARK) :]
+    if not digits.isdigit() or len(digits) > 4 or int(digits) >= len(tensors):
+        raise RemoteError(f"args_structure: {item[:20]!r} names none of the {len(tensors)} tensors")
+    return tensors[int(digits)]
+
+
+def is_dummy(tensor: torch.Tensor | None) -> bool:
+    """Stock clients send a tensor of size [0] for an argument that is not given."""
+    return tensor is None or (tensor.dim() == 1 and tensor.numel() == 0)
+
+
+def optional(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if is_dummy(tensor) else tensor
+
+
+async def decode_tensors(messages: Sequence[Tensor]) -> list[torch.Tensor]:
+    """Decode tensors, large ones off the event loop. Raises RemoteError naming the field."""
+    if sum(len(m.buffer) for m in messages) <= defaults.DECODE_INLINE_BYTES:
+        return [decode_tensor(m) for m in messages]
+    return await trio.to_thread.run_sync(lambda: [decode_tensor(m) for m in messages])
+
+
+async def encode_tensors(
+    tensors: Sequence[torch.Tensor], compression: Sequence[CompressionType]
+) -> list[Tensor]:
+    """Encode tensors, large ones off the event loop.
+
+    Raises Refusal for a compression that the dtype does not allow (FLOAT16 of bfloat16, say).
+    """
+
+    def encode() -> list[Tensor]:
+        try:
+            return [encode_tensor(t, c) for t, c in zip(tensors, compression, strict=True)]
+        except ValueError as e:
+            raise Refusal(str(e), kind="ValueError") from e
+
+    if sum(t.numel() * t.element_size() for t in tensors) <= defaults.DECODE_INLINE_BYTES:
+        return encode()
+    return await trio.to_thread.run_sync(encode)
+
+
+async def receive_joined(
+    call: ServerStream[ExpertRequest, ExpertResponse], max_bytes: int
+) -> tuple[str, Metadata, list[Tensor]]:
+    """Read a whole streamed request: (uid, metadata of its first message, joined tensors).
+
+    Raises Refusal when the uid changes on the way, RemoteError beyond ``max_bytes`` of tensor data.
+    """
+    joiner = TensorJoiner(max_bytes)
+    uid, metadata = None, Metadata(b"")
+    tensors: list[Tensor] = []
+    async for request in call:
+        if uid is None:
+            uid, metadata = request.uid, Metadata(request.metadata)
+        elif request.uid != uid:
+            raise Refusal("Block uids differ in one request", kind="ValueError")
+        for part in request.tensors:
+            tensors += joiner.feed(part)
+    tensors += joiner.finish()
+    if uid is None:
+        raise Refusal("the stream ended before its first request", kind="ValueError")
+    return uid, metadata, tensors
+
+
+async def send_split(call: ServerStream[ExpertRequest, ExpertResponse], tensors: Sequence[Tensor]) -> None:
+    """Stream tensors in parts of ``defaults.STREAM_PART_BYTES``, one part per message."""
+    for tensor in tensors:
+        for part in split_tensor(tensor, defaults.STREAM_PART_BYTES):
+            await call.send(ExpertResponse(tensors=[part]))

@@ -1,0 +1,70 @@
+"""The expert server: what Petals calls a server, mounted on a host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from kwaainet_bridge.hivemind.experts import methods
+from kwaainet_bridge.hivemind.experts.inference import InferenceService
+from kwaainet_bridge.hivemind.experts.push import Pusher
+from kwaainet_bridge.hivemind.experts.span import ServedSpan
+from kwaainet_bridge.hivemind.experts.stateless import StatelessService
+from kwaainet_bridge.rpc import RpcClient, RpcServer
+
+
+class ExpertServer:
+    """Serves one span of blocks to Petals clients while :func:`serve_span` runs."""
+
+    def __init__(self, span: ServedSpan, inference: InferenceService) -> None:
+        self.span = span
+        self._inference = inference
+
+    @property
+    def open_sessions(self) -> int:
+        return self._inference.open_sessions
+
+    async def drain(self, *, timeout: float = math.inf) -> int:
+        """Take no new sessions and wait up to ``timeout`` seconds for the running ones.
+
+        Returns how many are still open.
+        """
+        self._inference.accepting = False
+        with trio.move_on_after(timeout):
+            await self._inference.wait_idle()
+        return self.open_sessions
+
+
+@asynccontextmanager
+async def serve_span(
+    span: ServedSpan,
+    server: RpcServer,
+    client: RpcClient,
+    *,
+    client_mode: bool = False,
+    clock: Callable[[], float] = trio.current_time,
+) -> AsyncIterator[ExpertServer]:
+    """Mount the seven expert calls for the length of the ``async with`` block.
+
+    ``client_mode`` is what rpc_info tells about this node's DHT. Leaving the block refuses new calls; running
+    ones belong to the host and end with it. Outgoing pushes are cancelled.
+    """
+    async with trio.open_nursery() as nursery:
+        stateless = StatelessService(span, client_mode=client_mode)
+        inference = InferenceService(span, Pusher(client, nursery), clock=clock)
+        server.mount(methods.RPC_INFO, stateless.info)
+        server.mount(methods.RPC_FORWARD, stateless.forward)
+        server.mount(methods.RPC_BACKWARD, stateless.backward)
+        server.mount(methods.RPC_PUSH, inference.push)
+        server.mount_stream(methods.RPC_FORWARD_STREAM, stateless.forward_stream)
+        server.mount_stream(methods.RPC_BACKWARD_STREAM, stateless.backward_stream)
+        server.mount_stream(methods.RPC_INFERENCE, inference.inference)
+        try:
+            yield ExpertServer(span, inference)
+        finally:
+            for method in methods.ALL:
+                server.unmount(method)
+            nursery.cancel_scope.cancel()

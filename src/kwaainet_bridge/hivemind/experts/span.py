@@ -1,0 +1,56 @@
+"""The blocks that this node serves under one DHT prefix: what all expert calls refer to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.engine import Engine
+from kwaainet_bridge.errors import AllocationFailed, EngineError, Refusal
+from kwaainet_bridge.hivemind.experts.records import block_uid
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSpan:
+    """A prefix, the engine behind it, and the compression that answers use unless the caller asks."""
+
+    prefix: str
+    engine: Engine
+    compression: CompressionType = CompressionType.NONE
+
+    @property
+    def uids(self) -> list[str]:
+        return [block_uid(self.prefix, block) for block in self.engine.blocks]
+
+    def block(self, uid: str) -> int | None:
+        """The number of a served block, None for any other name."""
+        head, _, tail = uid.rpartition(".")
+        if head != self.prefix or not (tail.isascii() and tail.isdigit()) or len(tail) > 9:
+            return None
+        return int(tail) if int(tail) in self.engine.blocks else None
+
+    def chain(self, uid: str) -> range:
+        """The blocks that a request names, ``"p.0 p.1 p.2"``. Raises Refusal for one that is not served."""
+        blocks = []
+        for name in uid.split(" "):
+            block = self.block(name)
+            if block is None:
+                raise Refusal(f"Remote peer does not serve {name[:200]}")
+            if blocks and block != blocks[-1] + 1:
+                raise Refusal(f"blocks must follow each other, {name} does not follow {blocks[-1]}")
+            blocks.append(block)
+        return range(blocks[0], blocks[-1] + 1)
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Most tensor bytes of one request: inputs, gradients and prompts, with room to spare."""
+        engine = self.engine
+        return 4 * engine.max_batch_tokens * engine.model.hidden_size * _FLOAT_BYTES
+
+
+def as_refusal(error: EngineError) -> Refusal:
+    """What a client is told when the engine refuses."""
+    kind = "AllocationFailed" if isinstance(error, AllocationFailed) else "ValueError"
+    return Refusal(str(error), kind=kind)

@@ -1,0 +1,147 @@
+"""rpc_info, rpc_forward and rpc_backward with their streamed forms: calls that leave nothing behind.
+
+Source: Petals main ``server/handler.py`` and ``server/block_functions.py``; recorded messages of sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import torch
+import trio
+
+from kwaainet_bridge import __version__, defaults
+from kwaainet_bridge.errors import EngineError, Refusal
+from kwaainet_bridge.hivemind.experts.requests import (
+    Metadata,
+    decode_tensors,
+    encode_tensors,
+    is_dummy,
+    optional,
+    receive_joined,
+    send_split,
+)
+from kwaainet_bridge.hivemind.experts.span import ServedSpan, as_refusal
+from kwaainet_bridge.rpc import CallContext, ServerStream
+from kwaainet_bridge.wire import msgpack
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID, Tensor
+
+_SCHEMA_TOKENS = 2048  # stock servers describe inputs of this length; clients ignore it
+
+
+class StatelessService:
+    """Describes the span, runs forward and backward over it."""
+
+    def __init__(self, span: ServedSpan, *, client_mode: bool) -> None:
+        self._span = span
+        self._client_mode = client_mode
+        self._under_way = trio.CapacityLimiter(defaults.MAX_TRAINING_REQUESTS)
+
+    async def info(self, request: ExpertUID, _context: CallContext) -> ExpertInfo:
+        """Answer rpc_info: the schema of one block, or only the server's state for an empty uid."""
+        engine = self._span.engine
+        info: dict[str, object] = {
+            "version": f"kwaainet-bridge {__version__}",
+            "dht_client_mode": self._client_mode,
+            "cache_tokens_available": engine.cache_bytes_left // engine.cache_bytes_per_token,
+        }
+        if request.uid:
+            if self._span.block(request.uid) is None:
+                raise Refusal(request.uid[:200], kind="KeyError")
+            info |= self._schema()
+        return ExpertInfo(serialized_info=msgpack.pack(info))
+
+    def _schema(self) -> dict[str, object]:
+        model = self._span.engine.model
+        dtype = str(model.dtype)
+        hidden = self._descriptor((None, 1, _SCHEMA_TOKENS, model.hidden_size), dtype)
+        return {
+            "forward_schema": ((hidden,), {}),
+            "outputs_schema": (hidden,),
+            "keyword_names": (),
+            "inference_schema": (
+                (hidden, self._descriptor((None,), dtype), self._descriptor((None,), "torch.int64")),
+                {},
+            ),
+        }
+
+    def _descriptor(self, size: tuple[int | None, ...], dtype: str) -> msgpack.TensorDescriptor:
+        compressed = len(size) > 1
+        return msgpack.TensorDescriptor(
+            size=size,
+            dtype=dtype,
+            layout="torch.strided",
+            requires_grad=False,
+            pin_memory=False,
+            compression=int(self._span.compression) if compressed else 0,
+            device_type=None,
+            device_index=None,
+        )
+
+    async def forward(self, request: ExpertRequest, _context: CallContext) -> ExpertResponse:
+        async with self._admitted():
+            answer = await self._forward(request.uid, Metadata(request.metadata), request.tensors)
+        return ExpertResponse(tensors=answer)
+
+    async def backward(self, request: ExpertRequest, _context: CallContext) -> ExpertResponse:
+        async with self._admitted():
+            answer = await self._backward(request.uid, Metadata(request.metadata), request.tensors)
+        return ExpertResponse(tensors=answer)
+
+    async def forward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
+        async with self._admitted():
+            answer = await self._forward(*await receive_joined(call, self._span.max_request_bytes))
+        await send_split(call, answer)
+
+    async def backward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
+        async with self._admitted():
+            answer = await self._backward(*await receive_joined(call, self._span.max_request_bytes))
+        await send_split(call, answer)
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        """Bound the number and time of requests that hold tensors; tell clients what the engine refuses."""
+        try:
+            with trio.fail_after(defaults.REQUEST_TIMEOUT_SECONDS):
+                async with self._under_way:
+                    yield
+        except trio.TooSlowError:
+            raise Refusal(
+                f"the request took longer than {defaults.REQUEST_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
+            ) from None
+        except EngineError as e:
+            raise as_refusal(e) from e
+
+    async def _forward(self, uid: str, metadata: Metadata, messages: Sequence[Tensor]) -> list[Tensor]:
+        blocks = self._span.chain(uid)
+        metadata.check_common()
+        hidden, prompts = _arguments(metadata, await decode_tensors(messages), 2)
+        compression = metadata.output_compression(self._span.compression, 1)
+        output = await self._span.engine.forward(hidden, blocks, optional(prompts))
+        return await encode_tensors([output], compression)
+
+    async def _backward(self, uid: str, metadata: Metadata, messages: Sequence[Tensor]) -> list[Tensor]:
+        blocks = self._span.chain(uid)
+        metadata.check_common()
+        hidden, gradients, prompts = _arguments(metadata, await decode_tensors(messages), 3)
+        if gradients is None:
+            raise Refusal("the gradient of the outputs is missing", kind="ValueError")
+        compression = metadata.output_compression(self._span.compression, 1 if is_dummy(prompts) else 2)
+        grad_inputs, grad_prompts = await self._span.engine.backward(
+            hidden, gradients, blocks, optional(prompts)
+        )
+        grads = [grad_inputs] if grad_prompts is None else [grad_inputs, grad_prompts]
+        return await encode_tensors(grads, compression)
+
+
+def _arguments(metadata: Metadata, tensors: list[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
+    """The first ``count`` arguments; the first is always a tensor. Raises Refusal with the stock texts."""
+    arranged = metadata.arrange(tensors)
+    if len(arranged) < count:
+        raise Refusal(
+            f"not enough values to unpack (expected at least {count}, got {len(arranged)})", kind="ValueError"
+        )
+    if arranged[0] is None:
+        raise Refusal("the first argument must be the hidden states", kind="ValueError")
+    return tuple(arranged[:count])  # type: ignore[arg-type]
