@@ -1,0 +1,194 @@
+"""Model folders: configuration, index, and the tensors of safetensors files, read one by one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kwaainet_bridge.errors import CheckpointError
+
+Download = Callable[[str, str, str | None], Path | None]
+"""(repository, file name, revision) -> where it lies now, or None if the repository has no such file."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def hub_download(repository: str, file: str, revision: str | None) -> Path | None:
+    """Fetch one file of a Hugging Face repository into the hub's cache, unless it is there. Blocks."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repository}/{file} is not in the local cache and the hub cannot be reached: "
+            "check the connection, or give a local model folder"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"cannot fetch {repository}/{file}: {error}. Check the repository's name, the revision and, "
+            "for a gated model, that HF_TOKEN is set"
+        ) from error
+
+
+class Checkpoint:
+    """One model's files. Opening reads its configuration and index; weights are fetched when they are needed.
+
+    All methods block on the disk, or for a hub repository on the network: call them from a thread.
+    """
+
+    def __init__(self, model: str, *, revision: str | None = None, download: Download = hub_download) -> None:
+        """Raise CheckpointError if ``model`` is neither a folder nor a repository that can be served from."""
+        self.name = model
+        self._download = download
+        self._revision = revision
+        if Path(model).is_dir():
+            self.repository = None
+            self.folder = Path(model)
+        elif REPOSITORY.fullmatch(model):
+            self.repository = model
+            self.folder = self._require("config.json").parent
+            if COMMIT.fullmatch(self.folder.name):
+                self._revision = self.folder.name  # all files of one commit, though the branch may move
+        else:
+            raise CheckpointError(f"{model} is neither a model folder nor a repository id like org/name")
+        self.config = self._json("config.json")
+        self._file_of = self._index()
+
+    @property
+    def tensors(self) -> Iterable[str]:
+        """The names of all tensors of the checkpoint."""
+        return self._file_of.keys()
+
+    def prefix_of(self, tensor: str) -> str:
+        """What stands before ``tensor`` in this checkpoint: "model." for "layers.0.mlp.up_proj.weight", say.
+
+        Raises CheckpointError if the checkpoint has no such tensor, or several.
+        """
+        found = [name for name in self._file_of if name == tensor or name.endswith("." + tensor)]
+        if len(found) != 1:
+            what = "has no tensor" if not found else f"has {len(found)} tensors"
+            raise CheckpointError(
+                f"{self.name} {what} named …{tensor}: the checkpoint is incomplete, or its family stores "
+                "weights in a layout that this version cannot read"
+            )
+        return found[0].removesuffix(tensor)
+
+    def files_of(self, tensors: Iterable[str]) -> Sequence[str]:
+        """The names of the files that hold ``tensors``, each once, in order of first use."""
+        return list(dict.fromkeys(self._locate(name) for name in tensors))
+
+    def fetch(self, file: str) -> Path:
+        """Where ``file`` of this checkpoint lies; downloads it first if it has to."""
+        return self._require(file)
+
+    def dtype_of(self, tensor: str) -> torch.dtype:
+        """The dtype in which ``tensor`` is stored."""
+        with self._open(self._locate(tensor)) as file:
+            dtype: torch.dtype = self._slice(file, tensor)[:0].dtype
+            return dtype
+
+    def read(self, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for each name in ``shapes``, file by file, nothing else of the files.
+
+        The tensors are views of the mapped files: copy what must outlive them. CheckpointError names a tensor that
+        is missing, has another shape, or is not of a plain floating-point dtype.
+        """
+        for file_name in self.files_of(shapes):
+            wanted = [name for name in shapes if self._locate(name) == file_name]
+            with self._open(file_name) as file:
+                for name in wanted:
+                    shape = list(self._slice(file, name).get_shape())
+                    if shape != list(shapes[name]):
+                        raise CheckpointError(
+                            f"{name} in {self.folder / file_name} has shape {shape}, the configuration says "
+                            f"{list(shapes[name])}: config.json and weights are of different models"
+                        )
+                    tensor = file.get_tensor(name)
+                    if not tensor.is_floating_point() or tensor.element_size() < 2:
+                        raise CheckpointError(
+                            f"{name} in {self.folder / file_name} is stored as {tensor.dtype}: quantised checkpoints "
+                            "are not supported, use the original one"
+                        )
+                    yield name, tensor
+
+    def _locate(self, tensor: str) -> str:
+        try:
+            return self._file_of[tensor]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.name} has no tensor {tensor}: the checkpoint is incomplete, or its family stores weights in "
+                "a layout that this version cannot read"
+            ) from None
+
+    def _index(self) -> dict[str, str]:
+        if self._find(INDEX) is not None:
+            weight_map = self._json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+            ):
+                raise CheckpointError(f"{self.folder / INDEX} has no usable weight_map: fetch the model again")
+            return weight_map
+        if self._find(SINGLE) is not None:
+            with self._open(SINGLE) as file:
+                return dict.fromkeys(file.keys(), SINGLE)
+        for pickled in PICKLED:
+            if self._find(pickled) is not None:
+                raise CheckpointError(
+                    f"{self.name} has only pickled weights ({pickled}), which can run code when they are read: "
+                    "convert the model to safetensors (save_pretrained of a recent transformers does)"
+                )
+        raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}: not a complete model folder")
+
+    def _find(self, file: str) -> Path | None:
+        path = self.folder / file if hasattr(self, "folder") else None
+        if path is not None and path.is_file():
+            return path
+        if self.repository is None:
+            return None
+        return self._download(self.repository, file, self._revision)
+
+    def _require(self, file: str) -> Path:
+        path = self._find(file)
+        if path is None:
+            where = self.repository or self.folder
+            raise CheckpointError(f"{where} has no {file}: the model is incomplete, fetch it again")
+        return path
+
+    def _json(self, file: str) -> dict[str, Any]:
+        path = self._require(file)
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path} holds no JSON object")
+        return value
+
+    def _open(self, file: str) -> Any:
+        path = self._require(file)
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
+
+    def _slice(self, file: Any, tensor: str) -> Any:
+        try:
+            return file.get_slice(tensor)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{tensor} is not in {self.folder / self._file_of[tensor]} where the index puts it: fetch the model again"
+            ) from error

@@ -1,0 +1,79 @@
+"""What the engine is asked to serve, and what it says about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import ConfigError
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One model, one span of its blocks.
+
+    ``model`` is a folder in the Hugging Face layout or a hub repository id; ``revision`` concerns the latter.
+    ``blocks`` None serves all. ``dtype`` "auto" keeps the checkpoint's. ``cache_bytes`` is the KV cache budget of
+    all sessions together; None takes ``defaults.CACHE_TOKENS`` tokens for each served block. ``max_length`` is in
+    tokens per session, ``max_batch_tokens`` in batch times tokens per forward or backward request. ``threads`` is
+    what one torch operator may use on the CPU; None leaves torch's choice.
+    """
+
+    model: str
+    blocks: range | None = None
+    dtype: torch.dtype | Literal["auto"] = "auto"
+    device: str = "cpu"
+    cache_bytes: int | None = None
+    max_length: int = defaults.MAX_LENGTH
+    max_batch_tokens: int = defaults.MAX_BATCH_TOKENS
+    threads: int | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that no model could serve."""
+        if self.dtype != "auto" and self.dtype not in SUPPORTED_DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+            raise ConfigError(f"dtype {self.dtype} is not supported: choose one of {known}, or auto")
+        for name in ("max_length", "max_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}")
+        if self.cache_bytes is not None and self.cache_bytes < 0:
+            raise ConfigError(f"cache_bytes must not be negative, got {self.cache_bytes}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The whole model, whatever span of it is served.
+
+    ``repository`` is the hub id, None for a local folder. ``family`` is the checkpoint's ``model_type``. ``dtype``
+    is the engine's: what hidden states, answers and the KV cache are made of.
+    """
+
+    name: str
+    repository: str | None
+    family: str
+    hidden_size: int
+    num_blocks: int
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far loading is. Bytes are those of the loaded weights; ``file`` is the one now read or fetched."""
+
+    blocks_done: int
+    blocks_total: int
+    bytes_done: int
+    bytes_total: int
+    file: str | None = None
