@@ -28,6 +28,17 @@ FIRST_REQUEST_SECONDS: Final = 60.0
 CLOSE_GRACE_SECONDS: Final = 5.0
 """How long a server that has nothing more to say waits for the caller's end-of-stream before it closes."""
 
+# --- wire ----------------------------------------------------------------------------------------------------
+
+MAX_MSGPACK_BYTES: Final = MAX_UNARY_BYTES
+"""Longest msgpack value accepted: all of them arrive inside unary messages or in the metadata of a step."""
+
+MAX_MSGPACK_DEPTH: Final = 64
+"""Levels of containers in a msgpack value. What stock peers send has fewer than 10."""
+
+MAX_MSGPACK_ITEMS: Final = 1 << 16
+"""Items in all containers of one msgpack value. A DHT record of a thousand servers has some 3,000."""
+
 # --- net ------------------------------------------------------------------------------------------------
 
 # --- hivemind dht ---------------------------------------------------------------------------------------
@@ -160,3 +171,79 @@ REACHABILITY_CHECKS_AT_ONCE: Final = 4
 """Dial-backs at one time, so that the service cannot be used to make this node flood others."""
 
 # --- node -----------------------------------------------------------------------------------------------
+
+DRAIN_SECONDS: Final = 60.0
+"""How long running sessions may go on after SIGTERM. Service managers kill after 90 s by default."""
+
+OFFLINE_STORE_SECONDS: Final = 10.0
+"""How long a leaving node tries to withdraw its records before it goes without."""
+
+LISTEN_ADDRESSES: Final = ("/ip4/0.0.0.0/tcp/31330", "/ip6/::/tcp/31330")
+"""Where a node listens unless told otherwise. 31330 is the port that Petals' documentation uses."""
+
+PRIVATE_LISTEN_ADDRESSES: Final = ("/ip4/127.0.0.1/tcp/0",)
+"""Where a client-only host listens: nowhere that others could reach."""
+
+NETWORK_MBPS: Final = 100.0
+"""Assumed speed of the link, megabits per second, unless YAML states it (stock: the same)."""
+
+# --- client ---------------------------------------------------------------------------------------------
+
+DIRECTORY_SECONDS: Final = 60.0
+"""Block records older than this are read again before a route is chosen (stock clients: 60 s)."""
+
+DIRECTORY_READ_SECONDS: Final = 60.0
+"""Longest time to read the records of all blocks of a model from the DHT."""
+
+MAX_PINGED_SERVERS: Final = 16
+"""Servers whose round-trip time is measured per reading of the records, chosen at random."""
+
+PING_SECONDS: Final = 2.0
+"""Longest wait for those round trips; who does not answer counts as far away (stock: 2 s)."""
+
+UNKNOWN_RTT_SECONDS: Final = 0.15
+"""Round trip assumed for a server that was not measured (stock: 0.15 s)."""
+
+WORST_RTT_SECONDS: Final = 5.0
+"""Round trip assumed for a server that did not answer a ping: it is used only if nobody else can (stock: 5 s)."""
+
+HOP_OVERHEAD_SECONDS: Final = 0.018
+"""Serialising and queueing at each server of a chain, beside the round trip (stock: 0.018 s)."""
+
+UNKNOWN_INFERENCE_RPS: Final = 300.0
+"""One-token steps per second and block, assumed for a server that does not say (stock: 300)."""
+
+NO_CACHE_PENALTY_SECONDS: Final = 10.0
+"""Added to the cost of a server whose record leaves no room for the session's keys and values (stock: 10 s)."""
+
+BAN_SECONDS: Final = 15.0
+"""How long a server that failed is avoided; doubles with each further failure (stock: 15 s)."""
+
+MAX_BAN_SECONDS: Final = 900.0
+"""Longest ban, so that a server that was repaired is found again."""
+
+RETRY_MIN_SECONDS: Final = 1.0
+"""Pause before the second retry; the first is immediate, later pauses double (stock: 1 s)."""
+
+RETRY_MAX_SECONDS: Final = 60.0
+"""Longest pause between two retries (stock: 60 s)."""
+
+MAX_ATTEMPTS: Final = 8
+"""Tries of one range of blocks before a step or request fails: about a minute, pauses included. Stock clients
+retry for ever."""
+
+CONNECT_SECONDS: Final = 10.0
+"""Longest time to reach a server and open a stream. Stock allows 5 s, too short for a busy relay."""
+
+INFO_SECONDS: Final = 10.0
+"""Longest wait for a server's description of itself."""
+
+CLIENT_STEP_SECONDS: Final = 180.0
+"""Longest wait for the answer of one step, forward or backward request (stock: 180 s)."""
+
+CLIENT_UNARY_BYTES: Final = MIB
+"""Requests and answers with more tensor bytes than this use the streaming calls (stock: 1 MiB)."""
+
+PREFILL_TOKENS: Final = 1024
+"""Tokens, times batch, of one step while a prompt is read or a history replayed: small enough for any server's
+``max_batch_size`` and for other sessions to get their turn in between."""
