@@ -91,6 +91,9 @@ DHT_MAX_RECORD_BYTES: Final = 1 * MIB
 DHT_MAX_SUBKEY_BYTES: Final = 4 * KIB
 """Largest packed subkey. Stock's longest hold an OpenSSH public key: 388 bytes for RSA-2048."""
 
+DHT_MAX_SUBKEY_DEPTH: Final = 8
+"""Deepest nesting of a subkey. Stock uses text, bytes and numbers; deep ones could make a dictionary unreadable."""
+
 DHT_MAX_FIND_KEYS: Final = 256
 """Keys in one question that are answered. Stock sends at most the square root of what it looks for."""
 

@@ -1,4 +1,4 @@
-"""ReachabilityProtocol.rpc_check: dial a peer back, for peers that want to know whether others can reach them.
+"""ReachabilityProtocol.rpc_check: dial a peer back, for peers that want to know if others can reach them.
 
 Source: Petals main ``server/reachability.py``.
 """

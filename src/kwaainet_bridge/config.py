@@ -1,0 +1,271 @@
+"""The YAML schema of a node. Every key is documented here; docs/configuration.md is the reader's view."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import ConfigError
+
+EMBEDDED_MODEL: Final = "austen"
+"""The small model that the package holds; ``model.name: austen`` needs no download."""
+
+PRESETS: Final[dict[str, tuple[str, ...]]] = {
+    "petals-public": (
+        "/dns/bootstrap1.petals.dev/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+        "/ip4/159.89.214.152/tcp/31337/p2p/QmedTaZXmULqwspJXz44SsPZyTNKxhnnFvYRajfH7MGhCY",
+        "/dns/bootstrap2.petals.dev/tcp/31338/p2p/QmQGTqmM7NKjV6ggU1ZCap8zWiyKR89RViDXiqehSiCpY5",
+    ),
+    "kwaainet-public": (
+        "/dns/bootstrap-1.kwaai.ai/tcp/8000/p2p/QmQhRuheeCLEsVD3RsnknM75gPDDqxAb8DhnWgro7KhaJc",
+        "/dns/bootstrap-2.kwaai.ai/tcp/8000/p2p/Qmd3A8N5aQBATe2SYvNikaeCS9CAKN4E86jdCPacZ6RZJY",
+    ),
+}
+"""Names that stand for the bootstrap peers of public swarms, wherever an address is expected."""
+
+_BLOCKS = re.compile(r"^(\d{1,5}):(\d{1,5})$")
+_ADDRESS = re.compile(r"^(/[^/\s]+)+$")
+
+
+def _check_addresses(addresses: Iterable[str]) -> tuple[str, ...]:
+    for address in addresses:
+        if not _ADDRESS.match(address):
+            raise ValueError(f"{address!r} is no multiaddr like /ip4/0.0.0.0/tcp/31330")
+    return tuple(addresses)
+
+
+def _expand_presets(entries: Iterable[str]) -> tuple[str, ...]:
+    """Replace preset names by their addresses; check that the rest can be dialled."""
+    addresses: list[str] = []
+    for entry in entries:
+        if entry in PRESETS:
+            addresses += PRESETS[entry]
+        elif _ADDRESS.match(entry) and "/p2p/" in entry:
+            addresses.append(entry)
+        else:
+            names = ", ".join(PRESETS)
+            raise ValueError(
+                f"{entry!r} is neither an address that ends in /p2p/<peer id> nor a preset: {names}"
+            )
+    return tuple(dict.fromkeys(addresses))
+
+
+Addresses = Annotated[tuple[str, ...], AfterValidator(_check_addresses)]
+Bootstrap = Annotated[tuple[str, ...], AfterValidator(_expand_presets)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IdentityConfig(_Section):
+    """The key that makes the peer id."""
+
+    path: Path = Path("identity.key")
+    """Key file, relative to the configuration file; created on first use, readable by its owner only."""
+    kind: Literal["rsa", "ed25519"] = "rsa"
+    """Kind of a key that is created. Stock Hivemind peers write RSA."""
+
+
+class PetalsNetwork(_Section):
+    """The Petals swarm to take part in."""
+
+    bootstrap: Bootstrap = ()
+    """Addresses (``/ip4/…/tcp/…/p2p/<id>``) or the preset ``petals-public``. Empty: a new private swarm."""
+    dht: Literal["server", "client"] = "server"
+    """Whether this node holds records for others. ``client`` for machines that nobody can dial."""
+
+
+class KwaaiNetwork(_Section):
+    """The KwaaiNet swarm to keep in touch with."""
+
+    bootstrap: Bootstrap = PRESETS["kwaainet-public"]
+    """Addresses or the preset ``kwaainet-public``."""
+
+
+class NetworksConfig(_Section):
+    """Which networks this node is part of; one that is left out costs nothing."""
+
+    petals: PetalsNetwork | None = PetalsNetwork()
+    kwaainet: KwaaiNetwork | None = None
+
+
+class ModelConfig(_Section):
+    """The blocks to serve."""
+
+    name: str = EMBEDDED_MODEL
+    """Folder of a Hugging Face checkpoint, name of a hub repository, or ``austen``."""
+    blocks: str | None = None
+    """``first:end``, end not included; all blocks when left out."""
+    dht_prefix: str | None = None
+    """Name of the blocks in the swarm. Left out: what Petals derives from the repository's name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto`` is the checkpoint's own."""
+    device: str = "cpu"
+    """A torch device: ``cpu``, ``cuda``, ``cuda:1``."""
+    cache_tokens: Annotated[int, Field(gt=0)] = defaults.CACHE_TOKENS
+    """Size of the KV cache: tokens of one sequence through all served blocks."""
+    max_length: Annotated[int, Field(gt=0)] = defaults.MAX_LENGTH
+    """Longest session, in tokens."""
+    max_batch_tokens: Annotated[int, Field(gt=0)] = defaults.MAX_BATCH_TOKENS
+    """Most tokens (batch x length) in one request."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """Threads of torch; left out: as many as cores."""
+    compression: Literal[
+        "NONE", "MEANSTD_16BIT", "FLOAT16", "QUANTILE_8BIT", "UNIFORM_8BIT", "BLOCKWISE_8BIT"
+    ] = "NONE"
+    """Compression of hidden states on the wire. All servers of a model should announce the same."""
+    throughput: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
+    """Tokens per second to announce; ``auto`` measures it at the start."""
+    network_mbps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = defaults.NETWORK_MBPS
+    """Speed of the link in megabits per second, for the announced throughput."""
+    public_name: str | None = None
+    """Shown by swarm monitors."""
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _check_blocks(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        # YAML 1.1 reads 4:8 as a number in base 60
+        match = _BLOCKS.match(value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError('write it as "first:end" in quotes, for example "0:4"')
+        if int(match[1]) >= int(match[2]):
+            raise ValueError(f"{value} holds no block: the end comes after the last block")
+        return value
+
+    @field_validator("dht_prefix")
+    @classmethod
+    def _check_prefix(cls, value: str | None) -> str | None:
+        if value is not None and (not value or any(c in value for c in ". \t\n")):
+            raise ValueError("must be non-empty, without dots and spaces")
+        return value
+
+    @property
+    def block_range(self) -> range | None:
+        """``blocks`` as a range, None for all."""
+        if self.blocks is None:
+            return None
+        first, end = self.blocks.split(":")
+        return range(int(first), int(end))
+
+
+class LogConfig(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = "auto"
+    """``auto``: text on a terminal, JSON otherwise."""
+
+
+class NodeConfig(_Section):
+    """A whole node."""
+
+    identity: IdentityConfig = IdentityConfig()
+    listen: Addresses = defaults.LISTEN_ADDRESSES
+    """Addresses to listen on; port 0 takes any free one."""
+    announce: Addresses = ()
+    """Addresses that others should dial, when they differ from those listened on (port forwarding)."""
+    networks: NetworksConfig = NetworksConfig()
+    model: ModelConfig | None = None
+    """What to serve; left out: nothing, the node is a bootstrap peer."""
+    drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS
+    """How long running sessions may go on after SIGTERM."""
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_model_has_network(self) -> NodeConfig:
+        if self.model is not None and self.networks.petals is None:
+            raise ValueError(
+                "model is given but networks.petals is off: blocks are served to Petals clients, "
+                "so turn it on or remove model"
+            )
+        return self
+
+
+def parse_config(text: str, source: str, overrides: dict[str, Any] | None = None) -> NodeConfig:
+    """Read a configuration. ``overrides`` (nested like the YAML) replace its values.
+
+    Raises ConfigError that lists every mistake with its key and the remedy.
+    """
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{source}: not YAML: {e}") from e
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: expected keys and values, found {type(raw).__name__}")
+    try:
+        return NodeConfig.model_validate(_merge(raw, overrides or {}))
+    except ValidationError as e:
+        mistakes = "\n".join(f"  {_explain(error)}" for error in e.errors())
+        raise ConfigError(f"{source}:\n{mistakes}") from e
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> NodeConfig:
+    """Read a configuration file; relative paths in it are relative to its folder. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(
+            f"{path}: {e.strerror}; `kwaainet-bridge init` writes a configuration to start from"
+        ) from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not UTF-8 text") from e
+    return anchored(parse_config(text, str(path), overrides), path.parent)
+
+
+def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
+    """The same configuration with its relative paths made absolute from ``folder``."""
+    identity = config.identity.model_copy(update={"path": (folder / config.identity.path).absolute()})
+    return config.model_copy(update={"identity": identity})
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(value, dict):
+            merged[key] = _merge(below if isinstance(below, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _explain(error: Any) -> str:
+    """One mistake as "key: what is wrong; what to do"."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(error.get("input"), dict | NodeConfig) else f" (found {error.get('input')!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """The keys that the schema knows below ``location``."""
+    section: Any = NodeConfig
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)
