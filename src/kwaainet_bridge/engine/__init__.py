@@ -1,0 +1,10 @@
+"""The model engine: checkpoints, blocks, KV cache, compute thread. Takes and gives tensors; knows no
+network."""
+
+from __future__ import annotations
+
+from kwaainet_bridge.engine.config import EngineConfig, LoadProgress, ModelInfo
+from kwaainet_bridge.engine.core import Engine
+from kwaainet_bridge.engine.session import Session
+
+__all__ = ["Engine", "EngineConfig", "LoadProgress", "ModelInfo", "Session"]

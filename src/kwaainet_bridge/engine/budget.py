@@ -30,9 +30,9 @@ class CacheBudget:
     async def reserve(self, num_bytes: int, *, timeout: float) -> AsyncIterator[None]:
         """Hold ``num_bytes`` for the duration of the block.
 
-        ``timeout`` in seconds; 0 fails at once unless there is room and nobody waits before. Raises AllocationFailed
-        when there is no room in time, at once if there never could be. Cancelled while waiting: the place in the
-        queue is given up. The bytes are returned on every way out.
+        ``timeout`` in seconds; 0 fails at once unless there is room and nobody waits before. Raises
+        AllocationFailed when there is no room in time, at once if there never could be. Cancelled while
+        waiting: the place in the queue is given up. The bytes are returned on every way out.
         """
         await self._take(num_bytes, timeout)
         try:
@@ -65,7 +65,9 @@ class CacheBudget:
                 self._waiting.remove(waiter)
                 self._admit()  # it may have stood before a smaller one
         if not waiter.granted.is_set():
-            raise AllocationFailed(f"Could not allocate {num_bytes} bytes within {timeout:g} s: out of memory")
+            raise AllocationFailed(
+                f"Could not allocate {num_bytes} bytes within {timeout:g} s: out of memory"
+            )
 
     def _give_back(self, num_bytes: int) -> None:
         self.left += num_bytes

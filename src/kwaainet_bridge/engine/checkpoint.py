@@ -20,13 +20,19 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+MISSING = "the checkpoint is incomplete, or its family stores weights in a layout this version cannot read"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def hub_download(repository: str, file: str, revision: str | None) -> Path | None:
     """Fetch one file of a Hugging Face repository into the hub's cache, unless it is there. Blocks."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
@@ -81,10 +87,7 @@ class Checkpoint:
         found = [name for name in self._file_of if name == tensor or name.endswith("." + tensor)]
         if len(found) != 1:
             what = "has no tensor" if not found else f"has {len(found)} tensors"
-            raise CheckpointError(
-                f"{self.name} {what} named …{tensor}: the checkpoint is incomplete, or its family stores "
-                "weights in a layout that this version cannot read"
-            )
+            raise CheckpointError(f"{self.name} {what} named …{tensor}: {MISSING}")
         return found[0].removesuffix(tensor)
 
     def files_of(self, tensors: Iterable[str]) -> Sequence[str]:
@@ -104,8 +107,8 @@ class Checkpoint:
     def read(self, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for each name in ``shapes``, file by file, nothing else of the files.
 
-        The tensors are views of the mapped files: copy what must outlive them. CheckpointError names a tensor that
-        is missing, has another shape, or is not of a plain floating-point dtype.
+        The tensors are views of the mapped files: copy what must outlive them. CheckpointError names a
+        tensor that is missing, has another shape, or is not of a plain floating-point dtype.
         """
         for file_name in self.files_of(shapes):
             wanted = [name for name in shapes if self._locate(name) == file_name]
@@ -120,8 +123,8 @@ class Checkpoint:
                     tensor = file.get_tensor(name)
                     if not tensor.is_floating_point() or tensor.element_size() < 2:
                         raise CheckpointError(
-                            f"{name} in {self.folder / file_name} is stored as {tensor.dtype}: quantised checkpoints "
-                            "are not supported, use the original one"
+                            f"{name} in {self.folder / file_name} is stored as {tensor.dtype}: "
+                            "quantised checkpoints are not supported, use the original one"
                         )
                     yield name, tensor
 
@@ -129,10 +132,7 @@ class Checkpoint:
         try:
             return self._file_of[tensor]
         except KeyError:
-            raise CheckpointError(
-                f"{self.name} has no tensor {tensor}: the checkpoint is incomplete, or its family stores weights in "
-                "a layout that this version cannot read"
-            ) from None
+            raise CheckpointError(f"{self.name} has no tensor {tensor}: {MISSING}") from None
 
     def _index(self) -> dict[str, str]:
         if self._find(INDEX) is not None:
@@ -140,7 +140,9 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not all(
                 isinstance(file, str) and Path(file).name == file for file in weight_map.values()
             ):
-                raise CheckpointError(f"{self.folder / INDEX} has no usable weight_map: fetch the model again")
+                raise CheckpointError(
+                    f"{self.folder / INDEX} has no usable weight_map: fetch the model again"
+                )
             return weight_map
         if self._find(SINGLE) is not None:
             with self._open(SINGLE) as file:
@@ -148,7 +150,7 @@ class Checkpoint:
         for pickled in PICKLED:
             if self._find(pickled) is not None:
                 raise CheckpointError(
-                    f"{self.name} has only pickled weights ({pickled}), which can run code when they are read: "
+                    f"{self.name} has only pickled weights ({pickled}), which can run code when read: "
                     "convert the model to safetensors (save_pretrained of a recent transformers does)"
                 )
         raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}: not a complete model folder")
@@ -183,12 +185,15 @@ class Checkpoint:
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file ({error}): fetch it again") from error
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file ({error}): fetch it again"
+            ) from error
 
     def _slice(self, file: Any, tensor: str) -> Any:
         try:
             return file.get_slice(tensor)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{tensor} is not in {self.folder / self._file_of[tensor]} where the index puts it: fetch the model again"
+                f"{tensor} is not in {self.folder / self._file_of[tensor]}, where the index puts it: "
+                "fetch the model again"
             ) from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import outcome
+import torch
 import trio
 
 from kwaainet_bridge.errors import BridgeError, EngineError
@@ -29,13 +30,13 @@ class Priority(enum.IntEnum):
 class _Piece:
     priority: int
     serial: int
-    work: Callable[[], Any] | None = field(compare=False)
+    work: Callable[[], Any] = field(compare=False)
     task: trio.lowlevel.Task = field(compare=False)
     started: bool = field(default=False, compare=False)
 
 
 class ComputeThread:
-    """Runs pieces of work one at a time, outside the event loop.
+    """Runs pieces of work one at a time, outside the event loop, with gradients switched off.
 
     Make it inside a trio run and close it there. A piece is never interrupted, so callers cut long work into
     pieces: whoever is more urgent waits for at most one.
@@ -54,12 +55,12 @@ class ComputeThread:
     async def run(self, work: Callable[[], T], priority: Priority = Priority.INFERENCE) -> T:
         """Return what ``work()`` returns, computed in the thread.
 
-        Raises what it raises: errors of this package as they are, any other exception as EngineError with that one
-        as its cause. EngineError if the thread is closed or gets closed while the piece waits.
+        Raises what it raises: errors of this package as they are, any other exception as EngineError with
+        that one as its cause. EngineError if the thread is closed or gets closed while the piece waits.
 
-        Cancelled while the piece waits: it never runs. Cancelled while it runs: it runs to its end, its result is
-        returned, and the cancellation arrives at the caller's next checkpoint; so nothing runs on behalf of a task
-        that has left.
+        Cancelled while the piece waits: it never runs. Cancelled while it runs: it runs to its end, its
+        result is returned, and the cancellation arrives at the caller's next checkpoint; so nothing runs on
+        behalf of a task that has left.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         piece = _Piece(priority, next(self._serial), work, trio.lowlevel.current_task())
@@ -95,10 +96,10 @@ class ComputeThread:
         self._thread.join()  # it has left its loop: this takes microseconds
 
     def _main(self) -> None:
+        torch.set_grad_enabled(False)  # a setting of this thread
         try:
             while (piece := self._next()) is not None:
                 result = outcome.capture(_mapped, piece.work)
-                piece.work = None
                 self._token.run_sync_soon(trio.lowlevel.reschedule, piece.task, result)
                 del piece, result  # an idle thread must not keep tensors alive
             self._token.run_sync_soon(self._finished.set)

@@ -17,11 +17,11 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class EngineConfig:
     """One model, one span of its blocks.
 
-    ``model`` is a folder in the Hugging Face layout or a hub repository id; ``revision`` concerns the latter.
-    ``blocks`` None serves all. ``dtype`` "auto" keeps the checkpoint's. ``cache_bytes`` is the KV cache budget of
-    all sessions together; None takes ``defaults.CACHE_TOKENS`` tokens for each served block. ``max_length`` is in
-    tokens per session, ``max_batch_tokens`` in batch times tokens per forward or backward request. ``threads`` is
-    what one torch operator may use on the CPU; None leaves torch's choice.
+    ``model`` is a folder in the Hugging Face layout or a hub repository id; ``revision`` concerns the
+    latter. ``blocks`` None serves all. ``dtype`` "auto" keeps the checkpoint's. ``cache_bytes`` is the KV
+    cache budget of all sessions together; None takes ``defaults.CACHE_TOKENS`` tokens for each served block.
+    ``max_length`` is in tokens per session, ``max_batch_tokens`` in batch times tokens per forward or
+    backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
     """
 
     model: str
@@ -52,8 +52,8 @@ class EngineConfig:
 class ModelInfo:
     """The whole model, whatever span of it is served.
 
-    ``repository`` is the hub id, None for a local folder. ``family`` is the checkpoint's ``model_type``. ``dtype``
-    is the engine's: what hidden states, answers and the KV cache are made of.
+    ``repository`` is the hub id, None for a local folder. ``family`` is the checkpoint's ``model_type``.
+    ``dtype`` is the engine's: what hidden states, answers and the KV cache are made of.
     """
 
     name: str

@@ -1,0 +1,140 @@
+"""The served blocks: loading them, and running one of them. Everything here runs in the compute thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from kwaainet_bridge.engine import attention
+from kwaainet_bridge.engine.attention import SpanCache
+from kwaainet_bridge.engine.checkpoint import Checkpoint
+from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
+from kwaainet_bridge.engine.family import Family
+from kwaainet_bridge.engine.rotary import RotaryTable
+from kwaainet_bridge.errors import CheckpointError, EngineError
+
+CHECK_TOKENS = 5
+CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""How far a block may be from the model's own attention, relative to its largest output."""
+
+
+class Span:
+    """Consecutive blocks of one model with their weights."""
+
+    def __init__(
+        self, model: Family, checkpoint: Checkpoint, blocks: range, dtype: torch.dtype | str, device: str
+    ) -> None:
+        """Prepare; no weights are read yet. ``dtype`` "auto" is that of the span's first tensor."""
+        self.blocks = blocks
+        self.model = model
+        self._checkpoint = checkpoint
+        self._layers: dict[int, Any] = {block: model.base.layers[block] for block in blocks}
+        first = f"layers.{blocks.start}.{next(iter(self._layers[blocks.start].state_dict()))}"
+        self._prefix = checkpoint.prefix_of(first)
+        stored = checkpoint.dtype_of(self._prefix + first)
+        self.dtype: torch.dtype = stored if dtype == "auto" else dtype
+        if self.dtype not in SUPPORTED_DTYPES:
+            raise CheckpointError(f"{checkpoint.name} is stored as {stored}: choose a dtype instead of auto")
+        self.device = torch.device(device)
+        self._rotary = RotaryTable(model, self.dtype, self.device)
+
+    def weight_bytes(self, block: int) -> int:
+        """Bytes of one block's weights in the engine's dtype."""
+        values = sum(int(tensor.numel()) for tensor in self._layers[block].state_dict().values())
+        return values * int(self.dtype.itemsize)
+
+    def files(self) -> list[str]:
+        """The checkpoint's files that hold the span."""
+        names = (name for block in self.blocks for name in self._shapes(block))
+        return list(self._checkpoint.files_of(names))
+
+    def load(self, block: int) -> None:
+        """Read one block's tensors from its files, which must have been fetched, into memory of their own."""
+        layer = self._layers[block]
+        stem = f"{self._prefix}layers.{block}."
+        tensors = {
+            name.removeprefix(stem): tensor.to(self.device, self.dtype, copy=True)
+            for name, tensor in self._checkpoint.read(self._shapes(block))
+        }
+        layer.load_state_dict(tensors, strict=True, assign=True)
+        layer.requires_grad_(requires_grad=False)
+        left = [name for name, tensor in _tensors(layer) if tensor.is_meta]
+        if left:
+            raise CheckpointError(
+                f"block {block} of {self._checkpoint.name} computes {left[0]} itself: not supported"
+            )
+
+    def run(
+        self, block: int, hidden: torch.Tensor, *, start: int = 0, cache: SpanCache | None = None
+    ) -> torch.Tensor:
+        """One block's output for [B, T, H] at the positions from ``start`` on.
+
+        Without a cache the positions see each other only; with one, also everything before ``start``.
+        """
+        count = hidden.shape[1]
+        if cache is not None:
+            cache.position = start
+        output = self._layers[block](
+            hidden,
+            attention_mask=None,
+            position_ids=self._rotary.positions(start, count),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            position_embeddings=self._rotary.embeddings(start, count, self.model.layer_type(block)),
+        )
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def check(self) -> None:
+        """Compare one block of each layer type with the model's own attention on a short random input.
+
+        Raises CheckpointError if they differ, or if the blocks do not run in this dtype on this device: a
+        family that asks attention for more than the engine knows must not be served.
+        """
+        seen = {self.model.layer_type(block): block for block in reversed(self.blocks)}
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, CHECK_TOKENS, self.model.config.hidden_size, generator=generator)
+        hidden = hidden.to(self.device, self.dtype)
+        for block in seen.values():
+            try:
+                ours = self.run(block, hidden).float()
+                theirs = self._run_eager(block, hidden).float()
+            except (RuntimeError, TypeError, ValueError, AttributeError, EngineError) as error:
+                raise CheckpointError(
+                    f"{self._checkpoint.name} does not run as {self.dtype} on {self.device}: {error}"
+                ) from error
+            scale = theirs.abs().max()
+            if not (ours - theirs).abs().max() <= CHECK_TOLERANCE[self.dtype] * scale:
+                raise CheckpointError(
+                    f"{self._checkpoint.name} cannot be served: block {block} differs from what its own "
+                    f"attention gives as {self.dtype} on {self.device}; the family is not supported"
+                )
+
+    def _run_eager(self, block: int, hidden: torch.Tensor) -> torch.Tensor:
+        count = hidden.shape[1]
+        allowed = attention.causal_mask(count, count, None, self.device)
+        mask = torch.zeros(1, 1, count, count, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+        self.model.causal_lm.set_attn_implementation("eager")
+        try:
+            output = self._layers[block](
+                hidden,
+                attention_mask=mask,
+                position_ids=self._rotary.positions(0, count),
+                position_embeddings=self._rotary.embeddings(0, count, self.model.layer_type(block)),
+            )
+        finally:
+            self.model.causal_lm.set_attn_implementation(attention.NAME)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _shapes(self, block: int) -> dict[str, list[int]]:
+        stem = f"{self._prefix}layers.{block}."
+        return {stem + name: list(tensor.shape) for name, tensor in self._layers[block].state_dict().items()}
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
