@@ -137,7 +137,7 @@ async def _serve_unary(
         raise StreamClosed(f"{method.name}: {stream.remote} sent no request")
     if call.protocol != method.name:
         raise RemoteError(f"{method.name}: the envelope from {stream.remote} names {call.protocol!r}")
-    answer: bytes | None = None
+    answer = b""  # stays empty when the caller leaves
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_on_departure, stream, nursery.cancel_scope)
         try:
@@ -146,10 +146,10 @@ async def _serve_unary(
         except Exception as e:
             answer = envelope.encode_error(call.call_id, _error_texts(e, context)[0])
         nursery.cancel_scope.cancel()
-    if answer is None:
-        await stream.reset()
-    else:
+    if answer:
         await stream.write(answer)
+    else:
+        await stream.reset()
 
 
 def _encode_answer(call_id: bytes, body: bytes) -> bytes:
@@ -180,10 +180,10 @@ class _Requests(Generic[Req, Res]):
     async def pump(self) -> None:
         """Feed the handler, then watch the stream until the caller leaves, dropping frames after the end."""
         try:
-            async with self._sender:
-                while (frame := await self._reader.next()) is not None and frame.marker == frames.MESSAGE:
-                    await self._sender.send(self._reader.parse(frame))
+            while (frame := await self._reader.next()) is not None and frame.marker == frames.MESSAGE:
+                await self._sender.send(self._reader.parse(frame))
             self.ended = frame is not None
+            self._sender.close()
             while frame is not None:
                 frame = await self._reader.next()
         except NetworkError:
