@@ -3,8 +3,17 @@ network."""
 
 from __future__ import annotations
 
+from kwaainet_bridge.engine.client_weights import ClientModel, load_client_weights
 from kwaainet_bridge.engine.config import EngineConfig, LoadProgress, ModelInfo
 from kwaainet_bridge.engine.core import Engine
 from kwaainet_bridge.engine.session import Session
 
-__all__ = ["Engine", "EngineConfig", "LoadProgress", "ModelInfo", "Session"]
+__all__ = [
+    "ClientModel",
+    "Engine",
+    "EngineConfig",
+    "LoadProgress",
+    "ModelInfo",
+    "Session",
+    "load_client_weights",
+]

@@ -66,18 +66,18 @@ class Checkpoint:
             self.folder = Path(model)
         elif REPOSITORY.fullmatch(model):
             self.repository = model
-            self.folder = self._require("config.json").parent
+            config = download(model, "config.json", revision)
+            if config is None:
+                raise CheckpointError(
+                    f"{model} has no config.json: it is no repository of a transformers model"
+                )
+            self.folder = config.parent
             if COMMIT.fullmatch(self.folder.name):
                 self._revision = self.folder.name  # all files of one commit, though the branch may move
         else:
             raise CheckpointError(f"{model} is neither a model folder nor a repository id like org/name")
-        self.config = self._json("config.json")
+        self.config = self.json("config.json")
         self._file_of = self._index()
-
-    @property
-    def tensors(self) -> Iterable[str]:
-        """The names of all tensors of the checkpoint."""
-        return self._file_of.keys()
 
     def prefix_of(self, tensor: str) -> str:
         """What stands before ``tensor`` in this checkpoint: "model." for "layers.0.mlp.up_proj.weight", say.
@@ -95,8 +95,12 @@ class Checkpoint:
         return list(dict.fromkeys(self._locate(name) for name in tensors))
 
     def fetch(self, file: str) -> Path:
-        """Where ``file`` of this checkpoint lies; downloads it first if it has to."""
-        return self._require(file)
+        """Where ``file`` lies, fetched first if it has to be. CheckpointError if the model has no such file."""
+        path = self.find(file)
+        if path is None:
+            where = self.repository or self.folder
+            raise CheckpointError(f"{where} has no {file}: the model is incomplete, fetch it again")
+        return path
 
     def dtype_of(self, tensor: str) -> torch.dtype:
         """The dtype in which ``tensor`` is stored."""
@@ -135,8 +139,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.name} has no tensor {tensor}: {MISSING}") from None
 
     def _index(self) -> dict[str, str]:
-        if self._find(INDEX) is not None:
-            weight_map = self._json(INDEX).get("weight_map")
+        if self.find(INDEX) is not None:
+            weight_map = self.json(INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
                 isinstance(file, str) and Path(file).name == file for file in weight_map.values()
             ):
@@ -144,34 +148,29 @@ class Checkpoint:
                     f"{self.folder / INDEX} has no usable weight_map: fetch the model again"
                 )
             return weight_map
-        if self._find(SINGLE) is not None:
+        if self.find(SINGLE) is not None:
             with self._open(SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
         for pickled in PICKLED:
-            if self._find(pickled) is not None:
+            if self.find(pickled) is not None:
                 raise CheckpointError(
                     f"{self.name} has only pickled weights ({pickled}), which can run code when read: "
                     "convert the model to safetensors (save_pretrained of a recent transformers does)"
                 )
         raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}: not a complete model folder")
 
-    def _find(self, file: str) -> Path | None:
-        path = self.folder / file if hasattr(self, "folder") else None
-        if path is not None and path.is_file():
+    def find(self, file: str) -> Path | None:
+        """Where ``file`` lies, fetched first if it has to be; None if the model has no such file."""
+        path = self.folder / file
+        if path.is_file():
             return path
         if self.repository is None:
             return None
         return self._download(self.repository, file, self._revision)
 
-    def _require(self, file: str) -> Path:
-        path = self._find(file)
-        if path is None:
-            where = self.repository or self.folder
-            raise CheckpointError(f"{where} has no {file}: the model is incomplete, fetch it again")
-        return path
-
-    def _json(self, file: str) -> dict[str, Any]:
-        path = self._require(file)
+    def json(self, file: str) -> dict[str, Any]:
+        """The object in a JSON file of the model. CheckpointError if there is none or it is no object."""
+        path = self.fetch(file)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -181,7 +180,7 @@ class Checkpoint:
         return value
 
     def _open(self, file: str) -> Any:
-        path = self._require(file)
+        path = self.fetch(file)
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
