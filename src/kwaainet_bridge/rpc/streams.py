@@ -57,6 +57,7 @@ class FrameReader(Generic[M]):
         Raises RemoteError when the stream ends inside a frame. Cancelled: nothing is lost.
         """
         while not self._ready:
+            self._decoder.feed(b"")  # raises what was wrong behind the last good frame
             data = await self._stream.read(_READ_BYTES)
             if not data:
                 self._decoder.finish()
