@@ -39,7 +39,100 @@ MAX_MSGPACK_DEPTH: Final = 64
 MAX_MSGPACK_ITEMS: Final = 1 << 16
 """Items in all containers of one msgpack value. A DHT record of a thousand servers has some 3,000."""
 
+MAX_TENSOR_ELEMENTS: Final = 1 << 31
+"""Elements of one tensor. Far above what a step carries; it keeps products of dimensions within 64 bits."""
+
+MAX_TENSOR_DIMENSIONS: Final = 16
+"""Dimensions of one tensor. Steps carry 3, prompts 4."""
+
+MAX_JOINED_TENSORS: Final = 1 << 14
+"""Tensors in one stream. A forward call carries 2 to 5, an averager's state as many as its model has."""
+
 # --- net ------------------------------------------------------------------------------------------------
+
+DIAL_SECONDS: Final = 10.0
+"""One address: name resolution, TCP, noise and yamux together. Stock daemons allow 60 s for all addresses."""
+
+DIAL_STAGGER_SECONDS: Final = 0.25
+"""The next address of a peer is tried beside the first after this long (RFC 8305), at once after a failure."""
+
+MAX_DIAL_ADDRESSES: Final = 16
+"""Addresses of one peer that one dial tries; peers behind several interfaces announce about ten."""
+
+MAX_ADDRESSES_PER_PEER: Final = 32
+"""Addresses kept for one peer: what a peer says of itself must not grow without bound."""
+
+MAX_KNOWN_PEERS: Final = 10_000
+"""Peers whose addresses are kept; the one heard of longest ago is forgotten first."""
+
+HANDSHAKE_SECONDS: Final = 10.0
+"""An inbound connection that has not finished noise and yamux by then is closed."""
+
+NEGOTIATION_SECONDS: Final = 10.0
+"""An inbound stream that has not agreed on a protocol by then is reset."""
+
+MAX_CONNECTIONS: Final = 2000
+"""Connections at one time, handshakes included; about 140 KiB each while idle."""
+
+MAX_CONNECTIONS_PER_PEER: Final = 8
+"""A peer that restarts leaves dead connections for a while; beyond this the oldest is closed."""
+
+MAX_PROTOCOL_ID_BYTES: Final = 1024
+"""A multistream message. Hivemind's longest are a run id and a class name."""
+
+MAX_PROTOCOL_PROPOSALS: Final = 32
+"""Protocols that one peer may propose on one stream."""
+
+MAX_INBOUND_STREAMS: Final = 1024
+"""Streams that one peer may hold open on one connection; further ones are reset."""
+
+MAX_UNACKNOWLEDGED_STREAMS: Final = 256
+"""Streams opened but not yet accepted: go-yamux resets those beyond its accept backlog of 256."""
+
+MAX_STREAM_WINDOW_BYTES: Final = 16 * MIB
+"""Receive window of one stream after it has grown; the same as go-libp2p's."""
+
+WINDOW_GROWTH_BYTES: Final = 64 * MIB
+"""What all windows of one connection together may grow beyond their initial 256 KiB each."""
+
+SEND_QUEUE_BYTES: Final = MIB
+"""Bytes of one connection that wait for the socket before writers wait too."""
+
+UNREAD_CONTROL_BYTES: Final = 4 * MIB
+"""A peer that provokes answers (pings, resets) and reads none of them is dropped at this much queued."""
+
+KEEP_ALIVE_SECONDS: Final = 30.0
+"""Between keep-alive pings, and how long one may go unanswered; stock daemons ping as often."""
+
+CLOSED_STREAM_SECONDS: Final = 60.0
+"""A stream that this side closed and the peer did not is reset after this long."""
+
+ABANDONED_WRITE_SECONDS: Final = 10.0
+"""A write to a peer that closed its side and grants no more window fails after this long."""
+
+LAST_WORDS_SECONDS: Final = 1.0
+"""How long a closing connection waits for what is queued to leave."""
+
+KAD_BUCKET_PEERS: Final = 20
+"""Peers in a Kademlia answer and peers a lookup returns: the network's k."""
+
+KAD_CONCURRENCY: Final = 10
+"""Peers asked at a time in one lookup, as stock daemons do."""
+
+KAD_REQUEST_SECONDS: Final = 10.0
+"""One Kademlia question and its answer."""
+
+KAD_IDLE_SECONDS: Final = 60.0
+"""A Kademlia stream without a request is closed after this long (go-libp2p-kad-dht: 1 minute)."""
+
+MAX_KAD_MESSAGE_BYTES: Final = 256 * KIB
+"""20 peers with 32 addresses each make about 30 KiB; stock daemons accept 4 MiB."""
+
+BOOTSTRAP_RETRY_SECONDS: Final = 2.0
+"""Upper bound of the first random wait before an unreachable bootstrap address is tried again; it doubles."""
+
+BOOTSTRAP_MAX_RETRY_SECONDS: Final = 300.0
+"""Where that bound stops doubling."""
 
 # --- hivemind dht ---------------------------------------------------------------------------------------
 
@@ -92,7 +185,13 @@ DHT_MAX_SUBKEY_BYTES: Final = 4 * KIB
 """Largest packed subkey. Stock's longest hold an OpenSSH public key: 388 bytes for RSA-2048."""
 
 DHT_MAX_SUBKEY_DEPTH: Final = 8
-"""Deepest nesting of a subkey. Stock uses text, bytes and numbers; deep ones could make a dictionary unreadable."""
+"""Deepest nesting of a subkey: deep ones would make the whole dictionary unreadable. Stock uses text and bytes."""
+
+DHT_MAX_SUBKEY_ITEMS: Final = 8
+"""Items in a subkey that is a tuple."""
+
+DHT_MAX_RECORD_ENTRIES: Final = 4096
+"""Subkeys under one key. With 8 items in each, the dictionary stays below MAX_MSGPACK_ITEMS."""
 
 DHT_MAX_FIND_KEYS: Final = 256
 """Keys in one question that are answered. Stock sends at most the square root of what it looks for."""

@@ -6,6 +6,8 @@ calls the foreign library. Messages name the key, peer or block concerned and wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class BridgeError(Exception):
     """Base of all errors of this package."""
@@ -55,12 +57,39 @@ class DeadlineExceeded(NetworkError):
     """The peer did not answer in time. The message names the call, the peer and the limit in seconds."""
 
 
+class CompressionError(BridgeError, ValueError):
+    """A tensor that the chosen compression cannot carry: its dtype, its shape or a value that is not finite."""
+
+
 class HandlerError(NetworkError):
     """The peer ran our call and answered with an error. ``text`` is what it sent, unaltered."""
 
     def __init__(self, method: str, peer: object, text: str) -> None:
         super().__init__(f"{method} at {peer}: {text}")
         self.text = text
+
+
+class NoRoute(NetworkError):
+    """No chain of servers covers the blocks, or none that works. ``blocks`` are those without a server."""
+
+    def __init__(self, message: str, *, blocks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.blocks = tuple(blocks)
+
+
+class ClockSkew(NetworkError):
+    """A peer's clock and ours differ too much to exchange records that expire: set both by NTP.
+
+    ``seconds`` is how far the peer is ahead of us, at least; negative if it is behind.
+    """
+
+    def __init__(self, message: str, *, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class CallBackFailed(NetworkError):
+    """A peer answers us but cannot call us back: our announced addresses are not reachable from there."""
 
 
 class Refusal(BridgeError):

@@ -1,0 +1,162 @@
+"""Calling other nodes of the DHT. Every answer and every failure updates the contacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import CallBackFailed, ClockSkew, NetworkError, RemoteError
+from kwaainet_bridge.hivemind.dht import messages
+from kwaainet_bridge.hivemind.dht.contacts import Contacts
+from kwaainet_bridge.hivemind.dht.id import DhtId
+from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE, FindAnswer, StoreItem
+from kwaainet_bridge.rpc.client import RpcClient
+from kwaainet_bridge.rpc.method import Req, Res, UnaryMethod
+from kwaainet_bridge.wire.pb import dht_pb2 as pb
+from kwaainet_bridge.wire.peer_id import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to a ping: the peer's node id (None from clients) and the round trip in seconds."""
+
+    node_id: DhtId | None
+    seconds: float
+
+
+class DhtClient:
+    """The calls of one node. In ``client_mode`` it gives no node id, so that nobody calls it.
+
+    All methods raise NetworkError or RemoteError for a peer that fails; it is then removed from the routing
+    table. Cancelled: the call is abandoned and the contacts are not changed.
+    """
+
+    def __init__(
+        self,
+        rpc: RpcClient,
+        contacts: Contacts,
+        *,
+        client_mode: bool,
+        clock: Callable[[], float],
+        timeout: float = defaults.DHT_CALL_SECONDS,
+        parallel: int = defaults.DHT_PARALLEL_CALLS,
+    ) -> None:
+        self._rpc = rpc
+        self._contacts = contacts
+        self._clock = clock
+        self._timeout = timeout
+        self._slots = trio.CapacityLimiter(parallel)
+        self._client_mode = client_mode
+        self._node = pb.NodeInfo() if client_mode else pb.NodeInfo(node_id=contacts.own_id.to_bytes())
+
+    async def ping(self, peer: PeerId, *, validate: bool = False, timeout: float | None = None) -> Pong:
+        """Ask who a peer is. With ``validate`` also compare clocks and have the peer call us back.
+
+        Raises ClockSkew, and the peer is then not added to the table; or CallBackFailed (never in client
+        mode), and it is. Source of both checks: hivemind 1.1.12, ``dht/protocol.py``.
+        """
+        request = pb.PingRequest(peer=self._node, validate=validate)
+        async with self._slots:
+            sent, started = self._clock(), trio.current_time()
+            response = await self._call(peer, PING, request, timeout=timeout)
+            received, seconds = self._clock(), trio.current_time() - started
+        if validate:
+            _check_clock(peer, response.dht_time, sent, received)
+        pong = Pong(self._answered(peer, response), seconds)
+        if validate and not self._client_mode and not response.available:
+            raise CallBackFailed(
+                f"{peer} answers but could not call us back: check that our announced addresses work"
+            )
+        return pong
+
+    async def call_back(self, peer: PeerId) -> DhtId | None:
+        """The node id of a peer that asked whether it can be reached; None if it cannot."""
+        try:
+            return (await self.ping(peer, timeout=defaults.DHT_CALL_BACK_SECONDS)).node_id
+        except (NetworkError, RemoteError):
+            return None
+
+    async def store(self, peer: PeerId, items: Sequence[StoreItem]) -> list[bool]:
+        """Ask a peer to keep items, in as many requests as they need; returns which it accepted.
+
+        If a later request fails, the peer may hold the items of the earlier ones.
+        """
+        accepted: list[bool] = []
+        for batch in _batches(items):
+            async with self._slots:
+                response = await self._call(peer, STORE, messages.store_request(batch, self._node))
+            if len(response.store_ok) != len(batch):
+                raise self._wrong(peer, f"store_ok: {len(response.store_ok)} answers for {len(batch)} items")
+            self._answered(peer, response)
+            accepted += response.store_ok
+        return accepted
+
+    async def find(self, peer: PeerId, keys: Sequence[DhtId]) -> dict[DhtId, FindAnswer]:
+        """Ask a peer what it holds for some keys and whom it knows near them. Failure leads to a back-off."""
+        async with self._slots:
+            response = await self._call(peer, FIND, messages.find_request(keys, self._node), back_off=True)
+        try:
+            answers = messages.read_find_response(response, keys, now=self._clock())
+        except RemoteError as e:
+            raise self._wrong(peer, str(e), back_off=True) from e
+        self._answered(peer, response)
+        return answers
+
+    async def _call(
+        self,
+        peer: PeerId,
+        method: UnaryMethod[Req, Res],
+        request: Req,
+        *,
+        timeout: float | None = None,
+        back_off: bool = False,
+    ) -> Res:
+        try:
+            return await self._rpc.call(peer, method, request, timeout=timeout or self._timeout)
+        except (NetworkError, RemoteError):
+            self._contacts.failed(peer, back_off=back_off)
+            raise
+
+    def _answered(
+        self, peer: PeerId, response: pb.PingResponse | pb.StoreResponse | pb.FindResponse
+    ) -> DhtId | None:
+        try:
+            node_id = messages.responder(response)
+        except RemoteError as e:
+            raise self._wrong(peer, str(e)) from e
+        self._contacts.answered(node_id, peer)
+        return node_id
+
+    def _wrong(self, peer: PeerId, what: str, *, back_off: bool = False) -> RemoteError:
+        self._contacts.failed(peer, back_off=back_off)
+        return RemoteError(f"DHT node at {peer}: {what}")
+
+
+def _check_clock(peer: PeerId, theirs: float, sent: float, received: float) -> None:
+    """Raise ClockSkew unless ``theirs`` lies between the others or near; 0 means that the peer told none."""
+    if theirs == 0.0:
+        return
+    limit = defaults.DHT_CLOCK_SKEW_SECONDS
+    if not sent - limit <= theirs <= received + limit:
+        seconds = theirs - received if theirs > received else theirs - sent
+        raise ClockSkew(
+            f"the clock of {peer} is {seconds:+.1f} s from ours, the limit is {limit:g} s: set both by NTP",
+            seconds=seconds,
+        )
+
+
+def _batches(items: Iterable[StoreItem]) -> Iterator[list[StoreItem]]:
+    """Cut items into requests of bounded size and number."""
+    batch: list[StoreItem] = []
+    room = defaults.DHT_STORE_REQUEST_BYTES
+    for item in items:
+        if batch and (item.wire_bytes > room or len(batch) == defaults.DHT_MAX_STORE_ITEMS):
+            yield batch
+            batch, room = [], defaults.DHT_STORE_REQUEST_BYTES
+        batch.append(item)
+        room -= item.wire_bytes
+    if batch:
+        yield batch

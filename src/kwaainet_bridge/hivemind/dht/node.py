@@ -1,0 +1,361 @@
+"""A node of the Hivemind DHT: joins through known peers, keeps a share of the records, stores and reads.
+
+Source of the behaviour: hivemind 1.1.12, ``dht/node.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import BridgeError, NetworkError, RemoteError
+from kwaainet_bridge.hivemind.dht.client import DhtClient
+from kwaainet_bridge.hivemind.dht.contacts import Contacts
+from kwaainet_bridge.hivemind.dht.id import DhtId
+from kwaainet_bridge.hivemind.dht.messages import FindAnswer, StoreItem, read_record
+from kwaainet_bridge.hivemind.dht.placement import Placement, StoreResult, place
+from kwaainet_bridge.hivemind.dht.routing import Contact
+from kwaainet_bridge.hivemind.dht.search import Step, search
+from kwaainet_bridge.hivemind.dht.service import DhtService
+from kwaainet_bridge.hivemind.dht.storage import LocalStorage
+from kwaainet_bridge.hivemind.dht.values import Found, Record, decode, merge
+from kwaainet_bridge.net.host import Host
+from kwaainet_bridge.rpc.client import RpcClient
+from kwaainet_bridge.rpc.server import RpcServer
+from kwaainet_bridge.wire.msgpack import pack
+from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
+
+_PENDING_CHORES = 64
+_CHORE_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Something to store: ``value`` under ``key``, or under ``subkey`` of the dictionary at ``key``.
+
+    Key, subkey and value are anything that msgpack carries; ``expiration`` is in unix seconds.
+    """
+
+    key: Any
+    value: Any
+    expiration: float
+    subkey: Hashable = None
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapResult:
+    """How one bootstrap peer answered: the round trip in seconds, or the error."""
+
+    peer: PeerId
+    seconds: float | None
+    error: BridgeError | None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+
+class DhtNode:
+    """One node, over a host that finds peers by id.
+
+    In ``client_mode`` it serves nothing, keeps nothing for others and is in nobody's table. ``clock`` tells
+    unix time; records expire by it and must agree with that of other nodes to within 3 s.
+
+    Calls may be made from any task while ``running()`` is entered, any number at a time.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        server: RpcServer,
+        client: RpcClient,
+        *,
+        client_mode: bool = False,
+        replicas: int = defaults.DHT_REPLICAS,
+        storage_bytes: int = defaults.DHT_STORAGE_BYTES,
+        cache_bytes: int = defaults.DHT_CACHE_BYTES,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.node_id = DhtId.random(rng or random.SystemRandom())
+        self.peer_id = host.peer_id
+        self.client_mode = client_mode
+        self._server = server
+        self._replicas = replicas
+        self._clock = clock
+        self._storage = LocalStorage(max_bytes=storage_bytes)
+        self._cache = LocalStorage(max_bytes=cache_bytes, evict=True)
+        self._chores, self._todo = trio.open_memory_channel[Callable[[], Awaitable[None]]](_PENDING_CHORES)
+        self._contacts = Contacts(
+            self.node_id,
+            host.peer_id,
+            clock=trio.current_time,
+            on_met=lambda contact: self._later(partial(self._hand_over, contact)),
+            on_doubt=lambda contact: self._later(partial(self._check_alive, contact)),
+        )
+        self._remote = DhtClient(client, self._contacts, client_mode=client_mode, clock=clock)
+        self._service = DhtService(
+            self._contacts,
+            storage=self._storage,
+            cache=self._cache,
+            call_back=self._remote.call_back,
+            clock=clock,
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[DhtNode]:
+        """Serve the DHT's methods and do background chores within the block. To be entered once.
+
+        Leaving it stops serving and cancels the chores; records are lost with the node.
+        """
+        if not self.client_mode:
+            self._service.mount(self._server)
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(_CHORE_WORKERS):
+                    nursery.start_soon(self._do_chores)
+                yield self
+                nursery.cancel_scope.cancel()
+        finally:
+            if not self.client_mode:
+                self._service.unmount(self._server)
+
+    def neighbours(self) -> list[Contact]:
+        """The nodes in the routing table. If there are none, only bootstrap() leads back to the network."""
+        return self._contacts.table.contacts()
+
+    # --- joining ------------------------------------------------------------------------------------------
+
+    async def ping(self, peer: PeerId) -> float:
+        """Round-trip time to a peer's DHT in seconds. Raises NetworkError or RemoteError."""
+        return (await self._remote.ping(peer)).seconds
+
+    async def bootstrap(self, peers: Sequence[PeerId]) -> list[BootstrapResult]:
+        """Join the network that ``peers`` belong to; may be repeated. Raises nothing for peers that fail.
+
+        Each peer is asked to call back, and its clock is compared with ours; an error of ClockSkew or
+        CallBackFailed in its result names the trouble. Then the neighbourhood of the own id is searched,
+        which makes this node known there.
+        """
+        results: dict[PeerId, BootstrapResult] = {}
+
+        async def join(peer: PeerId) -> None:
+            try:
+                pong = await self._remote.ping(peer, validate=True)
+            except (NetworkError, RemoteError) as e:
+                log.info("DHT bootstrap peer %s: %s", peer, e)
+                results[peer] = BootstrapResult(peer, None, e)
+            else:
+                results[peer] = BootstrapResult(peer, pong.seconds, None)
+
+        async with trio.open_nursery() as nursery:
+            for peer in dict.fromkeys(peers):
+                nursery.start_soon(join, peer)
+        await self._find_nearest([self.node_id])
+        log.info(
+            "DHT: %d of %d bootstrap peers answered, %d nodes known",
+            sum(result.ok for result in results.values()),
+            len(results),
+            len(self._contacts.table),
+        )
+        return [results[peer] for peer in peers]
+
+    # --- storing ------------------------------------------------------------------------------------------
+
+    async def store(self, key: Any, value: Any, expiration: float, *, subkey: Hashable = None) -> StoreResult:
+        """Store one value; see store_many."""
+        return (await self.store_many([Item(key, value, expiration, subkey)]))[0]
+
+    async def store_many(self, items: Sequence[Item]) -> list[StoreResult]:
+        """Store each item at the nodes nearest to its key, this one included; say for each who accepted it.
+
+        Goes on to farther nodes for those that fail to answer. Raises TypeError or ValueError for keys and
+        values that msgpack cannot carry, a time that is no number, or a value over
+        ``defaults.DHT_MAX_RECORD_BYTES``; nothing for peers that fail. Cancelled: some nodes may hold some of
+        the items.
+        """
+        placements = [Placement(_wire_item(item)) for item in items]
+        by_key: dict[DhtId, list[Placement]] = {}
+        for placement in placements:
+            by_key.setdefault(placement.item.key, []).append(placement)
+        nearest = await self._find_nearest(by_key)
+        own = [] if self.client_mode else [Contact(self.node_id, self.peer_id)]
+        for key, group in by_key.items():
+            candidates = sorted(nearest[key] + own, key=lambda contact: contact.node_id.distance(key))
+            for placement in group:
+                placement.candidates.extend(candidates)
+        await place(placements, self._offer, replicas=self._replicas)
+        results = [placement.result() for placement in placements]
+        for item, placement, result in zip(items, placements, results, strict=True):
+            log.debug("stored key %.80r subkey %.80r: %s", item.key, item.subkey, result)
+            if result.ok:
+                self._cache_stored(item, placement.item)
+        return results
+
+    async def _offer(self, contact: Contact, items: Sequence[StoreItem]) -> list[bool]:
+        """Offer items to one node, which may be this one."""
+        if contact.node_id != self.node_id:
+            return await self._remote.store(contact.peer, items)
+        return [self._keep(self._storage, item) for item in items]
+
+    def _keep(self, storage: LocalStorage, item: StoreItem) -> bool:
+        return storage.store_record(item.key, read_record(item), now=self._clock())
+
+    def _cache_stored(self, item: Item, stored: StoreItem) -> None:
+        """Let reads that take the first find see what was stored. One subkey alone is no whole dictionary."""
+        if item.subkey is None or self._cache.get(stored.key, now=self._clock()) is not None:
+            self._keep(self._cache, stored)
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    async def get(self, key: Any, *, latest: bool = True) -> Found | None:
+        """Read one key; see get_many."""
+        key_id = DhtId.of(key)
+        records = await self._find_records([key_id], latest=latest)
+        return decode(records[key_id], key=key) if key_id in records else None
+
+    async def get_many(
+        self, keys: Collection[Hashable], *, latest: bool = True
+    ) -> dict[Hashable, Found | None]:
+        """Read keys: with ``latest`` ask all near nodes and merge what they hold, else take the first find.
+
+        Values whose msgpack cannot be read are left out. Raises TypeError or ValueError for keys that msgpack
+        cannot carry; nothing for peers that fail. Cancelled: nothing remains.
+        """
+        ids = {key: DhtId.of(key) for key in keys}
+        records = await self._find_records(ids.values(), latest=latest)
+        return {
+            key: decode(records[key_id], key=key) if key_id in records else None
+            for key, key_id in ids.items()
+        }
+
+    async def _find_records(self, keys: Iterable[DhtId], *, latest: bool) -> dict[DhtId, Record]:
+        best: dict[DhtId, Record] = {}
+        holders: dict[DhtId, set[DhtId]] = {key: set() for key in keys}
+        for key in holders:
+            for storage in (self._storage, self._cache):
+                record = storage.get(key, now=self._clock())
+                if record is not None:
+                    best[key] = merge(best.get(key), record)
+
+        def take_in(contact: Contact, key: DhtId, answer: FindAnswer) -> bool:
+            if answer.record is not None:
+                best[key] = merge(best.get(key), answer.record)
+                holders[key].add(contact.node_id)
+            return not latest and key in best
+
+        open_keys = [key for key in holders if latest or key not in best]
+        nearest = await self._search(open_keys, take_in)
+        for key in open_keys:
+            if key in best:
+                self._cache.store_record(key, best[key], now=self._clock())
+                if nearest[key] and nearest[key][0].node_id not in holders[key]:
+                    item = StoreItem.of_record(key, best[key], in_cache=True)
+                    self._later(partial(self._send, nearest[key][0], [item]))
+        return best
+
+    # --- searching ----------------------------------------------------------------------------------------
+
+    async def _find_nearest(self, targets: Iterable[DhtId]) -> dict[DhtId, list[Contact]]:
+        """The live nodes nearest to each target, without this one."""
+        return await self._search(targets, lambda _contact, _target, _answer: False)
+
+    async def _search(
+        self, targets: Iterable[DhtId], take_in: Callable[[Contact, DhtId, FindAnswer], bool]
+    ) -> dict[DhtId, list[Contact]]:
+        """Search for targets; ``take_in`` sees every answer and says whether its target is done."""
+
+        async def ask(contact: Contact, keys: Sequence[DhtId]) -> dict[DhtId, Step] | None:
+            if not self._contacts.may_ask(contact):
+                return None
+            try:
+                answers = await self._remote.find(contact.peer, keys)
+            except (NetworkError, RemoteError) as e:
+                log.debug("search: %s", e)
+                return None
+            return {
+                key: Step(
+                    [c for c in answer.neighbours if self._contacts.may_ask(c)], take_in(contact, key, answer)
+                )
+                for key, answer in answers.items()
+            }
+
+        targets = list(targets)
+        seeds = {
+            contact.node_id: contact
+            for target in targets
+            for contact in self._contacts.nearest(target, defaults.DHT_BUCKET_SIZE)
+            if self._contacts.may_ask(contact)
+        }
+        return await search(targets, seeds.values(), ask)
+
+    # --- chores -------------------------------------------------------------------------------------------
+
+    def _later(self, chore: Callable[[], Awaitable[None]]) -> None:
+        """Have something done in the background. With too much to do already, it is not done at all."""
+        try:
+            self._chores.send_nowait(chore)
+        except trio.WouldBlock:
+            log.debug("DHT: too many chores, one is left out")
+
+    async def _do_chores(self) -> None:
+        async for chore in self._todo.clone():
+            try:
+                await chore()
+            except (NetworkError, RemoteError) as e:
+                log.debug("DHT chore: %s", e)
+
+    async def _check_alive(self, contact: Contact) -> None:
+        """Ping a node for whose place another waits; if it fails, the call removes it."""
+        await self._remote.ping(contact.peer)
+
+    async def _send(self, contact: Contact, items: Sequence[StoreItem]) -> None:
+        await self._remote.store(contact.peer, items)
+
+    async def _hand_over(self, newcomer: Contact) -> None:
+        """Give a node that is new to us the records that it should keep and we are nearest to.
+
+        Source of the rule: hivemind 1.1.12, ``dht/protocol.py``, ``update_routing_table``.
+        """
+        items = []
+        for key in self._storage.keys(now=self._clock()):
+            await trio.lowlevel.checkpoint()
+            known = self._contacts.nearest(key, self._replicas, exclude=newcomer.node_id)
+            belongs_there = not known or (
+                newcomer.node_id.distance(key) < known[-1].node_id.distance(key)
+                and self.node_id.distance(key) < known[0].node_id.distance(key)
+            )
+            record = self._storage.get(key, now=self._clock()) if belongs_there else None
+            if record is not None:
+                items.append(StoreItem.of_record(key, record))
+        if items:
+            accepted = await self._remote.store(newcomer.peer, items)
+            log.debug("handed over to %s: it accepted %d of %d", newcomer.peer, sum(accepted), len(items))
+
+
+def _wire_item(item: Item) -> StoreItem:
+    if math.isnan(item.expiration):
+        raise ValueError(f"DHT key {item.key!r:.80}: the expiration is no number")
+    value = pack(item.value)
+    if len(value) > defaults.DHT_MAX_RECORD_BYTES:
+        raise ValueError(
+            f"DHT key {item.key!r:.80}: {len(value)} bytes of value exceed {defaults.DHT_MAX_RECORD_BYTES}"
+        )
+    wire_item = StoreItem.of(DhtId.of(item.key), item.subkey, value, item.expiration)
+    try:
+        read_record(wire_item)
+    except RemoteError as e:
+        raise ValueError(f"DHT key {item.key!r:.80}: {e}") from e
+    return wire_item

@@ -1,0 +1,146 @@
+"""What this node answers to other nodes of the DHT.
+
+Source of the behaviour: hivemind 1.1.12, ``dht/protocol.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import Refusal, RemoteError
+from kwaainet_bridge.hivemind.dht import messages
+from kwaainet_bridge.hivemind.dht.contacts import Contacts
+from kwaainet_bridge.hivemind.dht.id import DhtId
+from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE
+from kwaainet_bridge.hivemind.dht.storage import LocalStorage
+from kwaainet_bridge.hivemind.dht.values import Record, expiration_of
+from kwaainet_bridge.rpc.server import CallContext, RpcServer
+from kwaainet_bridge.wire.pb import dht_pb2 as pb
+from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
+
+Message = TypeVar("Message")
+Value = TypeVar("Value")
+
+_BREATH = 32
+"""Keys handled between two chances for other tasks to run."""
+
+_ANSWER_RESERVE = 4 * defaults.KIB
+"""Part of an answer that is for envelope and headers."""
+
+_NEIGHBOURS_RESERVE = defaults.DHT_BUCKET_SIZE * 100
+"""Part of an answer that is for one key's neighbours: ids of 20 and at most 64 bytes, and their headers."""
+
+
+class DhtService:
+    """Handles pings, stores and finds.
+
+    ``call_back`` pings a peer and returns the node id that it gives, None if it cannot be reached.
+    """
+
+    def __init__(
+        self,
+        contacts: Contacts,
+        *,
+        storage: LocalStorage,
+        cache: LocalStorage,
+        call_back: Callable[[PeerId], Awaitable[DhtId | None]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._contacts = contacts
+        self._storage = storage
+        self._cache = cache
+        self._call_back = call_back
+        self._clock = clock
+        self._node = pb.NodeInfo(node_id=contacts.own_id.to_bytes())
+
+    def mount(self, server: RpcServer) -> None:
+        """Serve the three methods. ValueError if one is served already."""
+        server.mount(PING, self.ping)
+        server.mount(STORE, self.store)
+        server.mount(FIND, self.find)
+
+    def unmount(self, server: RpcServer) -> None:
+        server.unmount(PING)
+        server.unmount(STORE)
+        server.unmount(FIND)
+
+    async def ping(self, request: pb.PingRequest, context: CallContext) -> pb.PingResponse:
+        """Say who and when we are. Asked to validate, first find out whether the caller can be reached."""
+        sender = _read(messages.sender, request)
+        available = False
+        if sender is not None and request.validate:
+            available = await self._call_back(context.peer) == sender
+        if sender is not None and (available or not request.validate):
+            self._contacts.heard_from(sender, context.peer)
+        return pb.PingResponse(peer=self._node, dht_time=self._clock(), available=available)
+
+    async def store(self, request: pb.StoreRequest, context: CallContext) -> pb.StoreResponse:
+        """Keep what the acceptance rules allow; answer for each item whether it was kept."""
+        self._contacts.heard_from(_read(messages.sender, request), context.peer)
+        response = pb.StoreResponse(peer=self._node)
+        try:
+            for i, item in enumerate(messages.read_store_request(request)):
+                storage = self._cache if item.in_cache else self._storage
+                record = messages.read_record(item)
+                response.store_ok.append(storage.store_record(item.key, record, now=self._clock()))
+                if i % _BREATH == _BREATH - 1:
+                    await trio.lowlevel.checkpoint()
+        except RemoteError as e:
+            raise Refusal(str(e), kind="ValueError") from e
+        log.debug(
+            "%s stored %d of %d items here", context.peer.short, sum(response.store_ok), len(request.keys)
+        )
+        return response
+
+    async def find(self, request: pb.FindRequest, context: CallContext) -> pb.FindResponse:
+        """Tell for each key what we hold and which nodes we know near it.
+
+        Values that do not fit the answer any more are left out, as if we had none: a stock caller would get
+        no answer at all to a message over the limit, and other replicas hold them too.
+        """
+        sender = _read(messages.sender, request)
+        self._contacts.heard_from(sender, context.peer)
+        if len(request.keys) > defaults.DHT_MAX_FIND_KEYS:
+            raise Refusal(
+                f"{len(request.keys)} keys in one request, the limit is {defaults.DHT_MAX_FIND_KEYS}",
+                kind="ValueError",
+            )
+        exclude = sender or DhtId(0)  # stock reads an absent id as 0
+        room = defaults.MAX_UNARY_BYTES - _ANSWER_RESERVE - len(request.keys) * _NEIGHBOURS_RESERVE
+        response = pb.FindResponse(peer=self._node)
+        for i, raw in enumerate(request.keys):
+            key = _read(messages.read_key, raw)
+            neighbours = self._contacts.nearest(key, defaults.DHT_BUCKET_SIZE, exclude=exclude)
+            result = messages.find_result(self._newer(key), neighbours)
+            if len(result.value) > room:
+                log.warning("the record of key %s does not fit the answer to %s", key, context.peer)
+                result = messages.find_result(None, neighbours)
+            room -= len(result.value)
+            response.results.append(result)
+            if i % _BREATH == _BREATH - 1:
+                await trio.lowlevel.checkpoint()
+        return response
+
+    def _newer(self, key: DhtId) -> Record | None:
+        """What we hold for ``key``, stored or cached, whichever expires later."""
+        now = self._clock()
+        stored = self._storage.get(key, now=now)
+        cached = self._cache.get(key, now=now)
+        if stored is None or (cached is not None and expiration_of(cached) > expiration_of(stored)):
+            return cached
+        return stored
+
+
+def _read(reader: Callable[[Message], Value], message: Message) -> Value:
+    """Read a part of a request; what cannot be read is answered to the caller as an error."""
+    try:
+        return reader(message)
+    except RemoteError as e:
+        raise Refusal(str(e), kind="ValueError") from e
