@@ -46,7 +46,7 @@ class _HivemindFinder:
     """Finds ``hivemind`` once, by the finders behind this one, and adds ``__getattr__`` before its code runs."""
 
     @classmethod
-    def find_spec(cls, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(cls, name: str, *_: object) -> ModuleSpec | None:
         if name != "hivemind":
             return None
         sys.meta_path.remove(cls)
