@@ -98,7 +98,7 @@ class RpcServer:
         """Serve a streaming method. ValueError if its name is served already."""
         self._host.serve(method.name, lambda stream: _contain(_serve_stream(stream, method, handler), stream))
 
-    def unmount(self, method: Method[Req, Res]) -> None:
+    def unmount(self, method: Method[Any, Any]) -> None:
         """Refuse new calls; running ones go on."""
         self._host.unserve(method.name)
 

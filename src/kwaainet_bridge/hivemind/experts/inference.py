@@ -5,6 +5,7 @@ Source: Petals main ``server/handler.py`` and ``server/block_functions.py``; rec
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -183,10 +184,9 @@ def _batch_size(request: ExpertRequest) -> int:
 
 async def _next_request(call: ServerStream[ExpertRequest, ExpertResponse]) -> ExpertRequest | None:
     """The next step; None when the client ended its requests or was silent for the step timeout."""
-    with trio.move_on_after(defaults.STEP_TIMEOUT_SECONDS):
-        try:
-            return await call.receive()
-        except trio.EndOfChannel:
-            return None
-    log.info("session of %s ended: no step for %g s", call.context.peer, defaults.STEP_TIMEOUT_SECONDS)
-    return None
+    request = None
+    with trio.move_on_after(defaults.STEP_TIMEOUT_SECONDS) as waiting, contextlib.suppress(trio.EndOfChannel):
+        request = await call.receive()
+    if waiting.cancelled_caught:
+        log.info("session of %s ended: no step for %g s", call.context.peer, defaults.STEP_TIMEOUT_SECONDS)
+    return request

@@ -33,7 +33,7 @@ class ServedSpan:
 
     def chain(self, uid: str) -> range:
         """The blocks that a request names, ``"p.0 p.1 p.2"``. Raises Refusal for one that is not served."""
-        blocks = []
+        blocks: list[int] = []
         for name in uid.split(" "):
             block = self.block(name)
             if block is None:

@@ -144,4 +144,4 @@ def _arguments(metadata: Metadata, tensors: list[torch.Tensor], count: int) -> t
         )
     if arranged[0] is None:
         raise Refusal("the first argument must be the hidden states", kind="ValueError")
-    return tuple(arranged[:count])  # type: ignore[arg-type]
+    return tuple(arranged[:count])
