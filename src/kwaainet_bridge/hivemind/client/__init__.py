@@ -1,0 +1,26 @@
+"""A client of Petals swarms: finds servers, runs sessions and training requests over them, makes text."""
+
+from kwaainet_bridge.hivemind.client.directory import Directory, RecordSource, Span
+from kwaainet_bridge.hivemind.client.generation import GREEDY, ClientWeights, Sampling, generate
+from kwaainet_bridge.hivemind.client.remote import ForwardPass, Gradients, backward, forward
+from kwaainet_bridge.hivemind.client.session import InferenceSession, open_session
+from kwaainet_bridge.hivemind.client.swarm import Swarm
+from kwaainet_bridge.hivemind.client.text import TextStream
+
+__all__ = [
+    "GREEDY",
+    "ClientWeights",
+    "Directory",
+    "ForwardPass",
+    "Gradients",
+    "InferenceSession",
+    "RecordSource",
+    "Sampling",
+    "Span",
+    "Swarm",
+    "TextStream",
+    "backward",
+    "forward",
+    "generate",
+    "open_session",
+]

@@ -1,0 +1,163 @@
+"""Text out of a session: embed, run the chain, apply the head, choose a token, repeat."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import InvalidRequest
+
+
+class ClientWeights(Protocol):
+    """The layers that a client runs itself. Called in worker threads, one call at a time."""
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [batch, tokens, hidden size] of token ids int64 [batch, tokens]."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores [..., vocabulary] of the last block's outputs [..., hidden size]."""
+        ...
+
+
+class Steps(Protocol):
+    """What generation needs of an inference session."""
+
+    @property
+    def position(self) -> int: ...
+
+    async def step(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; the names and meanings are those of transformers' GenerationConfig.
+
+    With ``do_sample`` off the likeliest token wins, and only ``repetition_penalty`` has an effect.
+    ``top_k`` 0 and ``top_p`` 1 do not restrict.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise InvalidRequest(f"temperature {self.temperature} must be above 0; do_sample=False is greedy")
+        if self.top_k < 0:
+            raise InvalidRequest(f"top_k {self.top_k} must be 0 (no limit) or more")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p {self.top_p} must be above 0, at most 1 (no limit)")
+        if self.repetition_penalty <= 0:
+            raise InvalidRequest(f"repetition_penalty {self.repetition_penalty} must be above 0")
+
+    def processors(self) -> Any:
+        """transformers' processors in transformers' order, as one callable of (ids, scores)."""
+        from transformers import generation
+
+        chosen = generation.LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            chosen.append(generation.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.do_sample:
+            if self.temperature != 1:
+                chosen.append(generation.TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                chosen.append(generation.TopKLogitsWarper(self.top_k))
+            if self.top_p < 1:
+                chosen.append(generation.TopPLogitsWarper(self.top_p))
+        return chosen
+
+
+GREEDY = Sampling()
+
+
+async def generate(
+    weights: ClientWeights,
+    session: Steps,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    eos_token_ids: Collection[int] = (),
+    seed: int | None = None,
+) -> AsyncIterator[list[int]]:
+    """Continue ``input_ids`` (int64 [batch, tokens]), yielding one token per sequence and step.
+
+    ``input_ids`` are all tokens from the start of the session. Those that the session has done already are
+    not sent again, so that a conversation goes on with the same session and the longer ids. The session's
+    ``max_length`` must have room for all of them and the new tokens but the last.
+
+    Ends after ``max_new_tokens`` or when every sequence has had one of ``eos_token_ids``; that token is the
+    last one yielded for its sequence, and is repeated while others go on. The prompts of a batch have the
+    same length: the protocol knows no padding. ``seed`` makes sampling repeatable; None draws a new one.
+
+    Raises InvalidRequest for ids without a new token, and what ``session.step`` raises. Torch work runs in a
+    worker thread. Cancelled, or not read to the end: the session stays usable.
+    """
+    done = session.position
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[1] <= done:
+        raise InvalidRequest(
+            f"token ids {list(input_ids.shape)} {input_ids.dtype}: expected int64 [batch, tokens] with more "
+            f"than the {done} tokens that the session has done"
+        )
+    chooser = _Chooser(weights, sampling, eos_token_ids, seed)
+    thread = trio.CapacityLimiter(1)
+    ids = input_ids
+    for _ in range(max_new_tokens):
+        new = ids[:, session.position :]
+        hidden = await trio.to_thread.run_sync(chooser.embed, new, limiter=thread)
+        # a long prompt in several steps, so that no server gets more than it takes at a time
+        for part in hidden.split(max(1, defaults.PREFILL_TOKENS // ids.shape[0]), dim=1):
+            output = await session.step(part)
+        tokens = await trio.to_thread.run_sync(chooser.choose, ids, output[:, -1], limiter=thread)
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
+        yield tokens.tolist()
+        if chooser.finished:
+            return
+
+
+class _Chooser:
+    """The torch side of generation. One call at a time, from any thread."""
+
+    def __init__(
+        self, weights: ClientWeights, sampling: Sampling, eos_token_ids: Collection[int], seed: int | None
+    ) -> None:
+        self._weights = weights
+        self._sampling = sampling
+        self._process = sampling.processors()
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64)
+        self._rng = torch.Generator()
+        if seed is None:
+            self._rng.seed()
+        else:
+            self._rng.manual_seed(seed)
+        self._ended: torch.Tensor | None = None  # bool [batch]: sequences that have had their last token
+
+    @property
+    def finished(self) -> bool:
+        return self._ended is not None and bool(self._ended.all())
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self._weights.embed(ids)
+
+    def choose(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The next token of each sequence, int64 [batch]; ``hidden`` is [batch, hidden size]."""
+        with torch.no_grad():
+            scores = self._process(ids, self._weights.logits(hidden).float())
+            if self._sampling.do_sample:
+                chances = torch.softmax(scores, dim=-1)
+                tokens = torch.multinomial(chances, 1, generator=self._rng)[:, 0]
+            else:
+                tokens = scores.argmax(dim=-1)
+            if self._ended is not None:
+                tokens = torch.where(self._ended, ids[:, -1], tokens)
+            self._ended = torch.isin(tokens, self._eos)
+        return tokens

@@ -1,0 +1,259 @@
+"""An inference session over a chain of servers, which outlives the servers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import torch
+import trio
+
+from kwaainet_bridge.errors import InvalidRequest
+from kwaainet_bridge.hivemind.client.attempts import RECOVERABLE, Attempts
+from kwaainet_bridge.hivemind.client.history import Chunk, History
+from kwaainet_bridge.hivemind.client.routing import Hop
+from kwaainet_bridge.hivemind.client.span_session import NextServer, SessionShape, SpanSession
+from kwaainet_bridge.hivemind.client.swarm import Swarm
+
+log = logging.getLogger(__name__)
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+@asynccontextmanager
+async def open_session(
+    swarm: Swarm,
+    *,
+    batch_size: int = 1,
+    max_length: int,
+    blocks: range | None = None,
+    push: bool = False,
+    new_id: Callable[[], str] = _new_id,
+) -> AsyncIterator[InferenceSession]:
+    """An inference session for the length of the ``async with`` block.
+
+    ``max_length`` tokens of KV cache are asked of each server for each of ``batch_size`` sequences.
+    ``blocks`` are those to run (None: all of the model). No server is contacted before the first step.
+
+    ``push`` (off by default) names the rest of the chain to every server, so that it sends its output
+    straight to the next one, which then starts before the client's own copy arrives. Left out wherever stock
+    servers would push wrong arguments: in sessions that have used deep prompts or hypotheses.
+
+    Leaving the block normally ends each stream in order; leaving it by an exception or cancellation resets
+    them. Both free the servers' caches.
+    """
+    shape = SessionShape(blocks or range(swarm.num_blocks), batch_size, max_length)
+    session = InferenceSession(swarm, shape, push=push, new_id=new_id)
+    try:
+        yield session
+        await session.finish()
+    finally:
+        await session.reset()
+
+
+class InferenceSession:
+    """Steps of one batch through all blocks, each continuing where the last one ended.
+
+    When a server fails, its blocks move to other servers, which get the inputs of all earlier steps again;
+    the outputs go on as if nothing had happened. For one task at a time.
+    """
+
+    def __init__(
+        self, swarm: Swarm, shape: SessionShape, *, push: bool = False, new_id: Callable[[], str] = _new_id
+    ) -> None:
+        self.shape = shape
+        self._swarm = swarm
+        self._push = push
+        self._new_id = new_id
+        self._position = 0
+        self._parts: list[SpanSession] = []
+
+    @property
+    def position(self) -> int:
+        """Tokens done so far."""
+        return self._position
+
+    @property
+    def chain(self) -> list[str]:
+        """The servers in use, as ``0:4 via …abcdef``; empty before the first step."""
+        return [str(part.hop) for part in self._parts]
+
+    def rollback(self, position: int) -> None:
+        """Go back to ``position`` tokens: the next step overwrites what came after them.
+
+        Servers are told with that step (``start_from_position``); those too old to heed it get the history
+        again on a new stream.
+        """
+        if not 0 <= position <= self._position:
+            raise InvalidRequest(f"cannot go from position {self._position} back to {position}")
+        self._position = position
+        for part in self._parts:
+            part.history.truncate(position)
+
+    async def step(
+        self,
+        hidden: torch.Tensor,
+        *,
+        prompts: torch.Tensor | None = None,
+        hypo_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the next tokens, ``hidden`` [batch, tokens, hidden size], and return their outputs, same shape
+        and dtype, on the CPU. Zero tokens only make the servers allocate their caches.
+
+        ``prompts`` [blocks, batch or 1, prefix, hidden size] with prefix <= tokens: each block adds its own
+        to the first ``prefix`` of these tokens. ``hypo_ids`` int64 [batch]: before this step, sequence i
+        becomes a copy of sequence ``hypo_ids[i]``. The session keeps both tensors: don't change them later.
+
+        Raises InvalidRequest for shapes that do not fit; NoRoute when some blocks have no server, or none
+        that works within ``defaults.MAX_ATTEMPTS`` attempts. After that, or cancelled, the session is where
+        it was before the step, and the step may be repeated.
+        """
+        self._check(hidden, prompts, hypo_ids)
+        with torch.no_grad():
+            chunk = Chunk(hidden.detach().cpu(), None if prompts is None else prompts.detach().cpu())
+            if prompts is not None or hypo_ids is not None:
+                self._push = False
+            if not self._parts:
+                self._parts = await self._first_parts()
+            inputs, output = await self._run(chunk, hypo_ids)
+            for part, seen in zip(self._parts, inputs, strict=True):
+                if hypo_ids is not None:
+                    part.history.reorder(hypo_ids)
+                part.history.append(seen)
+        self._position += chunk.tokens
+        return output
+
+    def _check(
+        self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None
+    ) -> None:
+        shape = self.shape
+        if hidden.dim() != 3 or hidden.shape[0] != shape.batch_size:
+            raise InvalidRequest(
+                f"hidden states {list(hidden.shape)} are not [{shape.batch_size}, tokens, hidden size]"
+            )
+        batch, tokens, width = hidden.shape
+        if self._position + tokens > shape.max_length:
+            raise InvalidRequest(
+                f"Maximum length exceeded: prefix {self._position} + current {tokens} exceeds pre-allocated "
+                f"maximum {shape.max_length}"
+            )
+        if prompts is not None and not (
+            prompts.dim() == 4
+            and prompts.shape[0] == len(shape.blocks)
+            and prompts.shape[1] in (1, batch)
+            and 0 < prompts.shape[2] <= tokens
+            and prompts.shape[3] == width
+        ):
+            raise InvalidRequest(
+                f"deep prompts {list(prompts.shape)} are not [{len(shape.blocks)}, 1 or {batch}, "
+                f"1 to {tokens}, {width}]"
+            )
+        if hypo_ids is not None and (hypo_ids.dtype != torch.int64 or hypo_ids.shape != (batch,)):
+            raise InvalidRequest(f"hypo ids must be int64 [{batch}]")
+        if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < batch)).all()):
+            raise InvalidRequest(f"hypo ids must be sequences of the batch, 0 to {batch - 1}")
+
+    async def _first_parts(self) -> list[SpanSession]:
+        chain = await self._swarm.session_chain(self.shape.blocks, self._cache_tokens)
+        log.info("%s: route %s", self._swarm.prefix, " => ".join(map(str, chain)))
+        return [self._part(hop, History()) for hop in chain]
+
+    @property
+    def _cache_tokens(self) -> int:
+        return self.shape.batch_size * self.shape.max_length
+
+    async def _run(self, chunk: Chunk, hypo_ids: torch.Tensor | None) -> tuple[list[Chunk], torch.Tensor]:
+        """Pass ``chunk`` along the chain; returns the input of every part, and the output of the last.
+
+        Replaces parts that fail. Leaves the histories to the caller.
+        """
+        step_id = self._new_id()
+        inputs: list[Chunk] = []
+        feed = chunk
+        try:
+            while len(inputs) < len(self._parts):
+                inputs.append(feed)
+                output = await self._run_part(len(inputs) - 1, feed, hypo_ids, step_id)
+                feed = Chunk(output, chunk.prompts)
+        except BaseException:
+            # Whoever was at work is in an unknown state. Those before are ahead, which the next step mends,
+            # unless they also reordered their caches.
+            unsure = self._parts[: len(inputs)] if hypo_ids is not None else self._parts[len(inputs) - 1 :]
+            for part in unsure:
+                await part.reset()
+            raise
+        return inputs, feed.hidden
+
+    async def _run_part(
+        self, index: int, feed: Chunk, hypo_ids: torch.Tensor | None, step_id: str
+    ) -> torch.Tensor:
+        attempts = Attempts(self._swarm, self._parts[index].hop.blocks)
+        while True:
+            part = self._parts[index]
+            try:
+                output = await part.step(
+                    feed, hypo_ids=hypo_ids, step_id=step_id, next_servers=self._next_servers(index)
+                )
+            except RECOVERABLE as e:
+                await part.reset()
+                await attempts.failed(part.hop, e)
+            else:
+                self._swarm.note_success(part.hop.peer)
+                return output
+            await self._replace(index, attempts)
+
+    def _next_servers(self, index: int) -> list[NextServer]:
+        """Those after ``index`` that are ready for this step, up to the first that is not."""
+        ready = itertools.takewhile(lambda part: part.is_in_step, self._parts[index + 1 :])
+        return [part.next_server for part in ready] if self._push else []
+
+    async def _replace(self, index: int, attempts: Attempts) -> None:
+        """Put other servers, which have caught up, in the place of one part."""
+        old = self._parts[index]
+        while True:
+            try:
+                chain = await self._swarm.session_chain(old.hop.blocks, self._cache_tokens)
+            except RECOVERABLE as e:
+                await attempts.failed(None, e)
+                continue
+            log.info("%s: new route %s", self._swarm.prefix, " => ".join(map(str, chain)))
+            if parts := await self._rebuild(chain, old.history, attempts):
+                self._parts[index : index + 1] = parts
+                return
+
+    async def _rebuild(
+        self, chain: Sequence[Hop], history: History, attempts: Attempts
+    ) -> list[SpanSession] | None:
+        """Sessions along ``chain`` whose caches hold ``history``; None if one of the servers failed."""
+        parts: list[SpanSession] = []
+        for hop in chain:
+            parts.append(self._part(hop, history))
+            try:
+                history = History(await parts[-1].catch_up())
+            except BaseException as e:
+                for part in parts:
+                    await part.reset()
+                if not isinstance(e, RECOVERABLE):
+                    raise
+                await attempts.failed(hop, e)
+                return None
+        return parts
+
+    def _part(self, hop: Hop, history: History) -> SpanSession:
+        return SpanSession(self._swarm, hop, self.shape, history, new_id=self._new_id)
+
+    async def finish(self) -> None:
+        """End the session with all servers in order, each within ``defaults.CLOSE_GRACE_SECONDS``."""
+        async with trio.open_nursery() as nursery:
+            for part in self._parts:
+                nursery.start_soon(part.finish)
+
+    async def reset(self) -> None:
+        """Drop all streams. Never raises, may be repeated."""
+        for part in self._parts:
+            await part.reset()

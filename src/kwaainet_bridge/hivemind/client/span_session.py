@@ -1,0 +1,195 @@
+"""One server's part of an inference session: its blocks, what they have seen, and the stream to it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import NetworkError, RemoteError, StreamClosed, StreamReset
+from kwaainet_bridge.hivemind.client import calls
+from kwaainet_bridge.hivemind.client.history import Chunk, History
+from kwaainet_bridge.hivemind.client.routing import Hop
+from kwaainet_bridge.hivemind.client.swarm import Swarm
+from kwaainet_bridge.hivemind.experts.methods import RPC_INFERENCE
+from kwaainet_bridge.rpc import ClientStream
+from kwaainet_bridge.wire import msgpack
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
+
+log = logging.getLogger(__name__)
+
+NextServer = tuple[str, str, int, int]
+"""An entry of the metadata's ``next_servers``: peer id in base58, session id, first block, end."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionShape:
+    """What all parts of one inference session share. ``blocks`` are those of the whole session."""
+
+    blocks: range
+    batch_size: int
+    max_length: int
+
+
+class SpanSession:
+    """A stream of ``rpc_inference`` to one server, opened when first needed and again after ``reset``.
+
+    ``history`` holds the inputs of these blocks up to the session's position; the session appends to it when
+    a step is complete over the whole chain, so the server may be ahead of it, never behind.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        hop: Hop,
+        shape: SessionShape,
+        history: History,
+        *,
+        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+    ) -> None:
+        self.hop = hop
+        self.history = history
+        self.session_id = ""
+        self.steps = 0  # answered on the present stream
+        self.position = 0  # tokens in the server's cache
+        self._swarm = swarm
+        self._shape = shape
+        self._new_id = new_id
+        self._stream: ClientStream[ExpertRequest, ExpertResponse] | None = None
+        self._exit = contextlib.AsyncExitStack()
+
+    @property
+    def next_server(self) -> NextServer:
+        """How a server before this one addresses pushes to it."""
+        return str(self.hop.peer), self.session_id, self.hop.blocks.start, self.hop.blocks.stop
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the server's cache holds the history, no more and no less."""
+        return self.steps > 0 and self.position == self.history.tokens
+
+    async def catch_up(self) -> list[Chunk]:
+        """Make the server's cache hold the history; returns the outputs of whatever had to be replayed.
+
+        Raises NetworkError or RemoteError.
+        """
+        tokens = self.history.tokens
+        traits = await self._swarm.traits(self.hop)
+        if self._stream is not None and self.position > tokens and not traits.rolls_back:
+            await self.reset()
+        outputs: list[Chunk] = []
+        if self._stream is None:
+            await self._open()
+            limit = max(1, defaults.PREFILL_TOKENS // max(1, self._shape.batch_size))
+            for piece in self.history.pieces(limit):
+                hidden = await self._exchange(piece, None, self._new_id(), self.position, ())
+                outputs.append(Chunk(hidden, piece.prompts))
+        return outputs
+
+    async def step(
+        self,
+        chunk: Chunk,
+        *,
+        hypo_ids: torch.Tensor | None,
+        step_id: str,
+        next_servers: Sequence[NextServer] = (),
+    ) -> torch.Tensor:
+        """Run ``chunk`` through the server's blocks after catching up; returns hidden states of its shape.
+
+        Raises NetworkError or RemoteError; the stream must then be reset. So also after
+        cancellation.
+        """
+        await self.catch_up()
+        return await self._exchange(chunk, hypo_ids, step_id, self.history.tokens, next_servers)
+
+    async def _open(self) -> None:
+        stream = self._swarm.rpc.stream(self.hop.peer, RPC_INFERENCE, open_timeout=defaults.CONNECT_SECONDS)
+        self._stream = await self._exit.enter_async_context(stream)
+        self.session_id = self._new_id()
+        self.steps = self.position = 0
+
+    async def _exchange(
+        self,
+        chunk: Chunk,
+        hypo_ids: torch.Tensor | None,
+        step_id: str,
+        start: int,
+        next_servers: Sequence[NextServer],
+    ) -> torch.Tensor:
+        stream = self._stream
+        if stream is None:
+            raise StreamClosed(f"the session with {self.hop} is not open")
+        traits = await self._swarm.traits(self.hop)
+        offset = self.hop.blocks.start - self._shape.blocks.start
+        prompts = calls.NO_TENSOR
+        if chunk.prompts is not None:
+            prompts = chunk.prompts[offset : offset + len(self.hop.blocks)]
+        arguments = (chunk.hidden, prompts, calls.NO_INDICES if hypo_ids is None else hypo_ids)
+        request = ExpertRequest(
+            uid=self._swarm.uid(self.hop.blocks),
+            tensors=await calls.encode_arguments(arguments, traits.inference),
+            metadata=msgpack.pack(self._metadata(step_id, start, next_servers)),
+        )
+        # a server that refused says why before it closes: read on although sending failed
+        with contextlib.suppress(StreamReset):
+            await stream.send(request, timeout=defaults.CLIENT_STEP_SECONDS)
+        try:
+            answer = await stream.receive(timeout=defaults.CLIENT_STEP_SECONDS)
+        except trio.EndOfChannel as e:
+            raise StreamClosed(f"{self.hop.peer} ended the session without an answer") from e
+        (hidden,) = await calls.decode_answer(answer.tensors, [chunk.hidden.shape], chunk.hidden.dtype)
+        self.steps += 1
+        self.position = start + chunk.tokens
+        return hidden
+
+    def _metadata(self, step_id: str, start: int, next_servers: Sequence[NextServer]) -> dict[str, Any]:
+        metadata: dict[str, Any] = {"session_id": self.session_id, "step_id": step_id}
+        structure = calls.args_structure(3)
+        if self.steps == 0:
+            # stock's order of keys, in the first request and in later ones
+            metadata["max_length"] = self._shape.max_length
+            metadata["points"] = 0.0
+            metadata["active_adapter"] = self._swarm.adapter
+            metadata["args_structure"] = structure
+            metadata["start_from_position"] = start
+            return metadata
+        if next_servers:
+            metadata["next_servers"] = tuple(next_servers)
+        metadata["start_from_position"] = start
+        metadata["args_structure"] = structure
+        return metadata
+
+    async def finish(self) -> None:
+        """End the session in order: an empty request, end-of-stream, then wait for the server to close.
+
+        Never raises but Cancelled: nothing is lost if the server is gone.
+        """
+        if self._stream is not None and self.steps:
+            with trio.move_on_after(defaults.CLOSE_GRACE_SECONDS):
+                try:
+                    await self._stream.send(ExpertRequest())
+                    await self._stream.end()
+                    async for _ in self._stream:
+                        log.debug("%s answered after the end of the session", self.hop.peer)
+                except (NetworkError, RemoteError) as e:
+                    log.debug("session with %s did not end in order: %s", self.hop.peer, e)
+        self._stream = None
+        await self._exit.aclose()
+
+    async def reset(self) -> None:
+        """Drop the stream, so that the server frees its cache at once. Never raises, may be repeated."""
+        self._stream = None
+        self.steps = self.position = 0
+        dropped = _Dropped()
+        await self._exit.__aexit__(_Dropped, dropped, None)
+
+
+class _Dropped(Exception):
+    """Leaves the stream's context by an exception, which resets the stream rather than closing it."""

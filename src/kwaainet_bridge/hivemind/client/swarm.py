@@ -1,0 +1,176 @@
+"""What a client knows of the servers of one model: spans, round trips, failures, compressions."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, NoRoute, ProtocolNotSupported, RemoteError
+from kwaainet_bridge.hivemind.client.calls import ServerTraits, fetch_traits
+from kwaainet_bridge.hivemind.client.directory import Directory, Span
+from kwaainet_bridge.hivemind.client.routing import Bans, Hop, fastest_chain, random_chain
+from kwaainet_bridge.hivemind.experts.records import block_uid
+from kwaainet_bridge.rpc import RpcClient
+from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
+
+Ping = Callable[[PeerId], Awaitable[object]]
+"""Returns once the peer answered, raises NetworkError or RemoteError if it does not."""
+
+
+class Swarm:
+    """The servers of one model, as far as this client has learned about them.
+
+    Reads the records when a route is asked for and they are old, or do not suffice; owns no task. ``ping``
+    measures round trips (``DhtNode.ping``); without it all servers count as equally far. ``clock`` gives
+    seconds from any origin. May be shared by any number of sessions and requests.
+    """
+
+    def __init__(
+        self,
+        rpc: RpcClient,
+        directory: Directory,
+        *,
+        ping: Ping | None = None,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = trio.current_time,
+    ) -> None:
+        self.rpc = rpc
+        self.prefix = directory.prefix
+        self.num_blocks = directory.num_blocks
+        self.adapter = directory.adapter
+        self._directory = directory
+        self._ping = ping
+        self._rng = rng or random.Random()
+        self._clock = clock
+        self._spans: list[Span] = []
+        self._rtts: dict[PeerId, float] = {}
+        self._traits: dict[PeerId, ServerTraits] = {}
+        self._bans = Bans()
+        self._read_at = -math.inf
+        self._reading = trio.Lock()
+
+    @property
+    def spans(self) -> list[Span]:
+        """The spans of the latest reading, banned servers included."""
+        return list(self._spans)
+
+    def uid(self, blocks: range) -> str:
+        """The name of consecutive blocks in a request."""
+        return " ".join(block_uid(self.prefix, block) for block in blocks)
+
+    async def session_chain(self, blocks: range, cache_tokens: int) -> list[Hop]:
+        """The chain with the lowest latency; ``cache_tokens`` is batch times maximum length.
+
+        Raises NoRoute naming the blocks without a server, or what the DHT raises.
+        """
+        return await self._choose(
+            lambda spans: fastest_chain(
+                spans, blocks, model=self.prefix, rtts=self._rtts, cache_tokens=cache_tokens
+            )
+        )
+
+    async def request_chain(self, blocks: range) -> list[Hop]:
+        """A random chain for forward and backward, weighted by throughput. Raises like session_chain."""
+        return await self._choose(
+            lambda spans: random_chain(spans, blocks, model=self.prefix, rtts=self._rtts, rng=self._rng)
+        )
+
+    async def _choose(self, choose: Callable[[list[Span]], list[Hop]]) -> list[Hop]:
+        await self.refresh(max_age=defaults.DIRECTORY_SECONDS)
+        try:
+            return choose(self._unbanned())
+        except NoRoute:
+            await self.refresh()
+        try:
+            return choose(self._unbanned())
+        except NoRoute:
+            # a server that failed may be back, and nobody else is there
+            return choose(self._shuffled(self._spans))
+
+    def _unbanned(self) -> list[Span]:
+        now = self._clock()
+        return self._shuffled([span for span in self._spans if not self._bans.includes(span.peer, now)])
+
+    def _shuffled(self, spans: list[Span]) -> list[Span]:
+        """In random order: among equals the first is chosen, and not by every client the same."""
+        return self._rng.sample(spans, len(spans))
+
+    async def refresh(self, *, max_age: float = 0.0) -> None:
+        """Read the records again unless they are at most ``max_age`` seconds old.
+
+        When the DHT cannot be read, the known spans stay in use; without any, its error is raised.
+        """
+        asked_at = self._clock()
+        async with self._reading:
+            # whoever waited for another task's reading need not repeat it
+            if self._read_at > asked_at or self._clock() - self._read_at <= max_age:
+                return
+            try:
+                self._spans = await self._read()
+            except (NetworkError, RemoteError) as e:
+                if not self._spans:
+                    raise
+                log.warning("%s: keeping the known servers, the DHT was not readable: %s", self.prefix, e)
+            self._read_at = self._clock()
+            log.debug("%s: %d servers online", self.prefix, len(self._spans))
+            await self._measure()
+
+    async def _read(self) -> list[Span]:
+        with trio.move_on_after(defaults.DIRECTORY_READ_SECONDS):
+            return await self._directory.read()
+        raise DeadlineExceeded(
+            f"{self.prefix}: the DHT gave no block records within {defaults.DIRECTORY_READ_SECONDS:g} s"
+        )
+
+    async def _measure(self) -> None:
+        """Ping some servers, unmeasured ones first; the rest keep what was measured before."""
+        present = {span.peer for span in self._spans}
+        self._rtts = {peer: rtt for peer, rtt in self._rtts.items() if peer in present}
+        if self._ping is None:
+            return
+        peers = [span.peer for span in self._shuffled(self._spans)]
+        peers.sort(key=lambda peer: peer in self._rtts)
+        silent = set(peers[: defaults.MAX_PINGED_SERVERS])
+        with trio.move_on_after(defaults.PING_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for peer in list(silent):
+                    nursery.start_soon(self._measure_one, self._ping, peer, silent)
+        for peer in silent:
+            self._rtts[peer] = math.inf
+
+    async def _measure_one(self, ping: Ping, peer: PeerId, silent: set[PeerId]) -> None:
+        start = self._clock()
+        try:
+            await ping(peer)
+        except ProtocolNotSupported:
+            pass  # alive: servers behind a relay run the DHT in client mode and serve no ping
+        except (NetworkError, RemoteError) as e:
+            log.debug("ping of %s failed: %s", peer, e)
+            return
+        rtt = self._clock() - start
+        known = self._rtts.get(peer, math.inf)
+        self._rtts[peer] = rtt if math.isinf(known) else 0.8 * known + 0.2 * rtt
+        silent.discard(peer)
+
+    def note_failure(self, peer: PeerId) -> None:
+        """A call to ``peer`` failed: avoid it for a while, and ask it again what it is."""
+        self._bans.add(peer, self._clock())
+        self._traits.pop(peer, None)
+
+    def note_success(self, peer: PeerId) -> None:
+        self._bans.lift(peer)
+
+    async def traits(self, hop: Hop) -> ServerTraits:
+        """What a server says of itself; asked once. Raises NetworkError or RemoteError."""
+        known = self._traits.get(hop.peer)
+        if known is None:
+            uid = block_uid(self.prefix, hop.blocks.start)
+            known = self._traits[hop.peer] = await fetch_traits(self.rpc, hop.peer, uid)
+        return known
