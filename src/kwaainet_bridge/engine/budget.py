@@ -41,15 +41,10 @@ class CacheBudget:
             self._give_back(num_bytes)
 
     async def _take(self, num_bytes: int, timeout: float) -> None:
-        if num_bytes > self.total:
-            raise AllocationFailed(
-                f"Could not allocate {num_bytes} bytes: the whole KV cache has {self.total}; "
-                "ask for a shorter session, a smaller batch or fewer blocks"
-            )
         if not self._waiting and num_bytes <= self.left:
             self.left -= num_bytes
             return
-        if timeout <= 0:
+        if timeout <= 0 or num_bytes > self.total:
             raise AllocationFailed(f"Could not allocate {num_bytes} bytes immediately: out of memory")
         waiter = _Waiter(num_bytes)
         self._waiting.append(waiter)
