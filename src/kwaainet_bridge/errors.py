@@ -106,7 +106,7 @@ class Refusal(BridgeError):
 
     @property
     def unary_text(self) -> str:
-        return f"{self.kind}({self.text!r})"
+        return f"{self.kind}({self.text!r})" if self.text else f"{self.kind}()"
 
     @property
     def stream_text(self) -> str:
