@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from processes import Driver
-from swarm import START_SECONDS, StockEnvironment
+from stock_swarm import StockEnvironment, StockPeer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,8 +25,16 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> StockEnvironment:
 
 
 @pytest.fixture(scope="session")
-def rpc_peer(stock: StockEnvironment) -> Iterator[Driver]:
-    """A stock Hivemind peer with the methods of ``stock/rpc_peer.py``; ``ready`` is its address book entry."""
-    with stock.script("rpc_peer.py") as driver:
-        driver.ready = driver.event("ready", within=START_SECONDS)
-        yield driver
+def stock_peer(stock: StockEnvironment) -> Iterator[StockPeer]:
+    """A stock Hivemind peer with the methods of ``stock/rpc_peer.py``, shared by all tests."""
+    peer = StockPeer.start(stock)
+    with peer.driver:
+        yield peer
+
+
+@pytest.fixture
+def doomed_peer(stock: StockEnvironment) -> Iterator[StockPeer]:
+    """Another one, for a test that kills it."""
+    peer = StockPeer.start(stock)
+    with peer.driver:
+        yield peer

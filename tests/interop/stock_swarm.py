@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from processes import Driver, Process
+from child_processes import Driver, Process
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).resolve().parent / "stock"
@@ -61,17 +61,32 @@ class StockEnvironment:
         return Process(name, argv, env=self.variables, log=self._log(name))
 
     def script(self, script: str, *arguments: str) -> Driver:
-        """Start a script of ``stock/`` and wait for its ``ready``."""
+        """Start a script of ``stock/``; it tells of itself by the event ``ready``."""
         name = script.removesuffix(".py")
-        return Driver(
-            name, [self.python, SCRIPTS / script, *arguments], env=self.variables, log=self._log(name)
-        )
+        argv = [self.python, SCRIPTS / script, *arguments]
+        return Driver(name, argv, env=self.variables, log=self._log(name))
+
+
+@dataclass(frozen=True)
+class StockPeer:
+    """A running ``stock/rpc_peer.py``: its identity, where it listens, and the driver that commands it."""
+
+    id: str
+    address: str
+    driver: Driver
+
+    @classmethod
+    def start(cls, stock: StockEnvironment) -> StockPeer:
+        with stock.script("rpc_peer.py").killed_on_failure() as driver:
+            ready = driver.event("ready", within=START_SECONDS)
+            return cls(ready["peer"], ready["addresses"][0], driver)
 
 
 def start_bootstrap(stock: StockEnvironment) -> tuple[Process, str]:
     """A stock bootstrap peer, and its address."""
-    process = stock.module("bootstrap", "petals.cli.run_dht", "--host_maddrs", LOOPBACK)
-    return process, process.wait_for(rf"--initial_peers ({ADDRESS})", START_SECONDS)[1]
+    arguments = ("--host_maddrs", LOOPBACK)
+    with stock.module("bootstrap", "petals.cli.run_dht", *arguments).killed_on_failure() as process:
+        return process, process.wait_for(rf"--initial_peers ({ADDRESS})", START_SECONDS)[1]
 
 
 def start_server(

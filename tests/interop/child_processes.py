@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +20,7 @@ import psutil
 import trio
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-GRACE_SECONDS = 3.0  # between asking the members of a session to end and killing them
+GRACE_SECONDS = 3.0  # for a script whose input ended
 TAIL_LINES = 30  # of its output, in the message about a process that failed
 
 
@@ -113,9 +115,9 @@ class Process:
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) == self.pid:
+                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except OSError:
+            except (OSError, psutil.Error):
                 continue  # it ended meanwhile
         return found
 
@@ -134,29 +136,51 @@ class Process:
         self._popen.send_signal(number)
 
     def kill(self) -> None:
-        """End it and its descendants at once, without warning."""
+        """End it and its descendants at once, without warning, and remove the sockets they leave in /tmp."""
         members = self.members()
+        sockets = {path for process in members for path in _unix_sockets(process)}
         for process in members:
             process.kill()
         self._popen.wait()
-        psutil.wait_procs(members)
+        while self.members():  # not psutil.wait_procs: orphans stay zombies until init looks for them
+            time.sleep(0.01)
+        for path in sockets:
+            path.unlink(missing_ok=True)
+
+    def terminate(self, grace: float) -> None:
+        """Ask the process itself to end by SIGTERM, and kill what is left after ``grace`` seconds."""
+        self._popen.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(grace)
+        self.kill()
 
     def stop(self) -> None:
-        """Ask all members to end, then kill those that did not."""
-        members = self.members()
-        for process in members:
-            if process.is_running():
-                process.terminate()
-        _, alive = psutil.wait_procs(members, timeout=GRACE_SECONDS)
-        if alive or self.members():
+        """End it in the way that suits it best."""
+        self.kill()
+
+    @contextmanager
+    def killed_on_failure(self) -> Iterator[Self]:
+        """For what must succeed before anybody else owns the process."""
+        try:
+            yield self
+        except BaseException:
             self.kill()
-        self._popen.wait()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _unix_sockets(process: psutil.Process) -> list[Path]:
+    """Files in /tmp that the process listens on: Hivemind and its daemon talk through such."""
+    try:
+        connections = process.net_connections("unix")
+    except psutil.Error:
+        return []  # it ended meanwhile
+    return [Path(c.laddr) for c in connections if str(c.laddr).startswith("/tmp/hivemind-")]
 
 
 class Driver(Process):
@@ -244,7 +268,7 @@ class Driver(Process):
             self._popen.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(GRACE_SECONDS)
-        super().stop()
+        self.kill()
         self._errors.close()
 
 
