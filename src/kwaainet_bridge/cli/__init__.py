@@ -1,0 +1,5 @@
+"""The command line: ``kwaainet-bridge``."""
+
+from kwaainet_bridge.cli.app import main
+
+__all__ = ["main"]

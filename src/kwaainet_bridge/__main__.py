@@ -1,0 +1,3 @@
+from kwaainet_bridge.cli import main
+
+main()

@@ -1,0 +1,186 @@
+"""Commands and their options. Each command's work is done elsewhere; here is what a person types and sees.
+
+Exit codes: 0 done, 1 failed while running, 2 wrong input (option, configuration, file), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import trio
+import typer
+
+from kwaainet_bridge import __version__
+from kwaainet_bridge.config import EMBEDDED_MODEL, NodeConfig, anchored, load_config, parse_config
+from kwaainet_bridge.errors import BridgeError, ConfigError
+
+app = typer.Typer(
+    name="kwaainet-bridge",
+    help="One node for two volunteer networks that serve large language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Work with configuration files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Configuration file (YAML).", dir_okay=False)
+]
+BootstrapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--initial-peers",
+        "--bootstrap",
+        help="Address of a peer of the swarm, or a preset (petals-public). May be repeated.",
+        metavar="ADDR",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line; errors of this package end it with a message instead of a traceback."""
+    try:
+        app()
+    except ConfigError as e:
+        typer.secho(f"error: {e}", fg="red", err=True)
+        sys.exit(2)
+    except BridgeError as e:
+        typer.secho(f"error: {e}", fg="red", err=True)
+        sys.exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"kwaainet-bridge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write node.yaml and identity.key.")] = Path(),
+    kind: Annotated[str, typer.Option("--key", help="Kind of key: rsa or ed25519.")] = "rsa",
+) -> None:
+    """Write a commented configuration and an identity to start from."""
+    from kwaainet_bridge.cli.init import write_node_files
+
+    for line in write_node_files(folder, kind):
+        typer.echo(line)
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    bootstrap: BootstrapOption = None,
+    public_swarm: Annotated[
+        bool, typer.Option("--public-swarm", help="Join the public Petals swarm.")
+    ] = False,
+    new_swarm: Annotated[
+        bool, typer.Option("--new-swarm", help="Start a private swarm: contact no other peer.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help=f"Folder, hub repository, or '{EMBEDDED_MODEL}' (in the package).")
+    ] = None,
+    blocks: Annotated[str | None, typer.Option(help="Blocks to serve, first:end.", metavar="A:B")] = None,
+    listen: Annotated[
+        list[str] | None, typer.Option(help="Address to listen on. May be repeated.", metavar="ADDR")
+    ] = None,
+) -> None:
+    """Run a node until it is told to stop. SIGTERM or Ctrl-C drains it, a second one ends it at once."""
+    if sum((bool(bootstrap), public_swarm, new_swarm)) > 1:
+        raise ConfigError("--initial-peers, --public-swarm and --new-swarm exclude each other: give one")
+    overrides: dict[str, Any] = {}
+    if bootstrap or public_swarm or new_swarm:
+        peers = bootstrap or (["petals-public"] if public_swarm else [])
+        overrides["networks"] = {"petals": {"bootstrap": peers}}
+    if model is not None:
+        overrides["model"] = {"name": model}
+    if blocks is not None:
+        overrides.setdefault("model", {})["blocks"] = blocks
+    if listen:
+        overrides["listen"] = listen
+    node_config = _load(config, overrides)
+
+    from kwaainet_bridge.cli.run import run_until_signalled
+
+    raise typer.Exit(trio.run(run_until_signalled, node_config))
+
+
+def _load(path: Path | None, overrides: dict[str, Any]) -> NodeConfig:
+    if path is not None:
+        return load_config(path, overrides)
+    return anchored(parse_config("", "command line", overrides), Path.cwd())
+
+
+@config_app.command("check")
+def config_check(path: Annotated[Path, typer.Argument(help="Configuration file.")]) -> None:
+    """Check a configuration; name each mistake's key and its remedy."""
+    load_config(path)
+    typer.echo(f"{path}: good")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    model: Annotated[str | None, typer.Option(help="As in `run`.")] = None,
+    dht_prefix: Annotated[
+        str | None, typer.Option(help="Name of the blocks in the swarm; derived from the model if left out.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation, in tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is bolder.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0 for all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 avoids repetition.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    show_route: Annotated[
+        bool, typer.Option("--show-route", help="Print which peers hold which blocks.")
+    ] = False,
+) -> None:
+    """Continue a text with a model that a swarm serves."""
+    overrides: dict[str, Any] = {}
+    if bootstrap:
+        overrides["networks"] = {"petals": {"bootstrap": bootstrap}}
+    overrides["model"] = {k: v for k, v in (("name", model), ("dht_prefix", dht_prefix)) if v is not None}
+    node_config = _load(config, overrides)
+
+    from kwaainet_bridge.cli.generate import GenerateOptions, generate_text
+
+    options = GenerateOptions(
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        show_route=show_route,
+    )
+    trio.run(generate_text, node_config, options)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the two nodes keep their files.")] = Path("run"),
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "It is a truth universally acknowledged",
+    once: Annotated[bool, typer.Option("--once", help="Stop the nodes after the first text.")] = False,
+) -> None:
+    """Start a private swarm of two nodes on this machine and generate text through both."""
+    from kwaainet_bridge.cli.demo import run_demo
+
+    raise typer.Exit(trio.run(run_demo, folder, prompt, once))

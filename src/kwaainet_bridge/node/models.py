@@ -1,0 +1,28 @@
+"""Which files a model's name stands for, and what the swarm calls its blocks."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from kwaainet_bridge.config import EMBEDDED_MODEL
+from kwaainet_bridge.hivemind.experts.records import check_prefix, default_prefix
+
+
+def model_source(name: str) -> str:
+    """The folder or hub repository of a model: ``austen`` is the one in the package."""
+    if name == EMBEDDED_MODEL:
+        return str(resources.files("kwaainet_bridge") / "models" / EMBEDDED_MODEL)
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def swarm_prefix(name: str, family: str, given: str | None = None) -> str:
+    """The DHT prefix: ``given``, or what Petals derives from a repository's or folder's name.
+
+    Raises ConfigError for one that cannot be part of a block's name.
+    """
+    if given is not None:
+        return check_prefix(given)
+    folder = Path(name).expanduser()
+    return default_prefix(folder.resolve().name if folder.is_dir() else name, family)

@@ -1,0 +1,119 @@
+"""The configuration: what is read, and what each mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kwaainet_bridge.cli.init import TEMPLATE, write_node_files
+from kwaainet_bridge.config import PRESETS, anchored, load_config, parse_config
+from kwaainet_bridge.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_empty_configuration_is_a_bootstrap_peer():
+    config = parse_config("", "x")
+    assert config.model is None
+    assert config.networks.petals is not None
+    assert config.networks.kwaainet is None
+
+
+def test_model_without_settings_is_the_embedded_one():
+    assert parse_config("model: {}", "x").model.name == "austen"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_good(path):
+    load_config(path)
+
+
+def test_there_is_a_configuration_for_each_use():
+    assert {p.stem for p in CONFIGS.glob("*.yaml")} == {"private-swarm", "petals-public", "kwaainet", "both"}
+
+
+def test_template_is_good():
+    config = parse_config(TEMPLATE.format(name="node.yaml", kind="rsa"), "template")
+    assert config.model.name == "austen"
+
+
+def test_presets_expand():
+    config = parse_config("networks: {petals: {bootstrap: [petals-public]}}", "x")
+    assert config.networks.petals.bootstrap == PRESETS["petals-public"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lissten: []", "lissten: unknown key; did you mean 'listen'?"),
+        ("model: {dtpe: float32}", "model.dtpe: unknown key; did you mean 'dtype'?"),
+        ("networks: {petals: {zzzz: 1}}", "networks.petals.zzzz: unknown key; known here: bootstrap, dht"),
+        ("model: {blocks: '4:4'}", "model.blocks: 4:4 holds no block"),
+        (
+            "model:\n  blocks: 4:8",
+            'model.blocks: write it as "first:end" in quotes, for example "0:4" (found 248)',
+        ),
+        ("model: {dtype: int8}", "model.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("model: {dht_prefix: a.b}", "model.dht_prefix: must be non-empty, without dots and spaces"),
+        ("model: {cache_tokens: 0}", "model.cache_tokens: Input should be greater than 0 (found 0)"),
+        (
+            "networks: {petals: {bootstrap: [somewhere]}}",
+            "neither an address that ends in /p2p/<peer id> nor a preset",
+        ),
+        ("listen: [31330]", "listen.0: Input should be a valid string (found 31330)"),
+        ("listen: ['0.0.0.0:31330']", "is no multiaddr like /ip4/0.0.0.0/tcp/31330"),
+        ("networks: {petals: null}\nmodel: {}", "model is given but networks.petals is off"),
+        ("drain_seconds: -1", "drain_seconds: Input should be greater than or equal to 0"),
+        ("- a", "expected keys and values, found list"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "node.yaml")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("node.yaml:")
+
+
+def test_every_mistake_is_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse_config("lissten: []\nmodel: {dtpe: x}", "node.yaml")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_missing_file_points_to_init(tmp_path):
+    with pytest.raises(ConfigError, match="kwaainet-bridge init"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_binary_file_is_named(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_identity_path_is_relative_to_the_file(tmp_path):
+    (tmp_path / "node.yaml").write_text("identity: {path: keys/me.key}")
+    assert load_config(tmp_path / "node.yaml").identity.path == tmp_path / "keys" / "me.key"
+    absolute = anchored(parse_config("identity: {path: /etc/me.key}", "x"), tmp_path)
+    assert absolute.identity.path == Path("/etc/me.key")
+
+
+def test_overrides_replace_single_keys():
+    config = parse_config("model: {name: m, dtype: float32}", "x", {"model": {"blocks": "0:2"}})
+    assert (config.model.name, config.model.dtype, config.model.block_range) == ("m", "float32", range(2))
+
+
+def test_init_writes_what_run_reads(tmp_path):
+    lines = list(write_node_files(tmp_path / "node", "ed25519"))
+    assert lines[0].startswith("peer id        12D3KooW")
+    config = load_config(tmp_path / "node" / "node.yaml")
+    assert config.identity.path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match="exists already"):
+        list(write_node_files(tmp_path / "node", "rsa"))
+
+
+def test_init_refuses_unknown_keys(tmp_path):
+    with pytest.raises(ConfigError, match="choose rsa or ed25519"):
+        list(write_node_files(tmp_path, "dsa"))
