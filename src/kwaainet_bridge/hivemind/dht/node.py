@@ -311,7 +311,7 @@ class DhtNode:
             log.debug("DHT: too many chores, one is left out")
 
     async def _do_chores(self) -> None:
-        async for chore in self._todo.clone():
+        async for chore in self._todo:
             try:
                 await chore()
             except (NetworkError, RemoteError) as e:

@@ -1,0 +1,66 @@
+"""Nodes of one process on a network in memory, with one clock that runs on trio's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import trio
+
+from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.net.memory import MemoryHost, MemoryNetwork
+from kwaainet_bridge.rpc.client import RpcClient
+from kwaainet_bridge.rpc.server import RpcServer
+from kwaainet_bridge.wire.peer_id import PeerId
+
+START = 1.7e9
+
+
+def clock() -> float:
+    return START + trio.current_time()
+
+
+def peer_id(number: int) -> PeerId:
+    return PeerId(b"\x12\x20" + number.to_bytes(32, "big"))
+
+
+class Swarm:
+    """Starts nodes; each joins through one that was started before it."""
+
+    def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
+        self.network = MemoryNetwork(nursery)
+        self.nodes: list[DhtNode] = []
+        self._stack = stack
+        self._random = random.Random(0)
+        self._hosts = 0
+
+    def host(self) -> MemoryHost:
+        self._hosts += 1
+        return self.network.host(peer_id(self._hosts))
+
+    async def start(self, *, join: bool = True, clock: Any = clock, **options: Any) -> DhtNode:
+        host = self.host()
+        node = DhtNode(host, RpcServer(host), RpcClient(host), clock=clock, rng=self._random, **options)
+        await self._stack.enter_async_context(node.running())
+        known = [node for node in self.nodes if not node.client_mode]
+        if known and join:
+            results = await node.bootstrap([self._random.choice(known).peer_id])
+            assert all(result.ok for result in results), results
+        self.nodes.append(node)
+        return node
+
+    def take_down(self, node: DhtNode) -> None:
+        self.network.down.add(node.peer_id)
+
+
+@asynccontextmanager
+async def swarm(size: int = 0, **options: Any) -> AsyncIterator[Swarm]:
+    async with trio.open_nursery() as nursery:
+        async with AsyncExitStack() as stack:
+            swarm = Swarm(nursery, stack)
+            for _ in range(size):
+                await swarm.start(**options)
+            yield swarm
+        nursery.cancel_scope.cancel()
