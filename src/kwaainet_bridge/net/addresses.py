@@ -1,0 +1,141 @@
+"""Multiaddrs: what can be dialled or listened on, and what a listening host can be reached at."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from multiaddr import Multiaddr
+from multiaddr.utils import get_network_addrs
+
+from kwaainet_bridge.defaults import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
+from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.wire.peer_id import PeerId
+
+_FAMILIES: Final = {
+    "ip4": socket.AF_INET,
+    "ip6": socket.AF_INET6,
+    "dns": socket.AF_UNSPEC,
+    "dns4": socket.AF_INET,
+    "dns6": socket.AF_INET6,
+}
+_MAX_ADDRESS_CHARACTERS: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A TCP multiaddr: ``/<ip4|ip6|dns|dns4|dns6>/<host>/tcp/<port>``, with or without ``/p2p/<peer>``."""
+
+    protocol: str
+    host: str
+    port: int
+    peer: PeerId | None = None
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """Which addresses a name may resolve to."""
+        return _FAMILIES[self.protocol]
+
+    @property
+    def transport(self) -> str:
+        """The address without ``/p2p/…``."""
+        return f"/{self.protocol}/{self.host}/tcp/{self.port}"
+
+    @property
+    def binary(self) -> bytes:
+        """:attr:`transport` in the binary form that peers exchange."""
+        return bytes(Multiaddr(self.transport).to_bytes())
+
+    def __str__(self) -> str:
+        return self.transport if self.peer is None else f"{self.transport}/p2p/{self.peer}"
+
+
+def parse_address(text: str) -> Address | None:
+    """Read a multiaddr. None if it is valid but not TCP (QUIC, WebSocket, circuits, dnsaddr).
+
+    Raises RemoteError if it is malformed.
+    """
+    if len(text) > _MAX_ADDRESS_CHARACTERS:
+        raise RemoteError(f"address of {len(text)} characters is too long")
+    try:
+        return _from_parts([(p.name, value) for p, value in Multiaddr(text).items()])
+    except ValueError as e:  # what every error of multiaddr is
+        raise RemoteError(f"address {text!r} is malformed: {e}") from e
+
+
+def parse_binary_address(data: bytes) -> Address | None:
+    """Read the binary form, as identify and Kademlia carry it. None for anything but a well-formed TCP
+    address.
+
+    Peers announce whatever they listen on, so an address that cannot be used is no error of theirs.
+    """
+    if len(data) > _MAX_ADDRESS_CHARACTERS:
+        return None
+    try:
+        return parse_address(str(Multiaddr(data)))
+    except (ValueError, RemoteError, LookupError):
+        return None
+
+
+def _from_parts(parts: list[tuple[str, str | None]]) -> Address | None:
+    names = [name for name, _ in parts]
+    if (
+        len(parts) not in (2, 3)
+        or names[0] not in _FAMILIES
+        or names[1] != "tcp"
+        or names[2:] not in ([], ["p2p"])
+    ):
+        return None
+    host, port = parts[0][1], parts[1][1]
+    peer = PeerId.parse(parts[2][1] or "") if len(parts) == 3 else None
+    return Address(names[0], host or "", int(port or 0), peer)
+
+
+def split_peer_address(text: str) -> tuple[PeerId, Address]:
+    """Read a full address, ``…/tcp/<port>/p2p/<peer>``. RemoteError if a part is missing or malformed."""
+    address = parse_address(text)
+    if address is None or address.peer is None:
+        raise RemoteError(
+            f"address {text!r} cannot be dialled: "
+            "expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>/p2p/<peer id>"
+        )
+    return address.peer, address
+
+
+def reachable_forms(listening: Iterable[Address]) -> list[Address]:
+    """Replace 0.0.0.0 and :: by the addresses of this machine's interfaces, loopback last; drop
+    duplicates."""
+    found: list[Address] = []
+    for address in listening:
+        if ipaddress.ip_address(address.host).is_unspecified:
+            v4 = address.protocol == "ip4"
+            hosts = [*get_network_addrs(4 if v4 else 6), "127.0.0.1" if v4 else "::1"]
+            found += [Address(address.protocol, host, address.port) for host in hosts]
+        else:
+            found.append(address)
+    return list(dict.fromkeys(found))
+
+
+class AddressBook:
+    """Where peers may be dialled, as far as this host was told. Bounded; forgets the peer heard of
+    longest ago."""
+
+    def __init__(self) -> None:
+        self._peers: OrderedDict[PeerId, dict[Address, None]] = OrderedDict()
+
+    def add(self, peer: PeerId, addresses: Iterable[Address]) -> None:
+        """Remember addresses; those told last are dialled first."""
+        known = self._peers.pop(peer, {})
+        told = {Address(a.protocol, a.host, a.port): None for a in addresses if a.port}
+        merged = {**told, **{a: None for a in known if a not in told}}
+        self._peers[peer] = dict(list(merged.items())[:MAX_ADDRESSES_PER_PEER])
+        if len(self._peers) > MAX_KNOWN_PEERS:
+            self._peers.popitem(last=False)
+
+    def get(self, peer: PeerId) -> list[Address]:
+        """Return the addresses of ``peer``, the newest first."""
+        return list(self._peers.get(peer, ()))

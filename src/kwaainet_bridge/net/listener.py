@@ -1,0 +1,74 @@
+"""Listening sockets: bound before the host says that it runs, one accept loop each."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from kwaainet_bridge.errors import ConfigError, RemoteError
+from kwaainet_bridge.net.addresses import Address, parse_address
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 256
+
+
+def parse_listen_address(text: str) -> Address:
+    """Read an address to listen on. ConfigError, which names it, if that is not
+    ``/ip4|ip6/<host>/tcp/<port>``."""
+    try:
+        address = parse_address(text)
+    except RemoteError as e:
+        raise ConfigError(f"listen address {text!r}: {e}") from e
+    if address is None or address.protocol not in ("ip4", "ip6") or address.peer is not None:
+        raise ConfigError(
+            f"listen address {text!r}: expected /ip4/<address>/tcp/<port> or /ip6/<address>/tcp/<port>"
+        )
+    return address
+
+
+async def bind(address: Address) -> tuple[trio.SocketListener, Address]:
+    """Open a listening socket; return it and ``address`` with the port it got.
+
+    Raises ConfigError, which names the address and the remedy, if the port is taken or the address is not
+    this machine's.
+    """
+    listener = trio.socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.protocol == "ip6":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        await listener.bind((address.host, address.port))
+        listener.listen(_BACKLOG)
+    except OSError as e:
+        listener.close()
+        raise ConfigError(f"cannot listen on {address}: {_explain(e)}") from e
+    return trio.SocketListener(listener), Address(address.protocol, address.host, listener.getsockname()[1])
+
+
+def _explain(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "the port is in use; stop the program that holds it, or choose another (0 picks a free one)"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine has no such address; listen on one of its own, or on 0.0.0.0"
+    if error.errno == errno.EACCES:
+        return "not permitted; ports below 1024 need privileges, choose a higher one"
+    return error.strerror or str(error)
+
+
+async def accept(
+    listener: trio.SocketListener,
+    serve: Callable[[trio.SocketStream], Awaitable[None]],
+    nursery: trio.Nursery,
+    until: trio.CancelScope,
+) -> None:
+    """Start ``serve`` in ``nursery`` for each connection, until ``until`` is cancelled.
+
+    ``serve`` owns the stream until it returns, and must not raise.
+    """
+    with until:
+        await trio.serve_listeners(serve, [listener], handler_nursery=nursery)
