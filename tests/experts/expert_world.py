@@ -20,8 +20,6 @@ from kwaainet_bridge.wire.peer_id import PeerId
 VECTORS = Path(__file__).parent.parent / "vectors" / "petals-tiny-llama"
 MODEL = VECTORS / "model"
 PREFIX = "tiny-llama-hf"
-CACHE_TOKENS = 8192
-"""The recorded server had room for this many tokens of one block."""
 
 
 def peer(number: int) -> PeerId:

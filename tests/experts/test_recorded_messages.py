@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 import trio
-from expert_world import CACHE_TOKENS, VECTORS, tiny_world
+from expert_world import VECTORS, tiny_world
 
 from kwaainet_bridge.errors import HandlerError
 from kwaainet_bridge.hivemind.experts import methods
@@ -72,8 +72,8 @@ def assert_same_tensors(ours, recorded):
 
 @pytest.fixture
 async def world():
-    # the recorded server held 8192 tokens of one block for each of its four blocks together
-    async with tiny_world(cache_bytes=CACHE_TOKENS * 2 * 2 * 16 * 4, max_length=8192) as world:
+    # the recorded servers had room for 8192 tokens of one block, so for 2048 of all four
+    async with tiny_world(cache_tokens=2048, max_length=8192) as world:
         yield world
 
 

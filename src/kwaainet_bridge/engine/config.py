@@ -18,8 +18,8 @@ class EngineConfig:
     """One model, one span of its blocks.
 
     ``model`` is a folder in the Hugging Face layout or a hub repository id; ``revision`` concerns the
-    latter. ``blocks`` None serves all. ``dtype`` "auto" keeps the checkpoint's. ``cache_bytes`` is the KV
-    cache budget of all sessions together; None takes ``defaults.CACHE_TOKENS`` tokens for each served block.
+    latter. ``blocks`` None serves all. ``dtype`` "auto" keeps the checkpoint's. ``cache_tokens`` is the
+    room of the KV cache for all sessions together: tokens of one sequence through all served blocks.
     ``max_length`` is in tokens per session, ``max_batch_tokens`` in batch times tokens per forward or
     backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
     """
@@ -28,7 +28,7 @@ class EngineConfig:
     blocks: range | None = None
     dtype: torch.dtype | Literal["auto"] = "auto"
     device: str = "cpu"
-    cache_bytes: int | None = None
+    cache_tokens: int = defaults.CACHE_TOKENS
     max_length: int = defaults.MAX_LENGTH
     max_batch_tokens: int = defaults.MAX_BATCH_TOKENS
     threads: int | None = None
@@ -39,13 +39,11 @@ class EngineConfig:
         if self.dtype != "auto" and self.dtype not in SUPPORTED_DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
             raise ConfigError(f"dtype {self.dtype} is not supported: choose one of {known}, or auto")
-        for name in ("max_length", "max_batch_tokens"):
+        for name in ("cache_tokens", "max_length", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
-        if self.cache_bytes is not None and self.cache_bytes < 0:
-            raise ConfigError(f"cache_bytes must not be negative, got {self.cache_bytes}")
 
 
 @dataclass(frozen=True, slots=True)

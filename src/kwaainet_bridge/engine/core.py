@@ -39,18 +39,22 @@ class Engine:
         self.max_batch_tokens = config.max_batch_tokens
         self.cache_bytes_per_token = 2 * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         """Bytes of keys and values of one block for one token of one sequence."""
-        total = config.cache_bytes
-        if total is None:
-            total = defaults.CACHE_TOKENS * len(span.blocks) * self.cache_bytes_per_token
-        self._budget = CacheBudget(total)
+        self._budget = CacheBudget(config.cache_tokens * len(span.blocks) * self.cache_bytes_per_token)
         self._span = span
         self._compute = compute
 
     @classmethod
-    async def load(cls, config: EngineConfig, *, progress: Progress | None = None) -> Engine:
+    async def load(
+        cls,
+        config: EngineConfig,
+        *,
+        progress: Progress | None = None,
+        on_described: Callable[[ModelInfo, range], None] | None = None,
+    ) -> Engine:
         """Read the configured blocks and return an engine that can serve them.
 
-        ``progress`` is called in the trio thread, before each file is fetched and after each block is read.
+        ``on_described`` is told the model and its served blocks as soon as they are known, before weights are
+        read; ``progress`` before each file is fetched and after each block is read; both in the trio thread.
         Raises CheckpointError if the model cannot be read or served, ConfigError if it has no such blocks.
         Cancelled: the block being read is finished first, a download is left behind; nothing stays in
         memory.
@@ -63,6 +67,8 @@ class Engine:
         compute = ComputeThread()
         try:
             span, model = await compute.run(partial(_prepare, config, checkpoint))
+            if on_described is not None:
+                on_described(model, span.blocks)
             sizes = [span.weight_bytes(block) for block in span.blocks]
 
             def tell(blocks_done: int, file: str | None) -> None:
