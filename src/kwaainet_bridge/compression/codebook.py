@@ -86,16 +86,18 @@ class Uniform8(CodebookCodec):
         if not (torch.isfinite(mean) and torch.isfinite(std)):
             self.refuse("tensors with values that are not finite or whose squares overflow float32")
         per_bucket = 1 / (_RANGE_IN_SIGMAS * std / BUCKETS)
-        if not torch.isfinite(per_bucket):  # all values are equal, or as good as
-            return torch.full_like(centered, _MIDDLE, dtype=torch.int64)
-        # torch's own quantizer computes centered * per_bucket + 128 with a single rounding to float32;
-        # float64 holds the product exactly
+        # torch's own quantizer rounds centered * per_bucket + 128 to float32 once; float64 holds the product
+        # exactly. Of equal values per_bucket is infinite and the product NaN, which it puts into the last
+        # bucket.
         position = (centered.double() * per_bucket.double() + _MIDDLE).to(torch.float32)
-        return position.round_().clamp_(0, BUCKETS - 1).to(torch.int64)
+        return position.round_().clamp_(0, BUCKETS - 1).nan_to_num_(nan=BUCKETS - 1).to(torch.int64)
 
 
 class Quantile8(CodebookCodec):
-    """Buckets that hold equally many values, as far as quantiles of quantiles of large chunks can tell."""
+    """Buckets that hold equally many values, as far as quantiles of quantiles of large chunks can tell.
+
+    The last bits of quantiles differ between numpy 1.26 and 2.3, so two peers may cut between other values.
+    """
 
     compression = CompressionType.QUANTILE_8BIT
 
@@ -108,11 +110,12 @@ class Quantile8(CodebookCodec):
 
 
 def _quantiles(values: np.ndarray) -> np.ndarray:
-    """The BUCKETS + 1 quantiles of ``values``, float32."""
+    """The BUCKETS + 1 quantiles of ``values``, float32 or, from numpy 1, float64."""
     wanted = np.linspace(0.0, 1.0, num=BUCKETS + 1, dtype=np.float32)
     size = _chunk_size(len(values))
     chunks = [np.quantile(values[i : i + size], wanted) for i in range(0, len(values), size)]
-    return np.quantile(np.asarray(chunks, dtype=np.float32), wanted).astype(np.float32)
+    quantiles: np.ndarray = np.quantile(np.asarray(chunks, dtype=np.float32), wanted)
+    return quantiles
 
 
 def _chunk_size(count: int) -> int:

@@ -1,0 +1,86 @@
+"""The codecs against hivemind itself, on tensors that no recording holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.errors import CompressionError
+from kwaainet_bridge.wire.tensors import decode_tensor, encode_tensor
+
+pytestmark = pytest.mark.interop
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(os.environ.get("KWAAINET_BRIDGE_PEERS", ROOT / ".venv-peers")) / "bin" / "python"
+SHAPES = [[1], [2], [3, 5], [1, 1, 64], [2, 3, 700], [4097]]
+DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
+
+
+def ask_stock(requests: list[dict], folder: Path) -> list[str]:
+    (folder / "requests").write_text(json.dumps(requests))
+    script = Path(__file__).with_name("stock_codecs.py")
+    subprocess.run(
+        [PYTHON, "-W", "ignore", script, folder / "requests", folder / "answers"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "USE_LEGACY_BFLOAT16": "0"},
+        check=True,
+        timeout=120,
+    )
+    return json.loads((folder / "answers").read_text())
+
+
+def bits(tensor: torch.Tensor) -> str:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(20)
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            normal = torch.randn(shape, generator=generator)
+            for values in (
+                normal,
+                normal**5,
+                torch.full(shape, 2.7),
+                (normal * 4).round() / 4,
+                torch.zeros(shape),
+            ):
+                yield values.to(dtype)
+
+
+def encodings():
+    for tensor in tensors():
+        for compression in CompressionType:
+            try:
+                yield tensor, compression, encode_tensor(tensor, compression)
+            except CompressionError:
+                assert tensor.dtype == torch.bfloat16
+
+
+def test_stock_reads_what_we_write(tmp_path):
+    ours = [message for _, _, message in encodings()]
+    answers = ask_stock([{"message": message.SerializeToString().hex()} for message in ours], tmp_path)
+    for message, answer in zip(ours, answers, strict=True):
+        decoded = decode_tensor(message)
+        assert answer == f"{decoded.dtype} {list(decoded.shape)} {bits(decoded)}"
+
+
+def test_we_write_what_stock_writes(tmp_path):
+    """BLOCKWISE_8BIT is left out: stock Petals pins a bitsandbytes that its hivemind cannot encode with."""
+    ours = [e for e in encodings() if e[1] != CompressionType.BLOCKWISE_8BIT]
+    requests = [
+        {
+            "values": bits(tensor),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "compression": int(compression),
+        }
+        for tensor, compression, _ in ours
+    ]
+    for (tensor, compression, message), answer in zip(ours, ask_stock(requests, tmp_path), strict=True):
+        assert message.SerializeToString().hex() == answer, (tensor.shape, tensor.dtype, compression)
