@@ -46,8 +46,9 @@ class Process:
             stderr=self._stderr(),
             start_new_session=True,
         )
-        for watch in (self._read, self._wait):
-            threading.Thread(target=watch, name=f"{name} {watch.__name__}", daemon=True).start()
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._read, self._wait)]
+        for thread in self._threads:
+            thread.start()
 
     def _stderr(self) -> Any:
         return subprocess.STDOUT
@@ -63,8 +64,8 @@ class Process:
 
     def _read(self) -> None:
         assert self._popen.stdout is not None
-        with self.log.open("a", encoding="utf-8") as log:
-            for raw in self._popen.stdout:
+        with self._popen.stdout as output, self.log.open("a", encoding="utf-8") as log:
+            for raw in output:
                 line = COLOURS.sub("", raw.decode(errors="replace")).rstrip("\n")
                 log.write(line + "\n")
                 log.flush()
@@ -146,6 +147,14 @@ class Process:
             time.sleep(0.01)
         for path in sockets:
             path.unlink(missing_ok=True)
+        for thread in self._threads:
+            thread.join()  # all ends of its pipes are closed now
+        self._close_input()
+
+    def _close_input(self) -> None:
+        assert self._popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._popen.stdin.close()
 
     def terminate(self, grace: float) -> None:
         """Ask the process itself to end by SIGTERM, and kill what is left after ``grace`` seconds."""
@@ -263,9 +272,7 @@ class Driver(Process):
 
     def stop(self) -> None:
         """End its input, at which it ends by itself, and then whatever is left."""
-        assert self._popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.close()
+        self._close_input()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(GRACE_SECONDS)
         self.kill()

@@ -102,9 +102,8 @@ class Handlers:
         try:
             while True:
                 await call.send(response(1000))
-        except trio.Cancelled:
+        finally:  # by cancellation, or because a write failed: whichever tells of the caller's leaving first
             self._events["cancelled", call.context.method].set()
-            raise
 
     async def _wait_for_cancellation(self, context: CallContext) -> None:
         self._events["started", context.method].set()
