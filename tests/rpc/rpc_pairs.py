@@ -38,12 +38,12 @@ async def memory_pair() -> AsyncIterator[Pair]:
 
 @asynccontextmanager
 async def libp2p_pair() -> AsyncIterator[Pair]:
-    from kwaainet_bridge.net.identity import ephemeral_identity
+    from kwaainet_bridge.net.identity import Identity
 
     from kwaainet_bridge.net import HostConfig, open_host
 
     def config() -> HostConfig:
-        return HostConfig(identity=ephemeral_identity(), listen=("/ip4/127.0.0.1/tcp/0",))
+        return HostConfig(identity=Identity.generate("ed25519"), listen=("/ip4/127.0.0.1/tcp/0",))
 
     async with open_host(config()) as client, open_host(config()) as server:
         await client.connect(server.addresses()[0])
