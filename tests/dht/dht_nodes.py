@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.memory import MemoryHost, MemoryNetwork
 from kwaainet_bridge.rpc.client import RpcClient
 from kwaainet_bridge.rpc.server import RpcServer
@@ -26,12 +27,32 @@ def peer_id(number: int) -> PeerId:
     return PeerId(b"\x12\x20" + number.to_bytes(32, "big"))
 
 
+class CountingClient(RpcClient):
+    """Keeps the names of the methods it called, and how many calls it had in flight at most."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.called: list[str] = []
+        self.most_in_flight = 0
+        self._in_flight = 0
+
+    async def call(self, peer: PeerId, method: Any, request: Any, *, timeout: float) -> Any:
+        self.called.append(method.name)
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        try:
+            return await super().call(peer, method, request, timeout=timeout)
+        finally:
+            self._in_flight -= 1
+
+
 class Swarm:
     """Starts nodes; each joins through one that was started before it."""
 
     def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
         self.network = MemoryNetwork(nursery)
         self.nodes: list[DhtNode] = []
+        self.clients: dict[DhtNode, CountingClient] = {}
         self._stack = stack
         self._random = random.Random(0)
         self._hosts = 0
@@ -42,7 +63,9 @@ class Swarm:
 
     async def start(self, *, join: bool = True, clock: Any = clock, **options: Any) -> DhtNode:
         host = self.host()
-        node = DhtNode(host, RpcServer(host), RpcClient(host), clock=clock, rng=self._random, **options)
+        client = CountingClient(host)
+        node = DhtNode(host, RpcServer(host), client, clock=clock, rng=self._random, **options)
+        self.clients[node] = client
         await self._stack.enter_async_context(node.running())
         known = [node for node in self.nodes if not node.client_mode]
         if known and join:

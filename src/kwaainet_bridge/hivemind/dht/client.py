@@ -55,8 +55,8 @@ class DhtClient:
     async def ping(self, peer: PeerId, *, validate: bool = False, timeout: float | None = None) -> Pong:
         """Ask who a peer is. With ``validate`` also compare clocks and have the peer call us back.
 
-        Raises ClockSkew, and the peer is then not added to the table; or CallBackFailed (never in client
-        mode), and it is. Source of both checks: hivemind 1.1.12, ``dht/protocol.py``.
+        Raises ClockSkew, and the peer is then left alone; or CallBackFailed (never in client mode), and it is
+        used nevertheless. Source of both checks: hivemind 1.1.12, ``dht/protocol.py``.
         """
         request = pb.PingRequest(peer=self._node, validate=validate)
         async with self._slots:
@@ -64,7 +64,12 @@ class DhtClient:
             response = await self._call(peer, PING, request, timeout=timeout)
             received, seconds = self._clock(), trio.current_time() - started
         if validate:
-            _check_clock(peer, response.dht_time, sent, received)
+            try:
+                _check_clock(peer, response.dht_time, sent, received)
+            except ClockSkew:
+                # its call-back has introduced it meanwhile
+                self._contacts.failed(peer, back_off=True)
+                raise
         pong = Pong(self._answered(peer, response), seconds)
         if validate and not self._client_mode and not response.available:
             raise CallBackFailed(
