@@ -54,6 +54,7 @@ class Swarm:
         self._traits: dict[PeerId, ServerTraits] = {}
         self._bans = Bans()
         self._read_at = -math.inf
+        self._readings = 0
         self._reading = trio.Lock()
 
     @property
@@ -103,14 +104,14 @@ class Swarm:
         return self._rng.sample(spans, len(spans))
 
     async def refresh(self, *, max_age: float = 0.0) -> None:
-        """Read the records again unless they are at most ``max_age`` seconds old.
+        """Read the records again unless they are younger than ``max_age`` seconds.
 
         When the DHT cannot be read, the known spans stay in use; without any, its error is raised.
         """
-        asked_at = self._clock()
+        readings = self._readings
         async with self._reading:
             # whoever waited for another task's reading need not repeat it
-            if self._read_at > asked_at or self._clock() - self._read_at <= max_age:
+            if self._readings != readings or self._clock() - self._read_at < max_age:
                 return
             try:
                 self._spans = await self._read()
@@ -119,6 +120,7 @@ class Swarm:
                     raise
                 log.warning("%s: keeping the known servers, the DHT was not readable: %s", self.prefix, e)
             self._read_at = self._clock()
+            self._readings += 1
             log.debug("%s: %d servers online", self.prefix, len(self._spans))
             await self._measure()
 
