@@ -15,6 +15,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.dht import DhtNode, Item
 from kwaainet_bridge.hivemind.experts.records import MODEL_REGISTRY_KEY, ServerInfo, ServerState, block_uid
+from kwaainet_bridge.hivemind.experts.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,16 @@ class Announcer:
         self._model = {"num_blocks": model_blocks, "repository": page}
         self._period = period
         self._clock = clock
+
+    def set_throughput(self, measured: Throughput) -> None:
+        """Announce these rates from the next round on."""
+        self.info = replace(
+            self.info,
+            throughput=measured.overall,
+            inference_rps=measured.inference_rps,
+            forward_rps=measured.forward_rps,
+            network_rps=measured.network_rps,
+        )
 
     async def run(self) -> None:
         """Renew the records every period until cancelled, beginning one period from now."""

@@ -7,7 +7,7 @@ Source: Petals main ``server/handler.py``, ``utils/packaging.py``; hivemind 1.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,9 +156,14 @@ def optional(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 async def decode_tensors(messages: Sequence[Tensor]) -> list[torch.Tensor]:
     """Decode tensors, large ones off the event loop. Raises RemoteError naming the field."""
-    if sum(len(m.buffer) for m in messages) <= defaults.DECODE_INLINE_BYTES:
-        return [decode_tensor(m) for m in messages]
-    return await trio.to_thread.run_sync(lambda: [decode_tensor(m) for m in messages])
+
+    def decode() -> list[torch.Tensor]:
+        # the codec restores the sender's requires_grad; no peer makes this node record graphs
+        return [decode_tensor(m).detach() for m in messages]
+
+    if sum(len(m.buffer) for m in messages) <= _inline_bytes(m.compression for m in messages):
+        return decode()
+    return await trio.to_thread.run_sync(decode)
 
 
 async def encode_tensors(
@@ -175,9 +180,15 @@ async def encode_tensors(
         except ValueError as e:
             raise Refusal(str(e), kind="ValueError") from e
 
-    if sum(t.numel() * t.element_size() for t in tensors) <= defaults.DECODE_INLINE_BYTES:
+    if sum(t.nbytes for t in tensors) <= _inline_bytes(compression):
         return encode()
     return await trio.to_thread.run_sync(encode)
+
+
+def _inline_bytes(compression: Iterable[int]) -> int:
+    """How much may be coded on the event loop: a copy is far quicker than a compression."""
+    plain = all(c == CompressionType.NONE for c in compression)
+    return defaults.INLINE_BYTES if plain else defaults.INLINE_COMPRESSED_BYTES
 
 
 async def receive_joined(
