@@ -286,9 +286,7 @@ class DhtNode:
                 log.debug("search: %s", e)
                 return None
             return {
-                key: Step(
-                    [c for c in answer.neighbours if self._contacts.may_ask(c)], take_in(contact, key, answer)
-                )
+                key: Step(answer.neighbours, finished=take_in(contact, key, answer))
                 for key, answer in answers.items()
             }
 
@@ -297,7 +295,6 @@ class DhtNode:
             contact.node_id: contact
             for target in targets
             for contact in self._contacts.nearest(target, defaults.DHT_BUCKET_SIZE)
-            if self._contacts.may_ask(contact)
         }
         return await search(targets, seeds.values(), ask)
 

@@ -111,9 +111,9 @@ async def search(
 ) -> dict[DhtId, list[Contact]]:
     """Find up to ``width`` live nodes nearest to each target, nearest first, starting from ``seeds``.
 
-    At most ``workers`` calls of ``ask`` run at a time, each with at most ``targets_per_call`` targets.
-    Neither the own node nor peers that must not be asked may be among the seeds or neighbours. Has no
-    deadline: ``ask`` does. Cancelled: running calls are cancelled, nothing else remains.
+    At most ``workers`` calls of ``ask`` run at a time, each with at most ``targets_per_call`` targets. Nodes
+    that must not be asked, as the own one, ``ask`` fails. Has no deadline: ``ask`` does. Cancelled: running
+    calls are cancelled, nothing else remains.
     """
     beams = {target: Beam(target, width=width, max_asked=max_asked) for target in targets}
     seeds = list(seeds)
