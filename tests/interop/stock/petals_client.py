@@ -69,9 +69,20 @@ class Commands:
         self._models: dict[str, Loaded] = {}
 
     def load(
-        self, key: str, model: str, prefix: str, peers: list[str], *, dtype: str = "float32", **options: Any
+        self,
+        key: str,
+        model: str,
+        prefix: str,
+        peers: list[str],
+        *,
+        dtype: str = "float32",
+        reference: bool = True,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Open the model of a folder; ``options`` go to the Petals configuration (tuning_mode, pre_seq_len, ...)."""
+        """Open the model of a folder, and without ``reference=False`` load it here too.
+
+        ``options`` go to the Petals configuration (tuning_mode, pre_seq_len, ...).
+        """
         start = time.perf_counter()
         remote = petals.AutoDistributedModelForCausalLM.from_pretrained(
             model,
@@ -80,15 +91,23 @@ class Commands:
             torch_dtype=getattr(torch, dtype),
             **{"max_retries": 3, "show_route": False, **options},
         )
-        local = transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
-        local.requires_grad_(False)
+        local = None
+        if reference:
+            local = transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
+            local.requires_grad_(False)
         self._models[key] = Loaded(remote, local)
         return {
             "seconds": time.perf_counter() - start,
-            "blocks": local.config.num_hidden_layers,
-            "hidden_size": local.config.hidden_size,
-            "vocabulary": local.config.vocab_size,
+            "blocks": remote.config.num_hidden_layers,
+            "hidden_size": remote.config.hidden_size,
+            "vocabulary": remote.config.vocab_size,
         }
+
+    def forget(self, key: str) -> None:
+        """Stop asking the swarm for the servers of a model, and drop it."""
+        manager = self._models.pop(key).blocks.sequence_manager
+        manager.shutdown()
+        manager.dht.shutdown()
 
     def route(self, key: str) -> list[dict[str, Any]]:
         """The spans that the next session would use, in order."""

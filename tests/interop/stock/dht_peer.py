@@ -1,0 +1,122 @@
+"""Stock Hivemind DHT nodes in one process, each with a daemon of its own; driven over stdin and stdout (lines.py).
+
+Commands::
+
+    start {initial_peers, client_mode}                     -> {node, peer, addresses}
+    dht   {initial_peers}                                  -> the same, for a ``hivemind.DHT`` in its own process
+    store {node, items: [{key, subkey, value, ttl}]}       -> list of bool
+    get   {node, keys, latest}                             -> {key: null | {value, expiration} | {subkeys: {...}}}
+    known {node}                                           -> peer ids in its routing table
+
+Event: ``ready``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+import hivemind
+from hivemind.dht import DHTNode
+from hivemind.utils import ValueWithExpiration, get_dht_time
+from lines import Lines
+
+lines = Lines()
+LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "nat_port_map": False, "auto_nat": False}
+
+
+def readable(found: Any) -> Any:
+    """What a get returned, as JSON."""
+    if found is None:
+        return None
+    value, expiration = found.value, found.expiration_time
+    if isinstance(value, dict) and all(isinstance(entry, ValueWithExpiration) for entry in value.values()):
+        subkeys = {key: {"value": e.value, "expiration": e.expiration_time} for key, e in value.items()}
+        return {"subkeys": subkeys, "expiration": expiration}
+    return {"value": value, "expiration": expiration}
+
+
+class Commands:
+    def __init__(self) -> None:
+        self._nodes: list[Any] = []
+
+    def _added(self, node: Any, peer: Any, maddrs: list[Any]) -> dict[str, Any]:
+        self._nodes.append(node)
+        return {
+            "node": len(self._nodes) - 1,
+            "peer": peer.to_base58(),
+            "addresses": [str(maddr) for maddr in maddrs],
+        }
+
+    async def start(self, initial_peers: list[str], *, client_mode: bool = False) -> dict[str, Any]:
+        node = await DHTNode.create(initial_peers=initial_peers, client_mode=client_mode, **LOOPBACK)
+        return self._added(node, node.peer_id, await node.get_visible_maddrs())
+
+    async def dht(self, initial_peers: list[str]) -> dict[str, Any]:
+        dht = await asyncio.to_thread(
+            hivemind.DHT, initial_peers=initial_peers, start=True, await_ready=True, **LOOPBACK
+        )
+        return self._added(dht, dht.peer_id, dht.get_visible_maddrs())
+
+    async def store(self, node: int, items: list[dict[str, Any]]) -> list[bool]:
+        stored = []
+        for item in items:
+            expiration = get_dht_time() + item["ttl"]
+            target, subkey = self._nodes[node], item.get("subkey")
+            if isinstance(target, hivemind.DHT):
+                ok = await asyncio.to_thread(
+                    target.store, item["key"], item["value"], expiration, subkey=subkey
+                )
+            else:
+                ok = await target.store(item["key"], item["value"], expiration, subkey=subkey)
+            stored.append(bool(ok))
+        return stored
+
+    async def get(self, node: int, keys: list[str], *, latest: bool = True) -> dict[str, Any]:
+        target = self._nodes[node]
+        if isinstance(target, hivemind.DHT):
+            return {key: readable(await asyncio.to_thread(target.get, key, latest=latest)) for key in keys}
+        expiration = float("inf") if latest else None
+        found = await target.get_many(keys, sufficient_expiration_time=expiration)
+        return {key: readable(value) for key, value in found.items()}
+
+    async def known(self, node: int) -> list[str]:
+        return [peer.to_base58() for peer in self._nodes[node].protocol.routing_table.peer_id_to_uid]
+
+    async def shutdown(self) -> None:
+        for node in self._nodes:
+            if isinstance(node, hivemind.DHT):
+                await asyncio.to_thread(node.shutdown)
+            else:
+                await node.shutdown()
+
+
+async def main() -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
+    commands = Commands()
+    running: set[asyncio.Task[None]] = set()
+
+    async def run(request: dict[str, Any]) -> None:
+        arguments = {k: v for k, v in request.items() if k not in ("id", "do")}
+        try:
+            lines.result(request, await getattr(commands, request["do"])(**arguments))
+        except Exception as e:
+            lines.error(request, e)
+
+    lines.event("ready")
+    while line := await reader.readline():
+        task = asyncio.create_task(run(json.loads(line)))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    await commands.shutdown()
+    os._exit(0)  # threads of the library may still wait for what the test left open
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

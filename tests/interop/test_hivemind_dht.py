@@ -1,0 +1,180 @@
+"""Our DHT nodes and stock ones in one network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from child_processes import Driver, PeerError
+from stock_swarm import START_SECONDS, StockEnvironment
+
+from kwaainet_bridge.hivemind.dht import DhtNode, FoundEntry, Item
+from kwaainet_bridge.net import Host, HostConfig, open_host
+from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.rpc.client import RpcClient
+from kwaainet_bridge.rpc.server import RpcServer
+
+
+@pytest.fixture
+def stock_nodes(stock: StockEnvironment) -> Iterator[Driver]:
+    with stock.script("dht_peer.py") as driver:
+        driver.event("ready", within=START_SECONDS)
+        yield driver
+
+
+class Node:
+    """One of ours, with its host."""
+
+    def __init__(self, host: Host, **options: Any) -> None:
+        self.host = host
+        self.dht = DhtNode(host, RpcServer(host), RpcClient(host), **options)
+
+    async def join(self, addresses: list[str]) -> None:
+        peers = [await self.host.connect(address) for address in addresses]
+        results = await self.dht.bootstrap(peers)
+        assert all(result.ok for result in results), results
+
+
+@asynccontextmanager
+async def our_node(**options: Any) -> AsyncIterator[Node]:
+    async with open_host(HostConfig(identity=Identity.generate("ed25519"))) as host:
+        node = Node(host, **options)
+        async with node.dht.running():
+            yield node
+
+
+async def test_a_stock_dht_joins_through_our_node(stock_nodes: Driver) -> None:
+    async with our_node() as ours:
+        theirs = await stock_nodes.aask("dht", initial_peers=ours.host.addresses())
+        assert [str(contact.peer) for contact in ours.dht.neighbours()] == [theirs["peer"]]
+
+        expiration = time.time() + 300
+        assert (await ours.dht.store("plain", [1, 2.5, "three"], expiration)).ok
+        assert (await ours.dht.store("both", {"b": True}, expiration, subkey="ours")).ok
+        items = [
+            {"key": "their plain", "value": {"a": [1, None]}, "ttl": 300},
+            {"key": "both", "value": "theirs", "ttl": 200, "subkey": "stock"},
+        ]
+        assert await stock_nodes.aask("store", node=theirs["node"], items=items) == [True, True]
+
+        keys = ["plain", "both", "their plain", "nothing"]
+        found = await stock_nodes.aask("get", node=theirs["node"], keys=keys)
+        assert found["plain"] == {"value": [1, 2.5, "three"], "expiration": expiration}
+        assert found["both"]["subkeys"]["ours"] == {"value": {"b": True}, "expiration": expiration}
+        assert found["both"]["subkeys"]["stock"]["value"] == "theirs"
+        assert found["nothing"] is None
+
+        read = await ours.dht.get_many(keys)
+        assert read["their plain"].value == {"a": [1, None]}
+        assert read["both"].value["ours"] == FoundEntry({"b": True}, expiration)
+        assert read["both"].value["stock"].value == "theirs"
+        assert read["nothing"] is None
+
+
+async def test_our_node_joins_through_a_stock_dht(stock_nodes: Driver) -> None:
+    theirs = await stock_nodes.aask("dht", initial_peers=[])
+    items = [
+        {"key": "before", "value": 1, "ttl": 300},
+        {"key": "both", "value": "theirs", "ttl": 300, "subkey": "stock"},
+    ]
+    assert await stock_nodes.aask("store", node=theirs["node"], items=items) == [True, True]
+    async with our_node() as ours:
+        await ours.join(theirs["addresses"][:1])
+        assert (await ours.dht.get("before")).value == 1
+        result = await ours.dht.store("both", "ours", time.time() + 300, subkey="bridge")
+        assert {str(peer) for peer in result.accepted} == {theirs["peer"], str(ours.host.peer_id)}
+        found = await stock_nodes.aask("get", node=theirs["node"], keys=["both"])
+        assert {key: entry["value"] for key, entry in found["both"]["subkeys"].items()} == {
+            "stock": "theirs",
+            "bridge": "ours",
+        }
+        assert await ours.dht.ping(ours.dht.neighbours()[0].peer) < 3
+
+
+async def test_clients_of_either_kind_are_served_and_not_remembered(stock_nodes: Driver) -> None:
+    async with our_node() as ours, our_node(client_mode=True) as our_client:
+        their_client = await stock_nodes.aask("start", initial_peers=ours.host.addresses(), client_mode=True)
+        theirs = await stock_nodes.aask("start", initial_peers=ours.host.addresses())
+        await our_client.join(theirs["addresses"][:1])
+
+        item = {"key": "from their client", "value": 1, "ttl": 300}
+        assert await stock_nodes.aask("store", node=their_client["node"], items=[item]) == [True]
+        assert (await our_client.dht.store("from our client", 2, time.time() + 300)).ok
+        assert (await our_client.dht.get("from their client")).value == 1
+        found = await stock_nodes.aask("get", node=their_client["node"], keys=["from our client"])
+        assert found["from our client"]["value"] == 2
+
+        assert [str(contact.peer) for contact in ours.dht.neighbours()] == [theirs["peer"]]
+        known = await stock_nodes.aask("known", node=theirs["node"])
+        assert known == [str(ours.host.peer_id)]
+
+
+async def test_a_stock_node_refuses_us_when_our_clock_is_wrong(stock_nodes: Driver) -> None:
+    async with our_node(clock=lambda: time.time() + 10) as ours:
+        with pytest.raises(PeerError, match="local time must be within 3 seconds"):
+            await stock_nodes.aask("start", initial_peers=ours.host.addresses())
+
+
+async def test_later_records_win_on_both_sides(stock_nodes: Driver) -> None:
+    async with our_node() as ours:
+        theirs = await stock_nodes.aask("start", initial_peers=ours.host.addresses())
+        now = time.time()
+        assert (await ours.dht.store("key", "later", now + 300)).ok
+        item = {"key": "key", "value": "earlier", "ttl": 200}
+        assert await stock_nodes.aask("store", node=theirs["node"], items=[item]) == [False]
+        item = {"key": "key", "value": "latest", "ttl": 400}
+        assert await stock_nodes.aask("store", node=theirs["node"], items=[item]) == [True]
+        assert (await ours.dht.get("key")).value == "latest"
+        result = await ours.dht.store("key", "later again", now + 350)
+        assert len(result.refused) == 2
+        # a subkey replaces an earlier value, a value replaces an earlier dictionary
+        assert (await ours.dht.store("key", 1, now + 500, subkey="sub")).ok
+        found = await stock_nodes.aask("get", node=theirs["node"], keys=["key"])
+        assert found["key"]["subkeys"] == {"sub": {"value": 1, "expiration": now + 500}}
+
+
+async def test_a_mixed_swarm_finds_everything(stock_nodes: Driver) -> None:
+    """8 stock nodes and 4 of ours: every key that one kind stores, all of the other kind find."""
+    async with AsyncExitStack() as stack:
+        ours = [await stack.enter_async_context(our_node()) for _ in range(4)]
+        theirs = [await stock_nodes.aask("start", initial_peers=ours[0].host.addresses())]
+        addresses = [ours[0].host.addresses()[0], theirs[0]["addresses"][0]]
+        for number, node in enumerate(ours[1:]):
+            await node.join([addresses[number % 2]])
+        theirs += [
+            await stock_nodes.aask("start", initial_peers=[addresses[number % 2]]) for number in range(7)
+        ]
+
+        expiration = time.time() + 300
+        for number, node in enumerate(ours):
+            items = [Item(f"ours {number} {n}", [number, n], expiration) for n in range(8)]
+            items.append(Item("all", number, expiration, subkey=f"ours {number}"))
+            results = await node.dht.store_many(items)
+            assert all(len(result.accepted) == 5 for result in results), results
+        for number, node in enumerate(theirs):
+            items = [{"key": f"theirs {number} {n}", "value": [number, n], "ttl": 300} for n in range(4)]
+            items.append({"key": "all", "value": number, "ttl": 300, "subkey": f"theirs {number}"})
+            assert all(await stock_nodes.aask("store", node=node["node"], items=items))
+
+        our_keys = {f"ours {number} {n}": [number, n] for number in range(4) for n in range(8)}
+        their_keys = {f"theirs {number} {n}": [number, n] for number in range(8) for n in range(4)}
+        members = {f"ours {n}": n for n in range(4)} | {f"theirs {n}": n for n in range(8)}
+        for node in theirs:
+            found = await stock_nodes.aask("get", node=node["node"], keys=[*our_keys, "all"])
+            everyone = found.pop("all")["subkeys"]
+            assert {key: value and value["value"] for key, value in found.items()} == our_keys
+            assert {subkey: entry["value"] for subkey, entry in everyone.items()} == members
+
+        async def read(node: Node) -> None:
+            found = await node.dht.get_many([*their_keys, "all"])
+            everyone = found.pop("all").value
+            assert {key: value and value.value for key, value in found.items()} == their_keys
+            assert {subkey: entry.value for subkey, entry in everyone.items()} == members
+
+        async with trio.open_nursery() as nursery:
+            for node in ours:
+                nursery.start_soon(read, node)
