@@ -113,6 +113,15 @@ ABANDONED_WRITE_SECONDS: Final = 10.0
 LAST_WORDS_SECONDS: Final = 1.0
 """How long a closing connection waits for what is queued to leave."""
 
+MAX_IDENTIFY_BYTES: Final = 64 * KIB
+"""What a peer says of itself; stock messages are under 2 KiB."""
+
+MAX_PROTOCOLS_PER_PEER: Final = 1024
+"""Protocols kept of those that a peer says it serves; a stock server with several averagers has about 30."""
+
+PING_IDLE_SECONDS: Final = 60.0
+"""A ping stream without a ping is closed after this long, as go-libp2p does."""
+
 KAD_BUCKET_PEERS: Final = 20
 """Peers in a Kademlia answer and peers a lookup returns: the network's k."""
 
@@ -276,6 +285,18 @@ REACHABILITY_CHECKS_AT_ONCE: Final = 4
 """Dial-backs at one time, so that the service cannot be used to make this node flood others."""
 
 # --- node -----------------------------------------------------------------------------------------------
+
+BOOTSTRAP_ATTEMPT_SECONDS: Final = 15.0
+"""Limit of one attempt at a bootstrap peer: dialling, handshakes and the DHT's greeting."""
+
+BOOTSTRAP_RETRY_SECONDS: Final = 2.0
+"""Mean wait after the first failed attempt; doubled by each further one, with full jitter."""
+
+BOOTSTRAP_LONGEST_RETRY_SECONDS: Final = 300.0
+"""Longest mean wait before the next attempt."""
+
+BOOTSTRAP_CHECK_SECONDS: Final = 10.0
+"""How often a node looks whether a bootstrap peer is still connected."""
 
 DRAIN_SECONDS: Final = 60.0
 """How long running sessions may go on after SIGTERM. Service managers kill after 90 s by default."""

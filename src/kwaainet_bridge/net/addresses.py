@@ -50,6 +50,10 @@ class Address:
         """:attr:`transport` in the binary form that peers exchange."""
         return bytes(Multiaddr(self.transport).to_bytes())
 
+    def without_peer(self) -> Address:
+        """The same address without ``/p2p/…``."""
+        return Address(self.protocol, self.host, self.port)
+
     def __str__(self) -> str:
         return self.transport if self.peer is None else f"{self.transport}/p2p/{self.peer}"
 
@@ -130,7 +134,7 @@ class AddressBook:
     def add(self, peer: PeerId, addresses: Iterable[Address]) -> None:
         """Remember addresses; those told last are dialled first."""
         known = self._peers.pop(peer, {})
-        told = {Address(a.protocol, a.host, a.port): None for a in addresses if a.port}
+        told = {a.without_peer(): None for a in addresses if a.port}
         merged = {**told, **{a: None for a in known if a not in told}}
         self._peers[peer] = dict(list(merged.items())[:MAX_ADDRESSES_PER_PEER])
         if len(self._peers) > MAX_KNOWN_PEERS:

@@ -1,28 +1,50 @@
-"""Identify: what this host says of itself when a peer asks. Source: libp2p identify specification."""
+"""Identify and its push: what peers say of themselves. Source: libp2p identify specification."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
 
 import kwaainet_bridge
-from kwaainet_bridge.net.addresses import Address
+from kwaainet_bridge.defaults import (
+    MAX_ADDRESSES_PER_PEER,
+    MAX_IDENTIFY_BYTES,
+    MAX_PROTOCOL_ID_BYTES,
+    MAX_PROTOCOLS_PER_PEER,
+)
+from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.net.addresses import Address, parse_binary_address
+from kwaainet_bridge.net.stream import Stream
+from kwaainet_bridge.wire.envelope import DelimitedDecoder
 from kwaainet_bridge.wire.varint import encode_uvarint
 
 IDENTIFY = "/ipfs/id/1.0.0"
+IDENTIFY_PUSH = "/ipfs/id/push/1.0.0"
 
 _PROTOCOL_VERSION = "ipfs/0.1.0"
 _AGENT_VERSION = f"kwaainet-bridge/{kwaainet_bridge.__version__}"
+_READ_BYTES = 16 * 1024
 
 
-def identify_message(
+@dataclass(frozen=True)
+class PeerDescription:
+    """What a connected peer says of itself. Only its identity is proven; the rest is its word."""
+
+    agent: str
+    protocols: frozenset[str]
+    addresses: tuple[Address, ...]
+
+
+def encode_identify(
     public_key: bytes, listening: Iterable[Address], protocols: Iterable[str], observed: bytes
 ) -> bytes:
-    """Encode the length-prefixed answer.
+    """Encode the length-prefixed message.
 
-    There is no signed peer record: py-libp2p's leaves out the key type when it is RSA, which Go peers
-    report as an error on every connection; without one they take the plain addresses, which noise has
-    authenticated already. ``public_key`` is the protobuf ``PublicKey``, ``observed`` the binary address
-    the peer came from.
+    ``public_key`` is the protobuf ``PublicKey``, ``observed`` the binary address the peer came from.
+    There is no signed peer record: noise has authenticated the sender, and stock daemons then take the
+    plain addresses.
     """
     from libp2p.identity.identify.pb.identify_pb2 import Identify
 
@@ -35,3 +57,30 @@ def identify_message(
         protocols=sorted(protocols),
     ).SerializeToString()
     return encode_uvarint(len(body)) + body
+
+
+def decode_identify(body: bytes) -> PeerDescription:
+    """Read a message without its prefix. Unusable addresses are left out. RemoteError if it is malformed."""
+    from libp2p.identity.identify.pb.identify_pb2 import Identify
+
+    try:
+        message = Identify.FromString(body)
+    except DecodeError as e:
+        raise RemoteError(f"identify: {e}") from e
+    addresses = (parse_binary_address(a) for a in message.listen_addrs[:MAX_ADDRESSES_PER_PEER])
+    protocols = message.protocols[:MAX_PROTOCOLS_PER_PEER]
+    return PeerDescription(
+        agent=message.agent_version[:MAX_PROTOCOL_ID_BYTES],
+        protocols=frozenset(p for p in protocols if len(p) <= MAX_PROTOCOL_ID_BYTES),
+        addresses=tuple(a for a in addresses if a is not None and a.port),
+    )
+
+
+async def read_identify(stream: Stream) -> PeerDescription:
+    """Read one message. Raises RemoteError if it is malformed, too long or cut short."""
+    decoder = DelimitedDecoder(MAX_IDENTIFY_BYTES)
+    while data := await stream.read(_READ_BYTES):
+        for body in decoder.feed(data):
+            return decode_identify(body)
+    decoder.finish()
+    raise RemoteError("identify: the peer sent nothing")

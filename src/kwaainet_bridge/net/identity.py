@@ -43,13 +43,15 @@ _PrivateKey = rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
 class Identity:
     """A private key and its peer id. From a file it holds that file's lock until :meth:`release`.
 
-    ``serialized`` is the key as the file has it. A context manager that releases at its end.
+    ``serialized`` is the private key as the file has it, ``public_key`` the protobuf ``PublicKey`` that peers
+    exchange. A context manager that releases at its end.
     """
 
     def __init__(self, serialized: bytes, *, path: Path | None = None, lock: FileLock | None = None) -> None:
         self.serialized = serialized
         self.path = path
-        self.peer_id = _peer_id(_parse(serialized, path))
+        self.public_key = _public_key(_parse(serialized, path))
+        self.peer_id = _peer_id(self.public_key)
         self._lock = lock
 
     @classmethod
@@ -176,13 +178,15 @@ def _parse(serialized: bytes, path: Path | None) -> _PrivateKey:
     raise IdentityError(f"{name} holds a key of kind {kind}; only RSA and ED25519 are supported")
 
 
-def _peer_id(key: _PrivateKey) -> PeerId:
+def _public_key(key: _PrivateKey) -> bytes:
     if isinstance(key, rsa.RSAPrivateKey):
         data = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        public = keys_pb2.PublicKey(type=keys_pb2.RSA, data=data).SerializeToString()
-    else:
-        data = key.public_key().public_bytes_raw()
-        public = keys_pb2.PublicKey(type=keys_pb2.ED25519, data=data).SerializeToString()
-    if len(public) <= _INLINE_KEY_BYTES:
-        return PeerId(bytes([0x00, len(public)]) + public)
-    return PeerId(b"\x12\x20" + hashlib.sha256(public).digest())
+        return keys_pb2.PublicKey(type=keys_pb2.RSA, data=data).SerializeToString()
+    data = key.public_key().public_bytes_raw()
+    return keys_pb2.PublicKey(type=keys_pb2.ED25519, data=data).SerializeToString()
+
+
+def _peer_id(public_key: bytes) -> PeerId:
+    if len(public_key) <= _INLINE_KEY_BYTES:
+        return PeerId(bytes([0x00, len(public_key)]) + public_key)
+    return PeerId(b"\x12\x20" + hashlib.sha256(public_key).digest())

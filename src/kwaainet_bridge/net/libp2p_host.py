@@ -1,4 +1,4 @@
-"""The one host of a node: our connections, py-libp2p's handshake and services, our protocols."""
+"""The one host of a node: its listeners, its connections, and the protocols it serves."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import trio
-from multiaddr import Multiaddr
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import (
@@ -27,20 +25,25 @@ from kwaainet_bridge.net.addresses import (
     reachable_forms,
     split_peer_address,
 )
-from kwaainet_bridge.net.connections import Connections
+from kwaainet_bridge.net.connections import Connection, Connections
 from kwaainet_bridge.net.dialer import Dialer
 from kwaainet_bridge.net.host import Host, StreamHandler
-from kwaainet_bridge.net.identify import IDENTIFY, identify_message
+from kwaainet_bridge.net.identify import (
+    IDENTIFY,
+    IDENTIFY_PUSH,
+    PeerDescription,
+    encode_identify,
+    read_identify,
+)
 from kwaainet_bridge.net.identity import Identity
-from kwaainet_bridge.net.library import as_net_stream, build_host, check_library, noise_transport
+from kwaainet_bridge.net.kademlia import KAD, Kademlia
+from kwaainet_bridge.net.library import check_library, noise_transport
 from kwaainet_bridge.net.listener import accept, bind, parse_listen_address
+from kwaainet_bridge.net.ping import PING, answer_pings
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.net.yamux import YamuxConnection
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.peer_id import PeerId
-
-if TYPE_CHECKING:
-    from libp2p.host.basic_host import BasicHost
 
 log = logging.getLogger(__name__)
 
@@ -60,23 +63,21 @@ class HostConfig:
 
 
 @asynccontextmanager
-async def open_host(config: HostConfig) -> AsyncIterator[Host]:
+async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
     """Run a host until the end of the block; then its connections are closed and its handlers cancelled.
 
-    Raises ConfigError for an address that cannot be listened on or announced.
+    Serves identify, ping and Kademlia. Raises ConfigError for an address that cannot be listened on or
+    announced.
     """
     check_library()
-    listen = [parse_listen_address(text) for text in config.listen]
     announce = [_parse_announce_address(text) for text in config.announce]
-    bound = [await bind(address) for address in listen]
-    own = announce or reachable_forms(address for _, address in bound)
-    noise = noise_transport(config.identity)
-    library, swarm = build_host(config.identity, noise, lambda: [Multiaddr(a.transport) for a in own])
+    bound: list[tuple[trio.SocketListener, Address]] = []
     try:
-        async with library.run([]), trio.open_nursery() as nursery:
-            host = Libp2pHost(config, own, library, nursery)
-            host.connections = Connections(nursery, noise, swarm, host.dispatch, limit=config.max_connections)
-            host.dialer = Dialer(nursery, host.connections.upgrade_outbound)
+        for text in config.listen:
+            bound.append(await bind(parse_listen_address(text)))  # noqa: PERF401 - kept as far as it came
+        own = announce or reachable_forms(address for _, address in bound)
+        async with trio.open_nursery() as nursery:
+            host = Libp2pHost(config, own, nursery)
             listening = trio.CancelScope()
             for listener, _ in bound:
                 nursery.start_soon(accept, listener, host.connections.serve, nursery, listening)
@@ -86,7 +87,6 @@ async def open_host(config: HostConfig) -> AsyncIterator[Host]:
                 listening.cancel()
                 with trio.CancelScope(shield=True):
                     await host.connections.close()
-                    await library.close()
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise _single(group) from None
@@ -96,7 +96,7 @@ async def open_host(config: HostConfig) -> AsyncIterator[Host]:
 
 
 def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Take a lone exception of the block out of the groups that the nurseries around it put it in."""
+    """Take a lone exception of the block out of the group that the nursery around it put it in."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
@@ -110,25 +110,36 @@ def _parse_announce_address(text: str) -> Address:
         raise ConfigError(f"announced address {text!r}: {e}") from e
     if address is None or not address.port:
         raise ConfigError(f"announced address {text!r}: expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>")
-    return Address(address.protocol, address.host, address.port)
+    return address.without_peer()
 
 
 class Libp2pHost(Host):
     """See :class:`Host`. Made by :func:`open_host` only."""
 
-    connections: Connections
-    dialer: Dialer
-
-    def __init__(
-        self, config: HostConfig, own: Sequence[Address], library: BasicHost, nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, config: HostConfig, own: Sequence[Address], nursery: trio.Nursery) -> None:
         self.peer_id = config.identity.peer_id
-        self._own = own
-        self._library = library
+        self.connections = Connections(
+            nursery,
+            noise_transport(config.identity),
+            accept=self._accept,
+            greet=self._ask_who,
+            limit=config.max_connections,
+        )
+        self._identity = config.identity
+        self._own = tuple(own)
         self._nursery = nursery
+        self._dialer = Dialer(nursery, self.connections.upgrade_outbound)
         self._book = AddressBook()
-        self._handlers: dict[str, StreamHandler] = {}
-        self.serve(IDENTIFY, self._identify)
+        self._described: dict[PeerId, PeerDescription] = {}
+        self._kademlia = Kademlia(self)
+        self._handlers: dict[str, StreamHandler] = {
+            IDENTIFY: self._identify,
+            IDENTIFY_PUSH: self._take_push,
+            KAD: self._kademlia.serve,
+            PING: answer_pings,
+        }
+
+    # --- peers
 
     def addresses(self) -> list[str]:
         return [f"{address.transport}/p2p/{self.peer_id}" for address in self._own]
@@ -136,56 +147,79 @@ class Libp2pHost(Host):
     def connected_peers(self) -> list[PeerId]:
         return self.connections.peers()
 
+    async def wait_disconnected(self, peer: PeerId) -> None:
+        """Return once no connection to ``peer`` is open; at once if there is none."""
+        await self.connections.wait_disconnected(peer)
+
     def add_addresses(self, peer: PeerId, addresses: Sequence[str]) -> None:
         self._book.add(peer, [a for a in map(parse_address, addresses) if a is not None])
 
-    def known_addresses(self, peer: PeerId) -> list[Address]:
-        """Where ``peer`` may be dialled: what this host was told, then what the peer said of itself."""
-        from libp2p.peer.id import ID
-        from libp2p.peer.peerstore import PeerStoreError
+    def known_addresses(self, peer: PeerId) -> list[str]:
+        return [f"{address.transport}/p2p/{peer}" for address in self.where(peer)]
 
-        try:
-            own = self._library.get_peerstore().addrs(ID(peer.raw))
-        except PeerStoreError:
-            own = []
-        said = [parse_address(str(a)) for a in own[: defaults.MAX_ADDRESSES_PER_PEER]]
-        return list(dict.fromkeys([*self._book.get(peer), *(a for a in said if a is not None and a.port)]))
+    def where(self, peer: PeerId) -> list[Address]:
+        """:meth:`known_addresses`, parsed; this host's own addresses for itself."""
+        return list(self._own) if peer == self.peer_id else self._book.get(peer)
+
+    def description(self, peer: PeerId) -> PeerDescription | None:
+        """What a connected peer has said of itself; None before it has."""
+        return self._described.get(peer)
 
     async def connect(self, address: str) -> PeerId:
         peer, parsed = split_peer_address(address)
         if self.connections.find(peer) is None:
             self._refuse_self(peer)
-            await self.dialer.dial(peer, [parsed])
+            await self._dialer.dial(peer, [parsed])
         self._book.add(peer, [parsed])
         return peer
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        connection = await self._connection(peer)
-        stream = await connection.open_stream()
-        try:
-            await multistream.propose(stream, protocol)
-        except ProtocolNotSupported as e:
-            stream.reset_now()
-            raise ProtocolNotSupported(f"{peer} does not serve {protocol}") from e
-        except RemoteError as e:
-            stream.reset_now()
-            raise PeerUnreachable(f"{peer}: {protocol}: {e}", hop="protocol") from e
-        except BaseException:
-            stream.reset_now()
-            raise
-        stream.protocol = protocol
-        return stream
+        return await self._negotiate(await self._connection(peer), protocol)
+
+    async def open_stream_at(self, peer: PeerId, addresses: Sequence[Address], protocol: str) -> Stream:
+        """:meth:`open_stream`, dialling only at ``addresses`` and asking nobody for others."""
+        self._refuse_self(peer)
+        connection: YamuxConnection | None = self.connections.find(peer)
+        if connection is None:
+            connection = await self._dialer.dial(peer, addresses)
+        return await self._negotiate(connection, protocol)
 
     async def _connection(self, peer: PeerId) -> YamuxConnection:
         connection = self.connections.find(peer)
         if connection is not None:
             return connection
         self._refuse_self(peer)
-        return await self.dialer.dial(peer, self.known_addresses(peer))
+        known = self._book.get(peer)
+        try:
+            return await self._dialer.dial(peer, known)
+        except PeerUnreachable as unreachable:
+            found = [a for a in await self._kademlia.find_peer(peer) if a not in known]
+            if not found:
+                raise
+            log.debug("%s; found %d more addresses", unreachable, len(found))
+        self._book.add(peer, found)
+        return await self._dialer.dial(peer, found)
 
     def _refuse_self(self, peer: PeerId) -> None:
         if peer == self.peer_id:
             raise PeerUnreachable(f"{peer} is this host itself", hop="address")
+
+    async def _negotiate(self, connection: YamuxConnection, protocol: str) -> Stream:
+        stream = await connection.open_stream()
+        try:
+            await multistream.propose(stream, protocol)
+        except ProtocolNotSupported as e:
+            raise ProtocolNotSupported(f"{stream.remote} does not serve {protocol}") from e
+        except RemoteError as e:
+            raise PeerUnreachable(f"{stream.remote}: {protocol}: {e}", hop="protocol") from e
+        else:
+            stream.protocol = protocol
+            return stream
+        finally:
+            if not stream.protocol:
+                stream.reset_now()
+
+    # --- protocols
 
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         if protocol in self._handlers:
@@ -195,17 +229,14 @@ class Libp2pHost(Host):
     def unserve(self, protocol: str) -> None:
         self._handlers.pop(protocol, None)
 
-    # --- inbound streams
-
-    def dispatch(self, stream: YamuxStream) -> None:
-        """Negotiate and serve a stream that a peer opened, in a task of its own."""
+    def _accept(self, stream: YamuxStream) -> None:
         self._nursery.start_soon(self._serve_stream, stream)
 
     async def _serve_stream(self, stream: YamuxStream) -> None:
         # Whatever a peer sends, or a handler raises, ends here and touches no other stream.
         try:
             with trio.fail_after(defaults.NEGOTIATION_SECONDS):
-                stream.protocol, handler = await multistream.answer(stream, self._find_handler)
+                stream.protocol, handler = await multistream.answer(stream, self._handlers.get)
         except (RemoteError, NetworkError, trio.TooSlowError) as e:
             log.debug("no protocol with %s: %s", stream.remote, e)
             stream.reset_now()
@@ -224,25 +255,30 @@ class Libp2pHost(Host):
             if stream.closed_at is None:  # cancelled
                 stream.reset_now()
 
-    def _find_handler(self, protocol: str) -> StreamHandler | None:
-        return self._handlers.get(protocol) or self._library_handler(protocol)
-
-    def _library_handler(self, protocol: str) -> StreamHandler | None:
-        handler = self._library.get_mux().handlers.get(protocol)
-        if handler is None:
-            return None
-
-        async def serve(stream: Stream) -> None:
-            assert isinstance(stream, YamuxStream)
-            await handler(await as_net_stream(stream))
-
-        return serve
+    # --- identify
 
     async def _identify(self, stream: Stream) -> None:
-        assert isinstance(stream, YamuxStream)
-        library = self._library
-        protocols = {*self._handlers, *(str(p) for p in library.get_mux().get_protocols() if p)}
-        observed = self.connections.remote_address(stream.connection)
-        await stream.write(
-            identify_message(library.get_public_key().serialize(), self._own, protocols, observed)
-        )
+        connection = self.connections.find(stream.remote)
+        observed = connection.remote_address if connection is not None else b""
+        await stream.write(encode_identify(self._identity.public_key, self._own, self._handlers, observed))
+
+    async def _take_push(self, stream: Stream) -> None:
+        self._describe(stream.remote, await read_identify(stream))
+
+    async def _ask_who(self, connection: Connection) -> None:
+        try:
+            with trio.fail_after(defaults.NEGOTIATION_SECONDS):
+                stream = await self._negotiate(connection, IDENTIFY)
+                try:
+                    self._describe(connection.remote, await read_identify(stream))
+                finally:
+                    await stream.close()
+        except (NetworkError, RemoteError, trio.TooSlowError) as e:
+            log.debug("no identify from %s: %s", connection.remote, e)
+        await connection.closed.wait()
+        if self.connections.find(connection.remote) is None:
+            self._described.pop(connection.remote, None)
+
+    def _describe(self, peer: PeerId, description: PeerDescription) -> None:
+        self._described[peer] = description
+        self._book.add(peer, description.addresses)
