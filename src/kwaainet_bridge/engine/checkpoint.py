@@ -95,7 +95,8 @@ class Checkpoint:
         return list(dict.fromkeys(self._locate(name) for name in tensors))
 
     def fetch(self, file: str) -> Path:
-        """Where ``file`` lies, fetched first if it has to be. CheckpointError if the model has no such file."""
+        """Where ``file`` lies, fetched first if it has to be. CheckpointError if the model has no such
+        file."""
         path = self.find(file)
         if path is None:
             where = self.repository or self.folder

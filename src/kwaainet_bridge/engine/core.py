@@ -14,7 +14,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import passes
 from kwaainet_bridge.engine.budget import CacheBudget
-from kwaainet_bridge.engine.checkpoint import Checkpoint
+from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
 from kwaainet_bridge.engine.compute import ComputeThread
 from kwaainet_bridge.engine.config import EngineConfig, LoadProgress, ModelInfo
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
@@ -50,18 +50,20 @@ class Engine:
         *,
         progress: Progress | None = None,
         on_described: Callable[[ModelInfo, range], None] | None = None,
+        download: Download = hub_download,
     ) -> Engine:
         """Read the configured blocks and return an engine that can serve them.
 
         ``on_described`` is told the model and its served blocks as soon as they are known, before weights are
         read; ``progress`` before each file is fetched and after each block is read; both in the trio thread.
-        Raises CheckpointError if the model cannot be read or served, ConfigError if it has no such blocks.
+        ``download`` fetches the files of a hub repository, in a worker thread. Raises CheckpointError if the
+        model cannot be read or served, ConfigError if it has no such blocks.
         Cancelled: the block being read is finished first, a download is left behind; nothing stays in
         memory.
         """
         report = progress or (lambda _progress: None)
         checkpoint = await trio.to_thread.run_sync(
-            partial(Checkpoint, config.model, revision=config.revision),
+            partial(Checkpoint, config.model, revision=config.revision, download=download),
             abandon_on_cancel=True,  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
         )
         compute = ComputeThread()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kwaainet_bridge.engine import attention
@@ -76,7 +77,7 @@ def build(checkpoint: Checkpoint) -> Family:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, attn_implementation=attention.NAME, trust_remote_code=False
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise _refused(checkpoint, f"config.json is of no known model ({error})") from error
     if not hasattr(config, "num_hidden_layers") or type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001  # the only way to ask without constructing
         raise _refused(checkpoint, f"{family} is no text-only causal language model")

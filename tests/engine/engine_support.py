@@ -1,0 +1,73 @@
+"""The whole model that engines are compared with, and how close is close."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "petals-tiny-llama"
+HIDDEN = 64
+BLOCKS = 6
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+transformers.utils.logging.disable_progress_bar()
+
+
+class Reference:
+    """The whole model in transformers, up to before its final norm."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model.requires_grad_(requires_grad=False)
+        self.model.model.norm = torch.nn.Identity()
+
+    def __call__(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
+        hooks = []
+        for index, layer in enumerate(self.model.model.layers):
+
+            def add(
+                _layer: Any, args: tuple[torch.Tensor, ...], index: int = index
+            ) -> tuple[torch.Tensor, ...] | None:
+                if prompts is None:
+                    return None
+                state = args[0]
+                padded = torch.nn.functional.pad(prompts[index], (0, 0, 0, state.shape[1] - prompts.shape[2]))
+                return (state + padded, *args[1:])
+
+            hooks.append(layer.register_forward_pre_hook(add))
+        try:
+            return self.model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to ``tolerance`` of the largest expected value."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if actual.numel() == 0:
+        return
+    difference = (actual - expected).abs().max().item()
+    assert difference <= tolerance * max(1.0, expected.abs().max().item()), difference

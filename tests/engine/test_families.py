@@ -1,0 +1,164 @@
+"""Families beyond Llama that keep to the contracts, dtypes, and those that are refused with a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tr
+from engine_support import BLOCKS, HIDDEN, SIZES, Reference, close
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.engine import Engine, EngineConfig
+from kwaainet_bridge.engine.span import Span
+from kwaainet_bridge.errors import CheckpointError, ConfigError
+
+ALL = range(BLOCKS)
+LONG = 40
+
+
+def tokens(count: int = LONG) -> torch.Tensor:
+    return torch.randn(2, count, HIDDEN, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(tr.Qwen2Config(**SIZES), id="qwen2"),
+        pytest.param(tr.Qwen3Config(**SIZES), id="qwen3"),
+        pytest.param(tr.MistralConfig(**SIZES, sliding_window=7), id="mistral"),
+        pytest.param(
+            tr.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=3),
+            id="qwen2-window",
+        ),
+        pytest.param(tr.Gemma3TextConfig(**SIZES, sliding_window=7, query_pre_attn_scalar=16), id="gemma3"),
+        pytest.param(
+            tr.Phi3Config(
+                **SIZES | {"head_dim": 8},
+                pad_token_id=0,
+                original_max_position_embeddings=32,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "factor": 4.0,
+                },
+            ),
+            id="phi3-longrope",
+        ),
+    ],
+)
+async def test_a_family_equals_its_own_model(
+    config: Any, save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(config)
+    reference, engine = Reference(folder), await Engine.load(EngineConfig(str(folder)))
+    count = 30 if config.model_type == "phi3" else LONG  # longrope changes its mind about all tokens after 32
+    hidden = tokens(count)
+    expected = reference(hidden)
+    close(await engine.forward(hidden, ALL), expected, 2e-5)
+    async with engine.open_session(ALL, 2, LONG) as session:
+        outputs = [await session.step(part) for part in hidden.split([11, 1, 1, 9, 1, count - 23], 1)]
+    close(torch.cat(outputs, 1), expected, 2e-5)
+    monkeypatch.setattr(defaults, "MERGED_STEP_TOKENS", 0)
+    monkeypatch.setattr(defaults, "PIECE_TOKENS", 20)
+    async with engine.open_session(ALL, 2, LONG) as session:
+        close(await session.step(hidden), expected, 2e-5)
+    inputs = hidden.clone().requires_grad_()
+    reference(inputs).backward(hidden)
+    close((await engine.backward(hidden, hidden, ALL))[0], inputs.grad, 1e-4)
+    await engine.aclose()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+async def test_half_precision(
+    llama_folder: Path, llama: Reference, dtype: torch.dtype, tolerance: float
+) -> None:
+    engine = await Engine.load(EngineConfig(str(llama_folder), dtype=dtype))
+    assert engine.model.dtype == dtype
+    assert engine.cache_bytes_per_token == 2 * 2 * 16 * 2
+    hidden = tokens()
+    async with engine.open_session(ALL, 2, LONG) as session:
+        outputs = [await session.step(part) for part in hidden.split([30, 1, 9], 1)]
+    output = torch.cat(outputs, 1)
+    assert output.dtype == dtype
+    close(output.float(), llama(hidden), tolerance)
+    close((await engine.forward(hidden, ALL)).float(), llama(hidden), tolerance)
+    grad_input, grad_prompts = await engine.backward(hidden, hidden, ALL, torch.zeros(BLOCKS, 1, 2, HIDDEN))
+    assert grad_prompts is not None
+    assert {grad_input.dtype, grad_prompts.dtype} == {dtype}
+    await engine.aclose()
+
+
+async def test_auto_is_how_the_weights_are_stored(save_model: Callable[..., Path]) -> None:
+    config = tr.LlamaConfig(**SIZES)
+    config.dtype = torch.bfloat16
+    engine = await Engine.load(EngineConfig(str(save_model(config)), blocks=range(1)))
+    assert engine.model.dtype == torch.bfloat16
+    await engine.aclose()
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"dtype torch\.int8 is not supported: choose one of float32, bfloat16"
+    ):
+        EngineConfig("model", dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (tr.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128), "decoder layers are not where"),
+        (tr.GptOssConfig(**SIZES, num_local_experts=2), "s_aux is not supported"),
+        (tr.MixtralConfig(**SIZES, num_local_experts=2), "stores weights in a layout"),
+        (
+            tr.Gemma2Config(**SIZES, query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
+            "attention with softcap is not supported",
+        ),
+        (
+            tr.LlamaConfig(
+                **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+            ),
+            "rope scaling is 'dynamic'",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+async def test_a_family_that_does_not_fit_is_refused(
+    config: Any, reason: str, save_model: Callable[..., Path]
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        await Engine.load(EngineConfig(str(save_model(config))))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+        ({"model_type": "from-the-future"}, "of no known model"),
+        ({"hidden_size": 65}, "of no known model|cannot be constructed"),
+        ({"model_type": "clip"}, "no text-only causal language model"),
+    ],
+)
+async def test_a_configuration_that_does_not_fit_is_refused(
+    change: dict[str, Any], reason: str, save_model: Callable[..., Path]
+) -> None:
+    folder = save_model(tr.LlamaConfig(**SIZES))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=reason):
+        await Engine.load(EngineConfig(str(folder)))
+
+
+async def test_blocks_that_compute_something_else_are_refused(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Span.run
+    monkeypatch.setattr(Span, "run", lambda *args, **kwargs: run(*args, **kwargs) * 1.01)
+    with pytest.raises(CheckpointError, match="differs from what its own attention gives"):
+        await Engine.load(EngineConfig(str(llama_folder)))
