@@ -160,6 +160,9 @@ DHT_CALL_SECONDS: Final = 3.0
 DHT_CALL_BACK_SECONDS: Final = 2.0
 """Longest wait for a caller to answer our call-back: less than the 3 s after which the caller gives up."""
 
+DHT_CALL_BACKS: Final = 64
+"""Callers that are called back at the same time; more are told that they cannot be reached."""
+
 DHT_CLOCK_SKEW_SECONDS: Final = 3.0
 """Largest difference between two nodes' clocks; beyond it stock peers refuse each other."""
 
@@ -294,9 +297,6 @@ BOOTSTRAP_RETRY_SECONDS: Final = 2.0
 
 BOOTSTRAP_LONGEST_RETRY_SECONDS: Final = 300.0
 """Longest mean wait before the next attempt."""
-
-BOOTSTRAP_CHECK_SECONDS: Final = 10.0
-"""How often a node looks whether a bootstrap peer is still connected."""
 
 DRAIN_SECONDS: Final = 60.0
 """How long running sessions may go on after SIGTERM. Service managers kill after 90 s by default."""

@@ -393,3 +393,30 @@ async def test_unreadable_values_of_others_are_skipped(autojump_clock: MockClock
         assert await nodes.nodes[0].get("key") == Found(
             {"good": FoundEntry(1, LATER)}, LATER, is_dictionary=True
         )
+
+
+async def test_a_node_that_is_another_than_it_was_taken_for_is_found_by_its_true_id(
+    autojump_clock: MockClock,
+) -> None:
+    async with swarm(4) as nodes:
+        writer, other = nodes.nodes[0], nodes.nodes[1]
+        key = DhtId.of("key")
+        writer._contacts.heard_from(key, other.peer_id)  # as if it had restarted with a new id since
+        assert Contact(key, other.peer_id) in writer.neighbours()
+        result = await writer.store("key", 1, LATER)
+        assert sorted(result.accepted) == sorted(node.peer_id for node in nodes.nodes)
+        assert Contact(other.node_id, other.peer_id) in writer.neighbours()
+        assert Contact(key, other.peer_id) not in writer.neighbours()
+
+
+async def test_records_too_large_to_pass_on_are_read_but_not_passed_on(autojump_clock: MockClock) -> None:
+    async with swarm(8) as nodes:
+        key = DhtId.of("key")
+        holder, *_, nearest = sorted(nodes.nodes, key=lambda node: node.node_id.distance(key), reverse=True)
+        holder._storage._max_record_bytes = 2 * defaults.DHT_MAX_RECORD_BYTES
+        value = bytes(defaults.DHT_MAX_RECORD_BYTES + 1)
+        assert holder._storage.store(key, pack(value), LATER, now=clock())
+        reader = next(node for node in nodes.nodes if node not in (holder, nearest))
+        assert (await reader.get("key")).value == value
+        await trio.sleep(1)
+        assert nearest._cache.get(key, now=clock()) is None

@@ -112,6 +112,32 @@ async def test_a_caller_that_cannot_be_called_back_is_told_so_in_time(
     assert peer.node.neighbours() == []
 
 
+async def test_a_caller_is_called_back_once_at_a_time(autojump_clock: MockClock, peer: Peer) -> None:
+    peer.pong = None
+    request = pb.PingRequest(peer=peer.info, validate=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer.call, PING, request)
+        await trio.sleep(0.1)
+        started = trio.current_time()
+        assert not (await peer.call(PING, request)).available
+        assert trio.current_time() == started
+    assert len(peer.pings) == 1
+
+
+async def test_silent_callers_do_not_keep_a_node_from_its_own_calls(
+    autojump_clock: MockClock, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defaults, "DHT_CALL_BACKS", 3)
+    callers = [Peer(peer.swarm, peer.node, node_id=100 + n) for n in range(4)]
+    async with trio.open_nursery() as nursery:
+        for caller in callers:
+            caller.pong = None
+            nursery.start_soon(caller.call, PING, pb.PingRequest(peer=caller.info, validate=True))
+        await trio.sleep(0.1)
+        assert [len(caller.pings) for caller in callers].count(1) == 3
+        assert await peer.node.ping(peer.host.peer_id) < 0.1
+
+
 async def test_a_caller_that_gives_another_node_id_when_called_back_is_not_available(
     autojump_clock: MockClock, peer: Peer
 ) -> None:

@@ -13,6 +13,7 @@ from kwaainet_bridge.hivemind.dht import messages
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE, FindAnswer, StoreItem
+from kwaainet_bridge.hivemind.dht.routing import Contact
 from kwaainet_bridge.rpc.client import RpcClient
 from kwaainet_bridge.rpc.method import Req, Res, UnaryMethod
 from kwaainet_bridge.wire.pb import dht_pb2 as pb
@@ -49,20 +50,40 @@ class DhtClient:
         self._clock = clock
         self._timeout = timeout
         self._slots = trio.CapacityLimiter(parallel)
+        self._called_back: set[PeerId] = set()
         self._client_mode = client_mode
         self._node = pb.NodeInfo() if client_mode else pb.NodeInfo(node_id=contacts.own_id.to_bytes())
 
-    async def ping(self, peer: PeerId, *, validate: bool = False, timeout: float | None = None) -> Pong:
+    async def ping(self, peer: PeerId, *, validate: bool = False) -> Pong:
         """Ask who a peer is. With ``validate`` also compare clocks and have the peer call us back.
 
         Raises ClockSkew, and the peer is then left alone; or CallBackFailed (never in client mode), and it is
         used nevertheless. Source of both checks: hivemind 1.1.12, ``dht/protocol.py``.
         """
-        request = pb.PingRequest(peer=self._node, validate=validate)
         async with self._slots:
-            sent, started = self._clock(), trio.current_time()
-            response = await self._call(peer, PING, request, timeout=timeout)
-            received, seconds = self._clock(), trio.current_time() - started
+            return await self._ping(peer, validate=validate, timeout=self._timeout)
+
+    async def call_back(self, peer: PeerId) -> DhtId | None:
+        """The node id of a peer that asked whether it can be reached; None if it cannot.
+
+        Also None if the same peer, or too many others, are being called back already: nobody may keep this node
+        from its own calls by asking.
+        """
+        if peer in self._called_back or len(self._called_back) >= defaults.DHT_CALL_BACKS:
+            return None
+        self._called_back.add(peer)
+        try:
+            return (await self._ping(peer, validate=False, timeout=defaults.DHT_CALL_BACK_SECONDS)).node_id
+        except (NetworkError, RemoteError):
+            return None
+        finally:
+            self._called_back.discard(peer)
+
+    async def _ping(self, peer: PeerId, *, validate: bool, timeout: float) -> Pong:
+        request = pb.PingRequest(peer=self._node, validate=validate)
+        sent, started = self._clock(), trio.current_time()
+        response = await self._call(peer, PING, request, timeout=timeout)
+        received, seconds = self._clock(), trio.current_time() - started
         if validate:
             try:
                 _check_clock(peer, response.dht_time, sent, received)
@@ -77,13 +98,6 @@ class DhtClient:
             )
         return pong
 
-    async def call_back(self, peer: PeerId) -> DhtId | None:
-        """The node id of a peer that asked whether it can be reached; None if it cannot."""
-        try:
-            return (await self.ping(peer, timeout=defaults.DHT_CALL_BACK_SECONDS)).node_id
-        except (NetworkError, RemoteError):
-            return None
-
     async def store(self, peer: PeerId, items: Sequence[StoreItem]) -> list[bool]:
         """Ask a peer to keep items, in as many requests as they need; returns which it accepted.
 
@@ -92,22 +106,30 @@ class DhtClient:
         accepted: list[bool] = []
         for batch in _batches(items):
             async with self._slots:
-                response = await self._call(peer, STORE, messages.store_request(batch, self._node))
+                request = messages.store_request(batch, self._node)
+                response = await self._call(peer, STORE, request, timeout=self._timeout)
             if len(response.store_ok) != len(batch):
                 raise self._wrong(peer, f"store_ok: {len(response.store_ok)} answers for {len(batch)} items")
             self._answered(peer, response)
             accepted += response.store_ok
         return accepted
 
-    async def find(self, peer: PeerId, keys: Sequence[DhtId]) -> dict[DhtId, FindAnswer]:
-        """Ask a peer what it holds for some keys and whom it knows near them. Failure leads to a back-off."""
+    async def find(self, contact: Contact, keys: Sequence[DhtId]) -> dict[DhtId, FindAnswer]:
+        """Ask a node what it holds for some keys and whom it knows near them. Failure leads to a back-off.
+
+        Raises RemoteError also if the peer is alive but no longer, or never was, the node it was taken for.
+        """
+        peer = contact.peer
+        request = messages.find_request(keys, self._node)
         async with self._slots:
-            response = await self._call(peer, FIND, messages.find_request(keys, self._node), back_off=True)
+            response = await self._call(peer, FIND, request, timeout=self._timeout, back_off=True)
         try:
             answers = messages.read_find_response(response, keys, now=self._clock())
         except RemoteError as e:
             raise self._wrong(peer, str(e), back_off=True) from e
-        self._answered(peer, response)
+        node_id = self._answered(peer, response)
+        if node_id != contact.node_id:
+            raise RemoteError(f"DHT node at {peer}: it is node {node_id}, not {contact.node_id}")
         return answers
 
     async def _call(
@@ -116,11 +138,11 @@ class DhtClient:
         method: UnaryMethod[Req, Res],
         request: Req,
         *,
-        timeout: float | None = None,
+        timeout: float,
         back_off: bool = False,
     ) -> Res:
         try:
-            return await self._rpc.call(peer, method, request, timeout=timeout or self._timeout)
+            return await self._rpc.call(peer, method, request, timeout=timeout)
         except (NetworkError, RemoteError):
             self._contacts.failed(peer, back_off=back_off)
             raise

@@ -262,8 +262,7 @@ class DhtNode:
             if key in best:
                 self._cache.store_record(key, best[key], now=self._clock())
                 if nearest[key] and nearest[key][0].node_id not in holders[key]:
-                    item = StoreItem.of_record(key, best[key], in_cache=True)
-                    self._later(partial(self._send, nearest[key][0], [item]))
+                    self._later(partial(self._cache_at, nearest[key][0], key, best[key]))
         return best
 
     # --- searching ----------------------------------------------------------------------------------------
@@ -281,7 +280,7 @@ class DhtNode:
             if not self._contacts.may_ask(contact):
                 return None
             try:
-                answers = await self._remote.find(contact.peer, keys)
+                answers = await self._remote.find(contact, keys)
             except (NetworkError, RemoteError) as e:
                 log.debug("search: %s", e)
                 return None
@@ -318,8 +317,11 @@ class DhtNode:
         """Ping a node for whose place another waits; if it fails, the call removes it."""
         await self._remote.ping(contact.peer)
 
-    async def _send(self, contact: Contact, items: Sequence[StoreItem]) -> None:
-        await self._remote.store(contact.peer, items)
+    async def _cache_at(self, contact: Contact, key: DhtId, record: Record) -> None:
+        """Give a record to a node that is nearest to its key and lacks it, so that the next reader meets it."""
+        item = StoreItem.of_record(key, record, in_cache=True)
+        if item.wire_bytes <= defaults.DHT_STORE_REQUEST_BYTES:
+            await self._remote.store(contact.peer, [item])
 
     async def _hand_over(self, newcomer: Contact) -> None:
         """Give a node that is new to us the records that it should keep and we are nearest to.
