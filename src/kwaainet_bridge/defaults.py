@@ -289,14 +289,11 @@ REACHABILITY_CHECKS_AT_ONCE: Final = 4
 
 # --- node -----------------------------------------------------------------------------------------------
 
-BOOTSTRAP_ATTEMPT_SECONDS: Final = 15.0
-"""Limit of one attempt at a bootstrap peer: dialling, handshakes and the DHT's greeting."""
+BOOTSTRAP_ROUND_SECONDS: Final = 15.0
+"""How long a start waits for its bootstrap peers to be tried; after that it goes on without."""
 
-BOOTSTRAP_RETRY_SECONDS: Final = 2.0
-"""Mean wait after the first failed attempt; doubled by each further one, with full jitter."""
-
-BOOTSTRAP_LONGEST_RETRY_SECONDS: Final = 300.0
-"""Longest mean wait before the next attempt."""
+DHT_JOIN_RETRY_SECONDS: Final = 30.0
+"""Wait before joining again through a peer that is connected but whose DHT did not accept us."""
 
 DRAIN_SECONDS: Final = 60.0
 """How long running sessions may go on after SIGTERM. Service managers kill after 90 s by default."""

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed while running, 2 wrong input (option, configuration
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,12 +44,22 @@ def main() -> None:
     """Run the command line; errors of this package end it with a message instead of a traceback."""
     try:
         app()
-    except ConfigError as e:
-        typer.secho(f"error: {e}", fg="red", err=True)
-        sys.exit(2)
-    except BridgeError as e:
-        typer.secho(f"error: {e}", fg="red", err=True)
-        sys.exit(1)
+    except* KeyboardInterrupt:
+        sys.exit(130)
+    except* BridgeError as group:
+        errors = list(_leaves(group))
+        for error in errors:
+            typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2 if isinstance(errors[0], ConfigError) else 1)
+
+
+def _leaves(group: BaseExceptionGroup[BridgeError]) -> Iterator[BaseException]:
+    """The errors inside the groups that nurseries put them in."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 def _version(value: bool) -> None:
@@ -113,7 +124,7 @@ def run(
 
     from kwaainet_bridge.cli.run import run_until_signalled
 
-    raise typer.Exit(trio.run(run_until_signalled, node_config))
+    trio.run(run_until_signalled, node_config)
 
 
 def _load(path: Path | None, overrides: dict[str, Any]) -> NodeConfig:
@@ -183,4 +194,4 @@ def demo(
     """Start a private swarm of two nodes on this machine and generate text through both."""
     from kwaainet_bridge.cli.demo import run_demo
 
-    raise typer.Exit(trio.run(run_demo, folder, prompt, once))
+    trio.run(run_demo, folder, prompt, once)

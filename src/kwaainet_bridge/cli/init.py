@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kwaainet_bridge.errors import ConfigError
 
@@ -39,7 +40,7 @@ drain_seconds: 60           # how long running sessions may go on after a stop s
 """
 
 
-def write_node_files(folder: Path, kind: str) -> Iterator[str]:
+def write_node_files(folder: Path, kind: Any) -> Iterator[str]:
     """Write ``node.yaml`` and ``identity.key`` into ``folder``; yield what a person should read.
 
     Raises ConfigError for an unknown kind of key, and for a configuration that exists already: it is never
@@ -47,7 +48,7 @@ def write_node_files(folder: Path, kind: str) -> Iterator[str]:
     """
     from kwaainet_bridge.net.identity import load_identity
 
-    if kind != "rsa" and kind != "ed25519":  # noqa: PLR1714 - this form narrows the type
+    if kind not in ("rsa", "ed25519"):
         raise ConfigError(f"--key {kind}: choose rsa or ed25519")
     config = folder / "node.yaml"
     key = folder / "identity.key"

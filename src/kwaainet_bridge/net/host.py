@@ -29,6 +29,14 @@ class Host(abc.ABC):
         """Peers with a live connection."""
 
     @abc.abstractmethod
+    async def wait_disconnected(self, peer: PeerId) -> None:
+        """Return once no connection to ``peer`` is open, at once if there is none."""
+
+    @abc.abstractmethod
+    def known_addresses(self, peer: PeerId) -> list[str]:
+        """Where ``peer`` may be dialled, as far as this host was told, by the peer itself too."""
+
+    @abc.abstractmethod
     def add_addresses(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Remember where ``peer`` may be dialled. Malformed addresses raise RemoteError."""
 

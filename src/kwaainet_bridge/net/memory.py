@@ -109,6 +109,13 @@ class MemoryNetwork:
         self.nursery = nursery
         self.hosts: dict[PeerId, MemoryHost] = {}
         self.down: set[PeerId] = set()
+        self.changed = trio.Event()
+
+    def take_down(self, peer: PeerId) -> None:
+        """Cut a host off."""
+        self.down.add(peer)
+        self.changed.set()
+        self.changed = trio.Event()
 
     def host(self, peer_id: PeerId) -> MemoryHost:
         self.hosts[peer_id] = host = MemoryHost(self, peer_id)
@@ -128,6 +135,14 @@ class MemoryHost(Host):
 
     def connected_peers(self) -> list[PeerId]:
         return [p for p in self._network.hosts if p != self.peer_id and p not in self._network.down]
+
+    async def wait_disconnected(self, peer: PeerId) -> None:
+        await trio.lowlevel.checkpoint()
+        while peer in self.connected_peers():
+            await self._network.changed.wait()
+
+    def known_addresses(self, peer: PeerId) -> list[str]:
+        return [f"/memory/0/p2p/{peer}"]
 
     def add_addresses(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Peers of one process need no addresses."""

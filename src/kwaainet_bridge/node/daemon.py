@@ -60,7 +60,7 @@ async def run_node(
             if config.networks.petals is not None:
                 await _take_part_in_petals(config, host, state, stop)
             else:
-                state.enter(Phase.SERVING, blocks=None)
+                state.enter(Phase.SERVING)
                 await stop.wait()
                 state.enter(Phase.DRAINING)
             services.cancel_scope.cancel()
@@ -77,10 +77,10 @@ async def _take_part_in_petals(config: NodeConfig, host: Host, state: NodeState,
             ReachabilityService(host.peer_id, lambda peer: dial_back(host, peer)).mount(server)
         watch = BootstrapWatch("petals", host, network.bootstrap, state, join=dht.bootstrap)
         nursery.start_soon(watch.run)
-        state.enter(Phase.BOOTSTRAPPING, peers=len(watch.addresses))
+        state.enter(Phase.BOOTSTRAPPING, peers=watch.total)
         await watch.first_round()
         if config.model is None:
-            state.enter(Phase.SERVING, blocks=None)
+            state.enter(Phase.SERVING)
             await stop.wait()
             state.enter(Phase.DRAINING)
         else:

@@ -31,6 +31,7 @@ class NodeState:
         self._changed = trio.Event()
         self.phase = Phase.STARTING
         self.since = clock()
+        self.facts: dict[str, object] = {}
         self.degraded: dict[str, str] = {}
 
     def enter(self, phase: Phase, **facts: object) -> None:
@@ -43,7 +44,7 @@ class NodeState:
             before=self.phase.value,
             **facts,
         )
-        self.phase, self.since = phase, now
+        self.phase, self.since, self.facts = phase, now, facts
         self._notify()
 
     def degrade(self, condition: str, reason: str) -> None:

@@ -1,0 +1,157 @@
+"""``kwaainet-bridge generate``: text from a swarm, streamed to the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import trio
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.config import ModelConfig, NodeConfig
+from kwaainet_bridge.engine import ClientModel, load_client_weights
+from kwaainet_bridge.errors import ConfigError, NetworkError
+from kwaainet_bridge.hivemind.client import Directory, Sampling, Swarm, TextStream, generate, open_session
+from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.net import Host, HostConfig, open_host
+from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.node.logs import configure_logging
+from kwaainet_bridge.node.models import model_source, swarm_prefix
+from kwaainet_bridge.rpc import RpcClient, RpcServer
+from kwaainet_bridge.wire.peer_id import PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """What the command line asks for; ``temperature`` 0 is greedy."""
+
+    prompt: str
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    show_route: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(
+            do_sample=self.temperature > 0,
+            temperature=self.temperature or 1.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+
+async def generate_text(config: NodeConfig, options: GenerateOptions) -> None:
+    """Find the swarm, generate, and write the text to standard output as it comes.
+
+    Raises ConfigError without a bootstrap address, NetworkError when nobody answers or blocks are missing.
+    """
+    configure_logging("warning", config.log.format)
+    network, model = config.networks.petals, config.model
+    if network is None or not network.bootstrap or model is None:
+        raise ConfigError("no swarm to ask: give an address of one of its peers with --initial-peers")
+    identity = Identity.generate("ed25519")
+    async with open_host(HostConfig(identity, listen=())) as host:
+        client = RpcClient(host)
+        dht = DhtNode(host, RpcServer(host), client, client_mode=True)
+        async with dht.running():
+            console = Console(stderr=True)
+            with _progress(console) as progress:
+                weights, tokenizer = await _load(model, progress)
+                task = progress.add_task("joining the swarm", total=None)
+                await _join(host, dht, network.bootstrap)
+                progress.remove_task(task)
+            prefix = swarm_prefix(model.name, weights.family, model.dht_prefix)
+            swarm = Swarm(client, Directory(dht, prefix, weights.num_blocks), ping=dht.ping)
+            await _write_text(swarm, weights, tokenizer, options, console)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+async def _load(model: ModelConfig, progress: Progress) -> tuple[ClientModel, Any]:
+    """Embeddings, head and tokenizer, off the event loop."""
+    source = model_source(model.name)
+    task = progress.add_task(f"loading {model.name}", total=2)
+    dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
+    weights = await trio.to_thread.run_sync(partial(load_client_weights, source, dtype=dtype))
+    progress.advance(task)
+
+    def load_tokenizer() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(weights.folder))
+
+    tokenizer = await trio.to_thread.run_sync(load_tokenizer)
+    progress.remove_task(task)
+    return weights, tokenizer
+
+
+async def _join(host: Host, dht: DhtNode, addresses: tuple[str, ...]) -> None:
+    """Join through any of the addresses, all tried at once. Raises NetworkError naming each failure."""
+    joined: list[PeerId] = []
+    failures: list[str] = []
+
+    async def attempt(address: str) -> None:
+        try:
+            with trio.fail_after(defaults.BOOTSTRAP_ROUND_SECONDS):
+                peer = await host.connect(address)
+                error = (await dht.bootstrap([peer]))[0].error
+        except NetworkError as e:
+            failures.append(f"{address}: {e}")
+        except trio.TooSlowError:
+            failures.append(f"{address}: no answer within {defaults.BOOTSTRAP_ROUND_SECONDS:g} s")
+        else:
+            if error is None:
+                joined.append(peer)
+            else:
+                failures.append(f"{address}: {error}")
+
+    async with trio.open_nursery() as nursery:
+        for address in addresses:
+            nursery.start_soon(attempt, address)
+    if not joined:
+        raise NetworkError("the swarm cannot be reached:\n  " + "\n  ".join(failures))
+
+
+async def _write_text(
+    swarm: Swarm, weights: ClientModel, tokenizer: Any, options: GenerateOptions, console: Console
+) -> None:
+    ids = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ConfigError("the prompt holds no token: give some text to continue")
+    text = TextStream(tokenizer, ids[0].tolist())
+    typer.echo(options.prompt, nl=False)
+    began = trio.current_time()
+    count = 0
+    async with open_session(swarm, max_length=ids.shape[1] + options.max_new_tokens) as session:
+        tokens = generate(
+            weights,
+            session,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            eos_token_ids=weights.eos_token_ids,
+            seed=options.seed,
+        )
+        async for new in tokens:
+            count += 1
+            typer.echo(text.feed(new), nl=False)
+        typer.echo(text.finish())
+        route = session.chain
+    seconds = trio.current_time() - began
+    if options.show_route:
+        console.print(f"route: {' => '.join(route)}", highlight=False)
+    if console.is_terminal:
+        console.print(f"{count} tokens, {count / seconds:.1f} per second", style="dim", highlight=False)
