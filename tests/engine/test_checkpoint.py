@@ -126,6 +126,12 @@ async def test_blocks_that_the_model_does_not_have(llama_folder: Path) -> None:
         await load(llama_folder, blocks=range(4, 8))
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+async def test_a_device_that_is_not_there(llama_folder: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device {device} cannot be used"):
+        await load(llama_folder, device=device)
+
+
 async def test_no_such_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a model folder nor a repository id"):
         await load(tmp_path / "nothing" / "here")

@@ -212,6 +212,11 @@ def _prepare(config: EngineConfig, checkpoint: Checkpoint) -> tuple[Span, ModelI
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    try:
+        torch.empty(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {config.device} cannot be used: {reason}") from error
     model = family.build(checkpoint)
     blocks = config.blocks if config.blocks is not None else range(model.num_blocks)
     try:
