@@ -19,11 +19,17 @@ from kwaainet_bridge.rpc.client import RpcClient
 from kwaainet_bridge.rpc.server import RpcServer
 
 
-@pytest.fixture
-def stock_nodes(stock: StockEnvironment) -> Iterator[Driver]:
+@pytest.fixture(scope="module")
+def driver(stock: StockEnvironment) -> Iterator[Driver]:
     with stock.script("dht_peer.py") as driver:
         driver.event("ready", within=START_SECONDS)
         yield driver
+
+
+@pytest.fixture
+def stock_nodes(driver: Driver) -> Iterator[Driver]:
+    yield driver
+    driver.ask("shutdown")
 
 
 class Node:

@@ -7,6 +7,7 @@ Commands::
     store {node, items: [{key, subkey, value, ttl}]}       -> list of bool
     get   {node, keys, latest}                             -> {key: null | {value, expiration} | {subkeys: {...}}}
     known {node}                                           -> peer ids in its routing table
+    shutdown {}                                            -> null, once all nodes have ended
 
 Event: ``ready``.
 """
@@ -87,7 +88,8 @@ class Commands:
         return [peer.to_base58() for peer in self._nodes[node].protocol.routing_table.peer_id_to_uid]
 
     async def shutdown(self) -> None:
-        for node in self._nodes:
+        nodes, self._nodes = self._nodes, []
+        for node in nodes:
             if isinstance(node, hivemind.DHT):
                 await asyncio.to_thread(node.shutdown)
             else:
