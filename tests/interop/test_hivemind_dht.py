@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,7 +13,8 @@ import trio
 from child_processes import Driver, PeerError
 from stock_swarm import START_SECONDS, StockEnvironment
 
-from kwaainet_bridge.hivemind.dht import DhtNode, FoundEntry, Item
+from kwaainet_bridge.hivemind.dht import DhtId, DhtNode, FoundEntry, Item
+from kwaainet_bridge.hivemind.dht.storage import LocalStorage
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.rpc.client import RpcClient
@@ -51,6 +53,26 @@ async def our_node(**options: Any) -> AsyncIterator[Node]:
         node = Node(host, **options)
         async with node.dht.running():
             yield node
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_storage_accepts_what_stock_storage_accepts(stock_nodes: Driver, seed: int) -> None:
+    rng = random.Random(seed)
+
+    def offer(n: int) -> tuple[int, str | None, str, float]:
+        ttl = -5.0 if rng.random() < 0.1 else 500.0 + n // 20 + rng.randrange(-3, 4)
+        return rng.randrange(5), rng.choice([None, "a", "b", "c"]), str(n), ttl
+
+    offers = [offer(n) for n in range(1000)]
+    storage, now = LocalStorage(max_bytes=1 << 24), 1e9
+    ours = [
+        storage.store(DhtId(key), value.encode(), now + ttl, now=now)
+        if subkey is None
+        else storage.store_subkey(DhtId(key), subkey, value.encode(), now + ttl, now=now)
+        for key, subkey, value, ttl in offers
+    ]
+    assert ours == stock_nodes.ask("offer", offers=offers)
+    assert 100 < sum(ours) < 900
 
 
 async def test_a_stock_dht_joins_through_our_node(stock_nodes: Driver) -> None:

@@ -7,6 +7,7 @@ Commands::
     store {node, items: [{key, subkey, value, ttl}]}       -> list of bool
     get   {node, keys, latest}                             -> {key: null | {value, expiration} | {subkeys: {...}}}
     known {node}                                           -> peer ids in its routing table
+    offer {offers: [[key, subkey, value, ttl]]}       -> list of bool, from a storage of its own without a node
     shutdown {}                                            -> null, once all nodes have ended
 
 Event: ``ready``.
@@ -22,6 +23,8 @@ from typing import Any
 
 import hivemind
 from hivemind.dht import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DHTLocalStorage
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from lines import Lines
 
@@ -83,6 +86,13 @@ class Commands:
         expiration = float("inf") if latest else None
         found = await target.get_many(keys, sufficient_expiration_time=expiration)
         return {key: readable(value) for key, value in found.items()}
+
+    async def offer(self, offers: list[list[Any]]) -> list[bool]:
+        storage, now = DHTLocalStorage(), get_dht_time()
+        return [
+            storage.store(DHTID(key), value.encode(), now + ttl, subkey=subkey)
+            for key, subkey, value, ttl in offers
+        ]
 
     async def known(self, node: int) -> list[str]:
         return [peer.to_base58() for peer in self._nodes[node].protocol.routing_table.peer_id_to_uid]
