@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 from dht_nodes import peer_id
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import Refusal, RemoteError
 from kwaainet_bridge.hivemind.dht import Contact, DhtId, messages
 from kwaainet_bridge.hivemind.dht.messages import StoreItem
-from kwaainet_bridge.hivemind.dht.values import Regular, dictionary
+from kwaainet_bridge.hivemind.dht.storage import LocalStorage
+from kwaainet_bridge.hivemind.dht.values import Regular, decode, dictionary, merge, read_subkey
 from kwaainet_bridge.wire.envelope import decode_answer, decode_call
 from kwaainet_bridge.wire.msgpack import pack
 from kwaainet_bridge.wire.pb import dht_pb2 as pb
@@ -191,3 +195,77 @@ def test_a_request_of_too_many_items_is_refused() -> None:
 def test_items_that_cannot_be_read(item: StoreItem) -> None:
     with pytest.raises(RemoteError, match=r"^(subkeys|values)"):
         messages.read_record(item)
+
+
+BLOBS = st.one_of(
+    st.binary(max_size=70),
+    st.sampled_from([b"", b"\xc0", peer_id(1).raw, pack("sub"), pack(dictionary([("a", b"\x01", 1.0)]))]),
+    st.builds(lambda head, tail: head + tail, st.just(b"\xc7\x0c\x50\x93"), st.binary(max_size=20)),
+)
+TIMES = st.floats(width=64)
+
+
+@given(
+    st.lists(st.tuples(BLOBS, BLOBS, BLOBS, TIMES, st.booleans()), max_size=5),
+    st.lists(BLOBS, max_size=5),
+    BLOBS,
+)
+def test_any_store_request_is_read_or_refused(
+    items: list[tuple[bytes, bytes, bytes, float, bool]], subkeys: list[bytes], node_id: bytes
+) -> None:
+    keys, own_subkeys, values, times, in_cache = zip(*items, strict=True) if items else ((),) * 5
+    request = pb.StoreRequest(
+        keys=keys,
+        subkeys=subkeys or own_subkeys,
+        values=values,
+        expiration_time=times,
+        in_cache=in_cache,
+        peer=pb.NodeInfo(node_id=node_id),
+    )
+    storage = LocalStorage(max_bytes=10_000)
+    with contextlib.suppress(RemoteError, Refusal):
+        messages.sender(request)
+        for item in messages.read_store_request(request):
+            storage.store_record(item.key, messages.read_record(item), now=1.0)
+            record = storage.get(item.key, now=1.0)
+            if record is not None:
+                messages.read_record(StoreItem.of_record(item.key, record))  # what we keep, others can read
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), BLOBS, TIMES, st.lists(BLOBS), st.lists(BLOBS)), max_size=3),
+    st.integers(0, 3),
+)
+def test_any_answer_to_a_find_is_read_or_refused(
+    results: list[tuple[int, bytes, float, list[bytes], list[bytes]]], count: int
+) -> None:
+    response = pb.FindResponse(
+        results=[
+            pb.FindResult(
+                type=kind,  # type: ignore[arg-type]
+                value=value,
+                expiration_time=time,
+                nearest_node_ids=node_ids,
+                nearest_peer_ids=peers,
+            )
+            for kind, value, time, node_ids, peers in results
+        ]
+    )
+    with contextlib.suppress(RemoteError):
+        for answer in messages.read_find_response(
+            response, [DhtId(n) for n in range(count)], now=1.0
+        ).values():
+            if answer.record is not None:
+                decode(merge(answer.record, answer.record), key="any")
+
+
+def test_the_largest_dictionary_that_is_kept_can_be_read() -> None:
+    storage = LocalStorage(max_bytes=1 << 24)
+    for n in range(defaults.DHT_MAX_RECORD_ENTRIES + 1):
+        subkey = read_subkey(pack(tuple(range(n, n + defaults.DHT_MAX_SUBKEY_ITEMS))))
+        kept = storage.store_subkey(KEY, subkey, b"\xc0", 5.0, now=1.0)
+        assert kept is (n < defaults.DHT_MAX_RECORD_ENTRIES)
+    record = storage.get(KEY, now=1.0)
+    assert record is not None
+    response = pb.FindResponse(results=[messages.find_result(record, [])])
+    assert messages.read_find_response(response, [KEY], now=1.0)[KEY].record == record
