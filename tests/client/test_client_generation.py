@@ -153,3 +153,34 @@ async def test_ids_without_a_new_token_are_refused(ids) -> None:
     session.position = 2
     with pytest.raises(InvalidRequest, match="more than the 2 tokens"):
         await collect(ids, 1, session)
+
+
+async def test_a_cancelled_token_is_given_by_the_next_call(autojump_clock) -> None:
+    class SlowSession(EchoSession):
+        async def step(self, hidden: torch.Tensor) -> torch.Tensor:
+            await trio.sleep(1)
+            return await super().step(hidden)
+
+    run = generate(ToyWeights(), SlowSession(), torch.tensor([[4, 2]]), max_new_tokens=3)
+    tokens = [await anext(run)]
+    with trio.move_on_after(0.5) as scope:
+        await anext(run)
+    assert scope.cancelled_caught
+    tokens += [step async for step in run]
+    assert tokens == [[t] for t in follow(2, 3)]
+
+
+async def test_a_run_may_be_left_and_a_token_lost_between_step_and_choice_comes_back() -> None:
+    weights, session = ToyWeights(), EchoSession()
+    choose = weights.logits
+    run = generate(weights, session, torch.tensor([[4, 2]]), max_new_tokens=3)
+
+    def fail(hidden: torch.Tensor) -> torch.Tensor:
+        raise MemoryError
+
+    weights.logits = fail
+    with pytest.raises(MemoryError):
+        await anext(run)
+    weights.logits = choose
+    assert [await anext(run)] == [[t] for t in follow(2, 1)]
+    assert session.sizes == [2]

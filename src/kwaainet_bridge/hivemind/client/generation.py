@@ -78,7 +78,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-async def generate(
+def generate(
     weights: ClientWeights,
     session: Steps,
     input_ids: torch.Tensor,
@@ -88,18 +88,18 @@ async def generate(
     eos_token_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> AsyncIterator[list[int]]:
-    """Continue ``input_ids`` (int64 [batch, tokens]), yielding one token per sequence and step.
+    """Continue ``input_ids`` (int64 [batch, tokens]): iterate over one token per sequence and step.
 
     ``input_ids`` are all tokens from the start of the session. Those that the session has done already are
     not sent again, so that a conversation goes on with the same session and the longer ids. The session's
     ``max_length`` must have room for all of them and the new tokens but the last.
 
     Ends after ``max_new_tokens`` or when every sequence has had one of ``eos_token_ids``; that token is the
-    last one yielded for its sequence, and is repeated while others go on. The prompts of a batch have the
-    same length: the protocol knows no padding. ``seed`` makes sampling repeatable; None draws a new one.
+    last one given for its sequence, and is repeated while others go on. The prompts of a batch have the same
+    length: the protocol knows no padding. ``seed`` makes sampling repeatable; None draws a new one.
 
-    Raises InvalidRequest for ids without a new token, and what ``session.step`` raises. Torch work runs in a
-    worker thread. Cancelled, or not read to the end: the session stays usable.
+    Raises InvalidRequest for ids without a new token; iterating raises what ``session.step`` does. Torch work
+    runs in a worker thread. Cancelled, or not read to the end: the session stays usable.
     """
     done = session.position
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[1] <= done:
@@ -107,20 +107,35 @@ async def generate(
             f"token ids {list(input_ids.shape)} {input_ids.dtype}: expected int64 [batch, tokens] with more "
             f"than the {done} tokens that the session has done"
         )
-    chooser = _Chooser(weights, sampling, eos_token_ids, seed)
-    thread = trio.CapacityLimiter(1)
-    ids = input_ids
-    for _ in range(max_new_tokens):
-        new = ids[:, session.position :]
-        hidden = await trio.to_thread.run_sync(chooser.embed, new, limiter=thread)
+    return _Generation(_Chooser(weights, sampling, eos_token_ids, seed), session, input_ids, max_new_tokens)
+
+
+class _Generation(AsyncIterator[list[int]]):
+    """An object rather than an async generator: it may be left at any token without being closed."""
+
+    def __init__(self, chooser: _Chooser, session: Steps, input_ids: torch.Tensor, left: int) -> None:
+        self._chooser = chooser
+        self._session = session
+        self._ids = input_ids
+        self._left = left
+        self._output = torch.empty(0)  # [batch, hidden size] of the last token that the session has done
+        self._thread = trio.CapacityLimiter(1)
+
+    async def __anext__(self) -> list[int]:
+        chooser, ids = self._chooser, self._ids
+        if self._left <= 0 or chooser.finished:
+            raise StopAsyncIteration
+        # after a cancelled call some or all of the tokens are done
+        new = ids[:, self._session.position :]
         # a long prompt in several steps, so that no server gets more than it takes at a time
-        for part in hidden.split(max(1, defaults.PREFILL_TOKENS // ids.shape[0]), dim=1):
-            output = await session.step(part)
-        tokens = await trio.to_thread.run_sync(chooser.choose, ids, output[:, -1], limiter=thread)
-        ids = torch.cat([ids, tokens[:, None]], dim=1)
-        yield tokens.tolist()
-        if chooser.finished:
-            return
+        for part in new.split(max(1, defaults.PREFILL_TOKENS // ids.shape[0]), dim=1):
+            if part.shape[1]:
+                hidden = await trio.to_thread.run_sync(chooser.embed, part, limiter=self._thread)
+                self._output = (await self._session.step(hidden))[:, -1]
+        tokens = await trio.to_thread.run_sync(chooser.choose, ids, self._output, limiter=self._thread)
+        self._ids = torch.cat([ids, tokens[:, None]], dim=1)
+        self._left -= 1
+        return [int(token) for token in tokens]
 
 
 class _Chooser:
