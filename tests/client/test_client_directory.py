@@ -8,7 +8,7 @@ from client_fakes import PREFIX, FakeDht, FakeRecord, peer, toy_swarm
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import ConfigError, DeadlineExceeded, NetworkError, NoRoute, ProtocolNotSupported
-from kwaainet_bridge.hivemind.client import Directory, Swarm, model_prefix
+from kwaainet_bridge.hivemind.client import Directory, Swarm
 from kwaainet_bridge.hivemind.client.routing import Hop
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 
@@ -111,16 +111,6 @@ async def test_lists_of_allowed_and_blocked_peers_and_adapters() -> None:
 def test_the_prefix_is_checked() -> None:
     with pytest.raises(ConfigError, match="without dots"):
         Directory(FakeDht(), "a.b", 8)
-
-
-def test_a_models_prefix_is_that_of_stock_clients() -> None:
-    assert model_prefix("meta-llama/Meta-Llama-3.1-8B", "llama") == "Meta-Llama-3-1-8B-hf"
-    assert model_prefix("a/b", "llama", "mine") == "mine"
-    assert model_prefix(None, "llama", "mine") == "mine"
-    with pytest.raises(ConfigError, match="dht_prefix: a model in a local folder"):
-        model_prefix(None, "llama")
-    with pytest.raises(ConfigError, match="without dots"):
-        model_prefix(None, "llama", "my.model")
 
 
 async def test_records_are_read_again_when_they_are_old(autojump_clock) -> None:

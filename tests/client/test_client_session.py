@@ -350,7 +350,7 @@ async def test_no_route_at_the_start_is_said_at_once(autojump_clock) -> None:
 
 async def test_a_cancelled_step_may_be_repeated(autojump_clock) -> None:
     async with toy_swarm(4) as toy:
-        first, second = toy.add(0, 2), toy.add(2, 4)
+        first, second, third = toy.add(0, 2), toy.add(2, 3), toy.add(3, 4)
         hidden = random_hidden(2, 6, 4)
         order = torch.tensor([1, 0])
         second.before_answer = fail_from(1, hang)
@@ -363,6 +363,7 @@ async def test_a_cancelled_step_may_be_repeated(autojump_clock) -> None:
                 await trio.testing.wait_all_tasks_blocked()
                 assert second.sessions == 0
                 assert first.sessions == (1 if hypo_ids is None else 0)
+                assert third.sessions == 1
                 assert session.position == 4
             second.before_answer = None
             outputs += [await session.step(hidden[:, 4:5]), await session.step(hidden[:, 5:])]

@@ -1,6 +1,6 @@
 """A client of Petals swarms: finds servers, runs sessions and training requests over them, makes text."""
 
-from kwaainet_bridge.hivemind.client.directory import Directory, RecordSource, Span, model_prefix
+from kwaainet_bridge.hivemind.client.directory import Directory, RecordSource, Span
 from kwaainet_bridge.hivemind.client.generation import GREEDY, ClientWeights, Sampling, generate
 from kwaainet_bridge.hivemind.client.remote import ForwardPass, Gradients, backward, forward
 from kwaainet_bridge.hivemind.client.session import InferenceSession, open_session
@@ -22,6 +22,5 @@ __all__ = [
     "backward",
     "forward",
     "generate",
-    "model_prefix",
     "open_session",
 ]

@@ -12,30 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kwaainet_bridge.errors import ConfigError, RemoteError
-from kwaainet_bridge.hivemind.experts.records import (
-    ServerInfo,
-    ServerState,
-    block_uid,
-    check_prefix,
-    default_prefix,
-)
+from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState, block_uid, check_prefix
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
-
-
-def model_prefix(repository: str | None, family: str, dht_prefix: str | None = None) -> str:
-    """The DHT prefix of a model's blocks: the given one, or what stock Petals makes of the hub name.
-
-    ``family`` is the checkpoint's ``model_type``. Raises ConfigError for a prefix that cannot be, and for a
-    local folder (``repository`` None) without one, which no two peers would name alike.
-    """
-    if dht_prefix is not None:
-        return check_prefix(dht_prefix)
-    if repository is None:
-        raise ConfigError("dht_prefix: a model in a local folder has none of its own; name the swarm's")
-    return default_prefix(repository, family)
 
 
 class Record(Protocol):

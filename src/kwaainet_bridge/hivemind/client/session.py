@@ -183,8 +183,8 @@ class InferenceSession:
         except BaseException:
             # Whoever was at work is in an unknown state. Those before are ahead, which the next step mends,
             # unless they also reordered their caches.
-            unsure = self._parts[: len(inputs)] if hypo_ids is not None else self._parts[len(inputs) - 1 :]
-            for part in unsure:
+            first = len(inputs) - 1 if hypo_ids is None else 0
+            for part in self._parts[first : len(inputs)]:
                 await part.reset()
             raise
         return inputs, feed.hidden

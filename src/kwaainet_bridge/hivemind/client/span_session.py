@@ -103,8 +103,7 @@ class SpanSession:
     ) -> torch.Tensor:
         """Run ``chunk`` through the server's blocks after catching up; returns hidden states of its shape.
 
-        Raises NetworkError or RemoteError; the stream must then be reset. So also after
-        cancellation.
+        Raises NetworkError or RemoteError. After that, and when cancelled, the stream must be reset.
         """
         await self.catch_up()
         return await self._exchange(chunk, hypo_ids, step_id, self.history.tokens, next_servers)
