@@ -13,9 +13,15 @@ async def echo(stream: Stream) -> None:
         await stream.write(data)
 
 
+@pytest.fixture(scope="session")
+def rsa_identity() -> Identity:
+    """RSA keys take a while to find."""
+    return Identity.generate("rsa")
+
+
 @pytest.fixture
-async def server() -> AsyncIterator[Host]:
-    async with open_host(HostConfig(Identity.generate("rsa"))) as host:
+async def server(rsa_identity: Identity) -> AsyncIterator[Host]:
+    async with open_host(HostConfig(rsa_identity)) as host:
         host.serve("Echo.run", echo)
         yield host
 

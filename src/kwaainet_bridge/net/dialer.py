@@ -113,11 +113,21 @@ class Dialer:
         )
         progress.hop = "tcp"
         failure: OSError | None = None
-        for *_, target in found:
+        for family, _, _, _, target in found:
             try:
-                stream = await trio.open_tcp_stream(target[0], target[1])
+                stream = await _connect_tcp(family, target)
             except OSError as e:
                 failure = e
             else:
                 return await self._upgrade(stream, peer, progress)
         raise failure or OSError(f"{address.host} has no address")
+
+
+async def _connect_tcp(family: int, target: tuple[str | int, ...]) -> trio.SocketStream:
+    connection = trio.socket.socket(family, trio.socket.SOCK_STREAM)
+    try:
+        await connection.connect(target)
+        return trio.SocketStream(connection)
+    except BaseException:
+        connection.close()
+        raise

@@ -50,10 +50,13 @@ class _Reader:
             message = self.take()
             if message is not None:
                 return message
-            data = await self._channel.receive_some(_READ_BYTES)
-            if not data:
-                raise StreamReset("the peer closed before a protocol was agreed")
-            self._buffer += data
+            await self._receive()
+
+    async def _receive(self) -> None:
+        data = await self._channel.receive_some(_READ_BYTES)
+        if not data:
+            raise StreamReset("the peer closed before a protocol was agreed")
+        self._buffer += data
 
     def take(self) -> bytes | None:
         """Take the next message if it is complete already."""
@@ -79,9 +82,13 @@ class _Reader:
             self._buffer = b""
 
     async def expect_header(self) -> None:
-        header = await self.next()
-        if header != _HEADER:
-            raise RemoteError(f"multistream: the peer speaks {header[:64]!r}")
+        # Checked as it arrives: what speaks another protocol altogether may wait for us to answer first.
+        header = _message(_HEADER)
+        while not self._buffer.startswith(header):
+            if self._buffer and not header.startswith(self._buffer):
+                raise RemoteError(f"multistream: the peer speaks something else: {self._buffer[:32]!r}")
+            await self._receive()
+        self._buffer = self._buffer[len(header) :]
 
 
 async def propose(channel: ByteChannel, protocol: str) -> None:

@@ -130,6 +130,11 @@ class YamuxConnection:
         """Whether new streams can be opened."""
         return not (self.closed.is_set() or self._stopping.is_set() or self._peer_leaves)
 
+    @property
+    def open_streams(self) -> int:
+        """Streams that are not over on both sides."""
+        return len(self._streams)
+
     def stop(self, reason: str, *, code: int = NORMAL_TERMINATION) -> None:
         """Close: say so to the peer, send what is queued if that goes quickly, end all streams."""
         if not self._stopping.is_set():
