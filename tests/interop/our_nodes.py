@@ -50,5 +50,5 @@ def wait_until_ready(node: Process, *, serving: bool = True) -> str:
     """Wait until the node serves its blocks (or, without any, until it listens); returns its address."""
     address: str = node.wait_for(f"({ADDRESS})", START_SECONDS)[1]
     if serving:
-        node.wait_for(r"\bserving\b", START_SECONDS)
+        node.wait_for(r'"event": ?"serving"', START_SECONDS)
     return address

@@ -25,6 +25,7 @@ import psutil
 import torch
 import transformers
 from hivemind.moe.client.remote_expert_worker import RemoteExpertWorker
+from hivemind.p2p import PeerID
 from hivemind.proto.runtime_pb2 import ExpertUID
 from hivemind.utils.serializer import MSGPackSerializer
 from lines import Lines
@@ -67,6 +68,7 @@ def median_seconds(measure: Callable[[], Any], repeats: int, warm_up: int = 2) -
 class Commands:
     def __init__(self) -> None:
         self._models: dict[str, Loaded] = {}
+        self._held: dict[str, list[tuple[Any, Any]]] = {}
 
     def load(
         self,
@@ -121,24 +123,25 @@ class Commands:
 
     def info(self, key: str) -> list[dict[str, Any]]:
         """The answer of each server on the route to rpc_info, as far as JSON can say it."""
+        spans = self._models[key].blocks.sequence_manager.make_sequence(mode="min_latency")
+        return [self.info_of(key, span.peer_id.to_base58(), span.start) for span in spans]
+
+    def info_of(self, key: str, peer: str, block: int) -> dict[str, Any]:
+        """One server's answer about one of its blocks."""
         manager = self._models[key].blocks.sequence_manager
-        answers = []
-        for span in manager.make_sequence(mode="min_latency"):
-            stub = TransformerConnectionHandler.get_stub(manager.state.p2p, span.peer_id)
-            uid = ExpertUID(uid=manager.block_uids[span.start])
-            response = RemoteExpertWorker.run_coroutine(stub.rpc_info(uid, timeout=10))
-            answer = MSGPackSerializer.loads(response.serialized_info)
-            answers.append(
-                {
-                    "peer": span.peer_id.to_base58(),
-                    "version": answer["version"],
-                    "client_mode": answer["dht_client_mode"],
-                    "cache_tokens_available": answer["cache_tokens_available"],
-                    "compression": int(answer["inference_schema"][0][0].compression),
-                    "dtype": str(answer["inference_schema"][0][0].dtype),
-                }
-            )
-        return answers
+        stub = TransformerConnectionHandler.get_stub(manager.state.p2p, PeerID.from_base58(peer))
+        uid = ExpertUID(uid=manager.block_uids[block])
+        response = RemoteExpertWorker.run_coroutine(stub.rpc_info(uid, timeout=10))
+        answer = MSGPackSerializer.loads(response.serialized_info)
+        hidden_states = answer["inference_schema"][0][0]
+        return {
+            "peer": peer,
+            "version": answer["version"],
+            "client_mode": answer["dht_client_mode"],
+            "cache_tokens_available": answer["cache_tokens_available"],
+            "compression": int(hidden_states.compression),
+            "dtype": str(hidden_states.dtype),
+        }
 
     def forward(self, key: str, ids: list[list[int]]) -> dict[str, float]:
         """Relative errors of the logits and of the last block's output."""
@@ -234,17 +237,29 @@ class Commands:
             failed += sum(not stream.closed for stream in streams)
         return {"opened": opened, "failed": failed, "seconds": time.perf_counter() - start}
 
-    def hold(self, key: str, max_length: int) -> dict[str, Any]:
-        """Open a session and leave it open; see ``vanish``."""
-        blocks = self._models[key].blocks
-        self._held = blocks.inference_session(max_length=max_length)
-        with torch.inference_mode():
-            self._held.__enter__().step(torch.randn(1, 4, blocks.config.hidden_size))
-        return {"blocks": len(blocks)}
+    def hold(self, key: str, max_length: int) -> None:
+        """Open a session, make a step, and leave it open until ``release``."""
+        opening = self._models[key].blocks.inference_session(max_length=max_length)
+        session = opening.__enter__()
+        try:
+            self._step(key, session)
+        except BaseException:
+            opening.__exit__(None, None, None)
+            raise
+        self._held.setdefault(key, []).append((opening, session))
 
-    def release(self) -> None:
-        """Close the session of ``hold`` in order."""
-        self._held.__exit__(None, None, None)
+    def step(self, key: str) -> None:
+        """One more step of the session that was held last."""
+        self._step(key, self._held[key][-1][1])
+
+    def _step(self, key: str, session: Any) -> None:
+        with torch.inference_mode():
+            session.step(torch.randn(1, 4, self._models[key].blocks.config.hidden_size))
+
+    def release(self, key: str) -> None:
+        """Close the held sessions in order."""
+        for opening, _ in reversed(self._held.pop(key)):
+            opening.__exit__(None, None, None)
 
     def vanish(self, daemon: bool) -> None:
         """Die by SIGKILL, with the Go daemon or leaving it behind; there is no answer."""
