@@ -32,6 +32,10 @@ class World:
     client: RpcClient
     servers: dict[PeerId, ExpertServer]
 
+    @property
+    def client_peer(self) -> PeerId:
+        return peer(0)
+
     def holder(self, block: int) -> PeerId:
         return next(p for p, s in self.servers.items() if block in s.span.engine.blocks)
 
