@@ -3,14 +3,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from echo_protocol import echo
 
-from kwaainet_bridge.net import Host, HostConfig, Stream, open_host
+from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
-
-
-async def echo(stream: Stream) -> None:
-    while data := await stream.read(1 << 20):
-        await stream.write(data)
 
 
 @pytest.fixture(scope="session")

@@ -45,9 +45,10 @@ class Resolver(trio.abc.HostnameResolver):
         self.known = known
 
     async def getaddrinfo(self, host, port, *_):
-        if host not in self.known:
+        name = host.decode()  # trio hands over the encoded name
+        if name not in self.known:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (self.known[host], port))]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (self.known[name], port))]
 
     async def getnameinfo(self, sockaddr, flags):
         raise NotImplementedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
 import trio
@@ -26,12 +26,17 @@ YAMUX = "/yamux/1.0.0"
 
 
 class Connection(YamuxConnection):
-    """A yamux connection that knows the TCP address at its other end, in binary form."""
+    """A yamux connection, and what is known of its other end.
+
+    ``remote_address`` is the binary multiaddr it came from or goes to; ``identified`` is set once the
+    peer has said who it is, or has failed to.
+    """
 
     def __init__(
         self, channel: SecureChannel, *, initiator: bool, accept: Callable[[YamuxStream], None]
     ) -> None:
         super().__init__(channel, channel.remote, initiator=initiator, accept=accept)
+        self.identified = trio.Event()
         self.remote_address = bytes(channel.socket.get_transport_addresses()[0].to_bytes())
 
 
@@ -73,6 +78,9 @@ class Connections:
         """Return the newest usable connection to ``peer``."""
         usable = (c for c in reversed(self._live.get(peer, ())) if c.usable)
         return next(usable, None)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter([c for siblings in self._live.values() for c in siblings])
 
     async def wait_disconnected(self, peer: PeerId) -> None:
         """Return once no connection to ``peer`` is open."""
@@ -154,6 +162,5 @@ class Connections:
     async def close(self) -> None:
         """Close all connections, side by side."""
         async with trio.open_nursery() as nursery:
-            for siblings in list(self._live.values()):
-                for connection in siblings:
-                    nursery.start_soon(connection.close)
+            for connection in self:
+                nursery.start_soon(connection.close)

@@ -62,6 +62,9 @@ class Neighbourhood(Protocol):
     def description(self, peer: PeerId) -> PeerDescription | None:
         """What a connected peer says of itself."""
 
+    async def wait_identified(self) -> None:
+        """Wait for the descriptions that are still on their way."""
+
     async def open_stream_at(self, peer: PeerId, addresses: Sequence[Address], protocol: str) -> Stream:
         """Open a stream without a lookup."""
 
@@ -146,11 +149,18 @@ class Kademlia:
         """
         known: dict[PeerId, tuple[Address, ...]] = dict.fromkeys(self._servers(), ())
         asked: set[PeerId] = {self._host.peer_id, target}
+        waited = False
         while len(asked) < _MAX_QUESTIONS:
             candidates = [p for p in nearest(target.raw, known) if p not in asked]
             batch = candidates[: defaults.KAD_CONCURRENCY]
             if not batch:
-                break
+                if waited:
+                    break
+                # A peer that has only just connected may not have said yet that it can be asked.
+                await self._host.wait_identified()
+                waited = True
+                known.update(dict.fromkeys(set(self._servers()) - known.keys(), ()))
+                continue
             asked.update(batch)
             for peer, addresses in await self._ask_all(batch, known, target):
                 if peer == target and addresses:

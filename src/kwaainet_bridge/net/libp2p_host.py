@@ -165,6 +165,11 @@ class Libp2pHost(Host):
         """What a connected peer has said of itself; None before it has."""
         return self._described.get(peer)
 
+    async def wait_identified(self) -> None:
+        """Return once every peer that is connected now has said who it is, or has failed to within 10 s."""
+        for connection in self.connections:
+            await connection.identified.wait()
+
     async def connect(self, address: str) -> PeerId:
         peer, parsed = split_peer_address(address)
         if self.connections.find(peer) is None:
@@ -275,6 +280,8 @@ class Libp2pHost(Host):
                     await stream.close()
         except (NetworkError, RemoteError, trio.TooSlowError) as e:
             log.debug("no identify from %s: %s", connection.remote, e)
+        finally:
+            connection.identified.set()
         await connection.closed.wait()
         if self.connections.find(connection.remote) is None:
             self._described.pop(connection.remote, None)
