@@ -12,11 +12,11 @@ from kwaainet_bridge.net.host import Host, StreamHandler
 from kwaainet_bridge.net.stream import Stream
 
 if TYPE_CHECKING:
-    from kwaainet_bridge.net.libp2p_host import HostConfig, open_host
+    from kwaainet_bridge.net.libp2p_host import HostConfig, Libp2pHost, open_host
 
-__all__ = ["Host", "HostConfig", "Stream", "StreamHandler", "open_host"]
+__all__ = ["Host", "HostConfig", "Libp2pHost", "Stream", "StreamHandler", "open_host"]
 
-_LAZY = {"HostConfig", "open_host"}
+_LAZY = {"HostConfig", "Libp2pHost", "open_host"}
 
 
 def __getattr__(name: str) -> Any:

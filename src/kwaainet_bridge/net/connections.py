@@ -44,7 +44,8 @@ class Connections:
     """Upgrades TCP streams to yamux connections and runs them.
 
     ``accept`` is given each inbound stream. ``greet`` runs beside each new connection, and is cancelled
-    when that ends. A connection counts against ``limit`` from the first byte of its handshake until it ends.
+    when that ends; ``gone`` is told of a peer whose last connection ended. A connection counts against
+    ``limit`` from the first byte of its handshake until it ends.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class Connections:
         *,
         accept: Callable[[YamuxStream], None],
         greet: Callable[[Connection], Awaitable[None]],
+        gone: Callable[[PeerId], None],
         limit: int,
     ) -> None:
         self._nursery = nursery
         self._noise = noise
         self._accept = accept
         self._greet = greet
+        self._gone = gone
         self._limit = limit
         self._handshakes = 0
         self._count = 0
@@ -158,6 +161,7 @@ class Connections:
             siblings.remove(connection)
             if not siblings:
                 del self._live[connection.remote]
+                self._gone(connection.remote)
 
     async def close(self) -> None:
         """Close all connections, side by side."""

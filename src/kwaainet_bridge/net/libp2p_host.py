@@ -123,6 +123,7 @@ class Libp2pHost(Host):
             noise_transport(config.identity),
             accept=self._accept,
             greet=self._ask_who,
+            gone=self._forget,
             limit=config.max_connections,
         )
         self._identity = config.identity
@@ -202,7 +203,7 @@ class Libp2pHost(Host):
             if not found:
                 raise
             log.debug("%s; found %d more addresses", unreachable, len(found))
-        self._book.add(peer, found)
+        # What others say is tried and not kept: once connected, the peer itself says where it is.
         return await self._dialer.dial(peer, found)
 
     def _refuse_self(self, peer: PeerId) -> None:
@@ -282,10 +283,11 @@ class Libp2pHost(Host):
             log.debug("no identify from %s: %s", connection.remote, e)
         finally:
             connection.identified.set()
-        await connection.closed.wait()
-        if self.connections.find(connection.remote) is None:
-            self._described.pop(connection.remote, None)
+
+    def _forget(self, peer: PeerId) -> None:
+        self._described.pop(peer, None)
 
     def _describe(self, peer: PeerId, description: PeerDescription) -> None:
-        self._described[peer] = description
+        if self.connections.find(peer) is not None:
+            self._described[peer] = description
         self._book.add(peer, description.addresses)

@@ -10,7 +10,6 @@ and the two attributes that those do not promise are named below.
 from __future__ import annotations
 
 import inspect
-import logging
 
 import libp2p
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
@@ -38,15 +37,6 @@ def check_library() -> None:
         raise ConfigError(
             f"libp2p {libp2p.__version__} has no {' and no '.join(missing)}: install the pinned version (0.8.1)"
         )
-
-
-def quiet_libp2p_logs(level: int = logging.ERROR) -> None:
-    """Keep py-libp2p's loggers, and those of its address library, to ``level``.
-
-    For applications to call; nothing in this package calls it by itself.
-    """
-    for name in ("libp2p", "multiaddr"):
-        logging.getLogger(name).setLevel(level)
 
 
 def noise_transport(identity: Identity) -> NoiseTransport:
