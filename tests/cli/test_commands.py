@@ -1,0 +1,175 @@
+"""The commands as a person runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kwaainet_bridge import __version__
+from kwaainet_bridge.cli.app import app
+
+pytestmark = pytest.mark.slow
+
+COMMAND = Path(sys.executable).with_name("kwaainet-bridge")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+def call(*arguments, timeout=120, cwd=None):
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENV,
+        cwd=cwd,
+        check=False,
+    )
+
+
+class Node:
+    """A node that ``run`` started; its log is on disk, so that nothing blocks."""
+
+    def __init__(self, folder, *arguments):
+        self.log = folder / "node.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [COMMAND, "run", *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=ENV,
+                cwd=folder,
+            )
+        self.printed = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+    def wait_for(self, label):
+        for line in self.process.stdout:
+            self.printed.append(line.rstrip())
+            if line.startswith(label):
+                return line.split()[-1]
+        raise AssertionError(f"ended with {self.process.wait()}: {self.log.read_text()}")
+
+    def events(self):
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line)["event"] for line in lines if line.startswith("{")]
+
+
+@pytest.fixture
+def node(tmp_path):
+    with Node(tmp_path, "--new-swarm", "--model", "austen", "--listen", "/ip4/127.0.0.1/tcp/0") as node:
+        node.address = node.wait_for("join with")
+        node.wait_for("serving")
+        yield node
+
+
+def test_generate_on_a_node_and_drain(node, tmp_path):
+    assert [line.split("  ")[0].strip() for line in node.printed] == [
+        "peer id",
+        "address",
+        "join with",
+        "serving",
+    ]
+    arguments = ("generate", "She was", "--initial-peers", node.address, "--max-new-tokens", 12)
+    greedy = call(*arguments, "--show-route")
+    assert greedy.returncode == 0, greedy.stderr
+    assert greedy.stdout.startswith("She was ")
+    assert len(greedy.stdout.split()) > 5
+    assert greedy.stderr.strip().startswith("route: 0:8 via ")
+    sampled = [call(*arguments, "--temperature", 1.0, "--top-k", 20, "--seed", 7).stdout for _ in range(2)]
+    assert sampled[0] == sampled[1]
+    assert sampled[0].startswith("She was ")
+
+    wrong = call("generate", "x", "--initial-peers", node.address, "--dht-prefix", "nobody-serves-this")
+    assert wrong.returncode == 1
+    assert "nobody-serves-this" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+    node.process.send_signal(signal.SIGTERM)
+    assert node.process.wait(30) == 0
+    events = node.events()
+    assert events[-1] == "stopped"
+    assert any("as OFFLINE" in event for event in events)
+
+
+def test_second_signal_ends_at_once(tmp_path):
+    config = tmp_path / "node.yaml"
+    config.write_text(
+        "listen: [/ip4/127.0.0.1/tcp/0]\ndrain_seconds: 600\n"
+        "networks: {petals: {bootstrap: [/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJNHmzNXJwHBrjUin2kpjTMSyogJjT8oTH2T3TPKEhjAA]}}\n"
+    )
+    with Node(tmp_path, "-c", config) as node:
+        node.wait_for("serving")
+        os.kill(node.process.pid, signal.SIGSTOP)  # both signals are there before it can act on the first
+        node.process.send_signal(signal.SIGTERM)
+        node.process.send_signal(signal.SIGINT)
+        os.kill(node.process.pid, signal.SIGCONT)
+        assert node.process.wait(10) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+def test_demo_generates_through_both_nodes(tmp_path):
+    done = call("demo", "--once", "--folder", tmp_path / "run", cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("It is a truth universally acknowledged")
+    assert len(done.stdout.split()) > 30
+    assert "route: 0:4 via" in done.stderr
+    assert "=> 4:8 via" in done.stderr
+    for log in (tmp_path / "run").glob("*.log"):
+        assert '"stopped"' in log.read_text()
+
+
+def test_init_then_run(tmp_path):
+    made = call("init", tmp_path / "mine", "--key", "ed25519")
+    assert made.returncode == 0, made.stderr
+    assert call("config", "check", tmp_path / "mine" / "node.yaml").stdout.endswith("good\n")
+    again = call("init", tmp_path / "mine")
+    assert (again.returncode, again.stderr.count("exists already")) == (2, 1)
+
+
+# --- without a process ---------------------------------------------------------------------------------------
+
+runner = CliRunner(env={"TERM": "dumb", "NO_COLOR": "1"})
+
+
+def refused(*arguments):
+    done = call(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_version():
+    assert runner.invoke(app, ["--version"]).output == f"kwaainet-bridge {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["generate"], ["demo"], ["init"], ["config"], ["config", "check"]]
+)
+def test_help_of_every_command(command):
+    shown = runner.invoke(app, [*command, "--help"])
+    assert shown.exit_code == 0
+    assert "Usage" in shown.output
+
+
+def test_mistakes_are_told_without_a_traceback(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("modle: {}\n")
+    assert "modle: unknown key; did you mean 'model'?" in refused("config", "check", bad)
+    assert "exclude each other" in refused("run", "--new-swarm", "--public-swarm")
+    assert "nor a preset: petals-public" in refused("run", "--bootstrap", "somewhere")
+    assert "--initial-peers" in refused("generate", "hello")
+    assert "kwaainet-bridge init" in refused("run", "-c", tmp_path / "none.yaml")

@@ -1,0 +1,78 @@
+"""Nodes inside the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from kwaainet_bridge.config import NodeConfig, anchored, parse_config
+from kwaainet_bridge.node.daemon import Contact, run_node
+from kwaainet_bridge.node.state import NodeState, Phase
+
+TINY = Path(__file__).parent.parent / "vectors" / "petals-tiny-llama" / "model"
+PREFIX = "tiny-llama-hf"
+NOWHERE = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJNHmzNXJwHBrjUin2kpjTMSyogJjT8oTH2T3TPKEhjAA"
+
+
+def node_config(folder: Path, name: str, *, bootstrap=(), blocks=None, **more) -> NodeConfig:
+    settings = {
+        "identity": {"path": f"{name}.key", "kind": "ed25519"},
+        "listen": ["/ip4/127.0.0.1/tcp/0"],
+        "networks": {"petals": {"bootstrap": list(bootstrap)}},
+        **more,
+    }
+    if blocks is not None:
+        settings["model"] = {
+            "name": str(TINY),
+            "dht_prefix": PREFIX,
+            "blocks": blocks,
+            "throughput": 1.0,
+            "threads": 1,
+        }
+    return anchored(parse_config("", name, settings), folder)
+
+
+@dataclass
+class RunningNode:
+    state: NodeState
+    stop: trio.Event
+    contact: Contact
+
+    @property
+    def address(self) -> str:
+        assert self.contact.join_address is not None
+        return self.contact.join_address
+
+    async def serving(self) -> None:
+        with trio.fail_after(60):
+            await self.state.wait_for(Phase.SERVING)
+
+    async def drained(self) -> None:
+        self.stop.set()
+        with trio.fail_after(60):
+            await self.state.wait_for(Phase.STOPPED)
+
+
+@asynccontextmanager
+async def running_node(config: NodeConfig) -> AsyncIterator[RunningNode]:
+    """A node that has started; cancelled at the end of the block if it still runs."""
+    state, stop, started = NodeState(), trio.Event(), trio.Event()
+    contacts = []
+
+    def on_started(contact: Contact) -> None:
+        contacts.append(contact)
+        started.set()
+
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            await run_node(config, state, stop, on_started=on_started)
+
+        nursery.start_soon(run)
+        await started.wait()
+        yield RunningNode(state, stop, contacts[0])
+        nursery.cancel_scope.cancel()
