@@ -38,9 +38,8 @@ async def memory_pair() -> AsyncIterator[Pair]:
 
 @asynccontextmanager
 async def libp2p_pair() -> AsyncIterator[Pair]:
-    from kwaainet_bridge.net.identity import Identity
-
     from kwaainet_bridge.net import HostConfig, open_host
+    from kwaainet_bridge.net.identity import Identity
 
     def config() -> HostConfig:
         return HostConfig(identity=Identity.generate("ed25519"), listen=("/ip4/127.0.0.1/tcp/0",))
