@@ -25,6 +25,9 @@ READ_AHEAD_MESSAGES: Final = 5
 FIRST_REQUEST_SECONDS: Final = 60.0
 """A peer that opens a stream and stays silent is dropped after this long."""
 
+SEND_SECONDS: Final = 180.0
+"""A server drops a caller that reads nothing of an answer for this long (stock clients wait 180 s for one)."""
+
 CLOSE_GRACE_SECONDS: Final = 5.0
 """How long a server that has nothing more to say waits for the caller's end-of-stream before it closes."""
 

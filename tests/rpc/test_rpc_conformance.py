@@ -46,6 +46,11 @@ async def echo_all(call):
         await call.send(answer(item.uid.encode()))
 
 
+async def read_all(stream):
+    while await stream.read(defaults.MIB):
+        pass
+
+
 class Watched:
     """A handler that waits for ever and tells when it starts and is cancelled."""
 
@@ -409,3 +414,25 @@ async def test_no_answer_from_a_peer_that_is_gone(pair):
     nobody = PeerId(bytes([0x12, 0x20]) + bytes([9] * 32))
     with pytest.raises(NetworkError):
         await pair.client.call(nobody, CALL, request(""), timeout=10)
+
+
+async def test_caller_that_does_not_read_is_dropped(autojump_clock):
+    async def large(request, context):
+        return answer(bytes(defaults.MIB))
+
+    async def endless(call):
+        while True:
+            await call.send(answer(bytes(defaults.MIB)))
+
+    async with memory_pair() as pair:
+        pair.server.mount(CALL, large)
+        pair.server.mount_stream(TALK, endless)
+        for method, data in (
+            (CALL, envelope.encode_call(bytes(16), b"", CALL.name, b"")),
+            (TALK, frames.encode_message(b"")),
+        ):
+            stream = await pair.client_host.open_stream(pair.peer, method.name)
+            await stream.write(data)
+            await trio.sleep(defaults.SEND_SECONDS + 1)
+            with pytest.raises(StreamReset):
+                await read_all(stream)

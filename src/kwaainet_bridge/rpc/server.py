@@ -21,7 +21,7 @@ from typing import Any, Generic
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import NetworkError, Refusal, RemoteError, StreamClosed
+from kwaainet_bridge.errors import NetworkError, Refusal, RemoteError, StreamClosed, StreamReset
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.rpc.method import Method, Req, Res, StreamMethod, UnaryMethod
@@ -76,8 +76,12 @@ class ServerStream(Generic[Req, Res]):
             raise StopAsyncIteration from None
 
     async def send(self, response: Res) -> None:
-        """Send one response; waits while the caller's window is full."""
-        await self._stream.write(frames.encode_message(response.SerializeToString()))
+        """Send one response; waits while the caller's window is full.
+
+        Raises StreamReset, or StreamClosed when the caller takes longer than ``defaults.SEND_SECONDS`` to
+        read it; either way the call is over. Cancelled: the stream cannot be used any more.
+        """
+        await _write(self._stream, frames.encode_message(response.SerializeToString()))
 
 
 StreamingHandler = Callable[[ServerStream[Req, Res]], Awaitable[None]]
@@ -115,6 +119,13 @@ async def _contain(serving: Coroutine[Any, Any, None], stream: Stream) -> None:
         await stream.reset()
 
 
+async def _write(stream: Stream, data: bytes) -> None:
+    with trio.move_on_after(defaults.SEND_SECONDS) as limit:
+        await stream.write(data)
+    if limit.cancelled_caught:
+        raise StreamClosed(f"{stream.remote} reads nothing of its answer")
+
+
 def _error_texts(error: Exception, context: CallContext) -> tuple[str, str]:
     """What to answer for an exception, as (unary, streaming) text; the unexpected is logged in full."""
     if isinstance(error, Refusal):
@@ -147,7 +158,7 @@ async def _serve_unary(
             answer = envelope.encode_error(call.call_id, _error_texts(e, context)[0])
         nursery.cancel_scope.cancel()
     if answer:
-        await stream.write(answer)
+        await _write(stream, answer)
     else:
         await stream.reset()
 
@@ -221,6 +232,8 @@ async def _serve_stream(
         nursery.start_soon(requests.pump)
         try:
             await handler(ServerStream(stream, context, requests))
+        except (StreamReset, StreamClosed):
+            requests.departed = True  # noticed while answering
         except Exception as e:
             error = e
         nursery.cancel_scope.cancel()
@@ -230,5 +243,5 @@ async def _serve_stream(
         await stream.reset()
         return
     if error is not None:
-        await stream.write(frames.encode_error(_error_texts(error, context)[1]))
+        await _write(stream, frames.encode_error(_error_texts(error, context)[1]))
     await requests.wait_for_end()
