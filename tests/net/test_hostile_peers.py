@@ -27,11 +27,21 @@ HEADER = b"\x13/multistream/1.0.0\n"
 _opened: list[trio.SocketStream] = []
 
 
-@pytest.fixture(autouse=True)
-async def close_sockets() -> AsyncIterator[None]:
-    yield
+def close_sockets() -> None:
     while _opened:
         _opened.pop().socket.close()
+
+
+@pytest.fixture
+async def server(server: Host) -> AsyncIterator[Host]:
+    yield server
+    close_sockets()
+
+
+@pytest.fixture
+async def client(client: Host) -> AsyncIterator[Host]:
+    yield client
+    close_sockets()
 
 
 async def tcp(host: Host) -> trio.SocketStream:

@@ -54,7 +54,7 @@ async def test_refused() -> None:
 
 @pytest.mark.parametrize("answer", [b"\x04x.y\n", b"\x00", b"\x04a.bX", b"\xff\xff\xff\x01"])
 async def test_malformed_answers(answer: bytes) -> None:
-    with pytest.raises(RemoteError, match="multistream|varint"):
+    with pytest.raises(RemoteError, match=r"multistream|varint"):
         await multistream.propose(Channel(HEADER + answer), "a.b")
 
 

@@ -98,15 +98,15 @@ class Connections:
         Raises RemoteError or a NetworkError with ``progress.hop`` at the hop that failed; the stream is then
         closed, as it is when cancelled.
         """
-        socket = TcpSocket(stream, initiator=True)
         self._handshakes += 1
         try:
             progress.hop = "noise"
+            socket = TcpSocket(stream, initiator=True)
             channel = await secure_outbound(socket, self._noise, peer)
             progress.hop = "yamux"
             await multistream.propose(channel, YAMUX)
         except BaseException:
-            socket.abort()
+            stream.socket.close()
             raise
         finally:
             self._handshakes -= 1
