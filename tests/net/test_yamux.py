@@ -177,6 +177,24 @@ async def test_ping_measures_a_round_trip() -> None:
         assert 0 <= await client.ping() < 1
 
 
+@pytest.mark.parametrize("budget", [0, 1 << 20, 64 << 20])
+async def test_windows_grow_within_the_budget_and_give_it_back(monkeypatch, budget: int) -> None:
+    monkeypatch.setattr(defaults, "WINDOW_GROWTH_BYTES", budget)
+    async with connected() as (client, server, accepted):
+        stream = await client.open_stream()
+        served = await accepted.receive()
+        await server.ping()
+        server.round_trip_seconds = 1.0  # a distant peer: any window empties within four round trips
+        payload = bytes(8 << 20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.write, payload)
+            await read_exactly(served, len(payload))
+        assert served.window_growth <= min(budget, defaults.MAX_STREAM_WINDOW_BYTES)
+        assert bool(served.window_growth) == (budget > 0)
+        await served.reset()
+        assert server.reserve_window(budget) == (budget > 0)
+
+
 # --- a scripted peer
 
 
