@@ -49,8 +49,9 @@ class RpcClient:
         """
         name = method.name
         message = envelope.encode_call(self._new_call_id(), peer.raw, name, request.SerializeToString())
-        if len(message) > defaults.MAX_UNARY_BYTES:
-            raise ValueError(f"{name}: a request of {len(message)} bytes needs the streaming call")
+        length = envelope.body_length(message)
+        if length > defaults.MAX_UNARY_BYTES:
+            raise ValueError(f"{name}: a request of {length} bytes needs the streaming call")
         with _deadline(timeout, name, peer):
             stream = await self._host.open_stream(peer, name)
             try:

@@ -165,7 +165,7 @@ async def _serve_unary(
 
 def _encode_answer(call_id: bytes, body: bytes) -> bytes:
     answer = envelope.encode_answer(call_id, response=body)
-    if len(answer) > defaults.MAX_UNARY_BYTES:
+    if envelope.body_length(answer) > defaults.MAX_UNARY_BYTES:
         raise Refusal(f"response of {len(body)} bytes exceeds the message size limit: use the streaming call")
     return answer
 

@@ -65,6 +65,13 @@ def encode_error(call_id: bytes, text: str) -> bytes:
     return _delimited(envelope_pb2.Envelope(call_id=call_id, answer=answer))
 
 
+def body_length(message: bytes) -> int:
+    """How long the body of a complete wire message is: stock daemons limit that, without its length prefix."""
+    prefix = decode_uvarint(message)
+    assert prefix is not None  # the message is whole
+    return prefix[0]
+
+
 def _delimited(envelope: envelope_pb2.Envelope) -> bytes:
     body = envelope.SerializeToString()
     return encode_uvarint(len(body)) + body
