@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -21,6 +22,8 @@ from pydantic import (
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.net.addresses import parse_announce_address, parse_listen_address
+from kwaainet_bridge.net.bootstrap import parse_bootstrap_addresses
 
 EMBEDDED_MODEL: Final = "austen"
 """The small model that the package holds; ``model.name: austen`` needs no download."""
@@ -39,34 +42,40 @@ PRESETS: Final[dict[str, tuple[str, ...]]] = {
 """Names that stand for the bootstrap peers of public swarms, wherever an address is expected."""
 
 _BLOCKS = re.compile(r"^(\d{1,5}):(\d{1,5})$")
-_ADDRESS = re.compile(r"^(/[^/\s]+)+$")
 
 
-def _check_addresses(addresses: Iterable[str]) -> tuple[str, ...]:
-    for address in addresses:
-        if not _ADDRESS.match(address):
-            raise ValueError(f"{address!r} is no multiaddr like /ip4/0.0.0.0/tcp/31330")
-    return tuple(addresses)
+def _checked(parse: Callable[[str], object]) -> AfterValidator:
+    """A validator that keeps the text and refuses what the network's own parser refuses."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+        return text
+
+    return AfterValidator(check)
+
+
+def _check_bootstrap(entry: str) -> str:
+    if entry not in PRESETS:
+        try:
+            parse_bootstrap_addresses([entry])
+        except ConfigError as e:
+            raise ValueError(f"{e}; nor is it a preset: {', '.join(PRESETS)}") from e
+    return entry
 
 
 def _expand_presets(entries: Iterable[str]) -> tuple[str, ...]:
-    """Replace preset names by their addresses; check that the rest can be dialled."""
-    addresses: list[str] = []
-    for entry in entries:
-        if entry in PRESETS:
-            addresses += PRESETS[entry]
-        elif _ADDRESS.match(entry) and "/p2p/" in entry:
-            addresses.append(entry)
-        else:
-            names = ", ".join(PRESETS)
-            raise ValueError(
-                f"{entry!r} is neither an address that ends in /p2p/<peer id> nor a preset: {names}"
-            )
+    addresses = [address for entry in entries for address in PRESETS.get(entry, (entry,))]
     return tuple(dict.fromkeys(addresses))
 
 
-Addresses = Annotated[tuple[str, ...], AfterValidator(_check_addresses)]
-Bootstrap = Annotated[tuple[str, ...], AfterValidator(_expand_presets)]
+ListenAddresses = tuple[Annotated[str, _checked(parse_listen_address)], ...]
+AnnounceAddresses = tuple[Annotated[str, _checked(parse_announce_address)], ...]
+Bootstrap = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_bootstrap)], ...], AfterValidator(_expand_presets)
+]
 
 
 class _Section(BaseModel):
@@ -109,7 +118,7 @@ class ModelConfig(_Section):
     """The blocks to serve."""
 
     name: str = EMBEDDED_MODEL
-    """Folder of a Hugging Face checkpoint, name of a hub repository, or ``austen``."""
+    """Folder of a Hugging Face checkpoint (relative to the configuration file), hub repository, or ``austen``."""
     blocks: str | None = None
     """``first:end``, end not included; all blocks when left out."""
     dht_prefix: str | None = None
@@ -176,9 +185,9 @@ class NodeConfig(_Section):
     """A whole node."""
 
     identity: IdentityConfig = IdentityConfig()
-    listen: Addresses = defaults.LISTEN_ADDRESSES
+    listen: ListenAddresses = defaults.LISTEN_ADDRESSES
     """Addresses to listen on; port 0 takes any free one."""
-    announce: Addresses = ()
+    announce: AnnounceAddresses = ()
     """Addresses that others should dial, when they differ from those listened on (port forwarding)."""
     networks: NetworksConfig = NetworksConfig()
     model: ModelConfig | None = None
@@ -188,11 +197,18 @@ class NodeConfig(_Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _check_model_has_network(self) -> NodeConfig:
-        if self.model is not None and self.networks.petals is None:
+    def _check_model_can_be_served(self) -> NodeConfig:
+        if self.model is None:
+            return self
+        if self.networks.petals is None:
             raise ValueError(
                 "model is given but networks.petals is off: blocks are served to Petals clients, "
                 "so turn it on or remove model"
+            )
+        if self.networks.petals.dht == "client" or not self.listen:
+            raise ValueError(
+                "model is given but nobody can dial this node: set networks.petals.dht to server and give "
+                "it an address under listen, or remove model"
             )
         return self
 
@@ -233,7 +249,10 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> NodeConf
 def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
     """The same configuration with its relative paths made absolute from ``folder``."""
     identity = config.identity.model_copy(update={"path": (folder / config.identity.path).absolute()})
-    return config.model_copy(update={"identity": identity})
+    model = config.model
+    if model is not None and (folder / model.name).is_dir():
+        model = model.model_copy(update={"name": str((folder / model.name).absolute())})
+    return config.model_copy(update={"identity": identity, "model": model})
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +268,10 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _explain(error: Any) -> str:
     """One mistake as "key: what is wrong; what to do"."""
-    location = [str(part) for part in error["loc"]]
+    # behind a key pydantic names the alternatives of its type, which mean nothing to a reader
+    location = list(
+        itertools.takewhile(lambda part: re.fullmatch(r"[a-z_0-9]+", part), map(str, error["loc"]))
+    )
     key = ".".join(location) or "configuration"
     if error["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
@@ -257,6 +279,8 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        message = f"holds keys and values ({', '.join(_keys_at(location))}), or is left out"
     shown = "" if isinstance(error.get("input"), dict | NodeConfig) else f" (found {error.get('input')!r})"
     return f"{key}: {message}{shown}"
 

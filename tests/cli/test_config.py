@@ -59,11 +59,18 @@ def test_presets_expand():
         ("model: {cache_tokens: 0}", "model.cache_tokens: Input should be greater than 0 (found 0)"),
         (
             "networks: {petals: {bootstrap: [somewhere]}}",
-            "neither an address that ends in /p2p/<peer id> nor a preset",
+            "networks.petals.bootstrap.0: bootstrap address 'somewhere' is malformed",
         ),
         ("listen: [31330]", "listen.0: Input should be a valid string (found 31330)"),
-        ("listen: ['0.0.0.0:31330']", "is no multiaddr like /ip4/0.0.0.0/tcp/31330"),
+        ("listen: ['0.0.0.0:31330']", "listen.0: listen address '0.0.0.0:31330'"),
         ("networks: {petals: null}\nmodel: {}", "model is given but networks.petals is off"),
+        ("listen: [/ip4/0.0.0.0/udp/31330]", "expected /ip4/<address>/tcp/<port>"),
+        ("announce: [/foo/bar]", "announce.0: announced address '/foo/bar'"),
+        ("networks: {petals: {bootstrap: [/ip4/1.2.3.4/tcp/1]}}", "nor is it a preset: petals-public"),
+        ("networks: {petals: {bootstrap: [/ip4/1.2.3.4/tcp/1/p2p/x]}}", "networks.petals.bootstrap.0"),
+        ("model: {}\nlisten: []", "nobody can dial this node"),
+        ("model: {}\nnetworks: {petals: {dht: client}}", "nobody can dial this node"),
+        ("identity:", "identity: holds keys and values (path, kind), or is left out"),
         ("drain_seconds: -1", "drain_seconds: Input should be greater than or equal to 0"),
         ("- a", "expected keys and values, found list"),
         ("a: [", "not YAML"),
@@ -117,3 +124,15 @@ def test_init_writes_what_run_reads(tmp_path):
 def test_init_refuses_unknown_keys(tmp_path):
     with pytest.raises(ConfigError, match="choose rsa or ed25519"):
         list(write_node_files(tmp_path, "dsa"))
+
+
+def test_alternatives_of_a_type_are_not_named():
+    with pytest.raises(ConfigError) as caught:
+        parse_config("model: {throughput: fast}", "node.yaml")
+    assert {line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]} == {"model.throughput"}
+
+
+def test_model_folder_is_relative_to_the_file(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "node.yaml").write_text("model: {name: weights}")
+    assert load_config(tmp_path / "node.yaml").model.name == str(tmp_path / "weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import trio
+import trio.testing
 from expert_calls import DUMMY, hidden, output, request, step
 from expert_world import client_of, tiny_world
 
@@ -233,13 +234,18 @@ async def test_draining_server_takes_no_new_sessions(world):
         assert await server.drain() == 0
 
 
-async def test_silent_session_ends_after_the_step_timeout(autojump_clock):
+async def test_silent_session_ends_after_the_step_timeout(mock_clock):
     async with tiny_world(FIRST, cache_tokens=256) as world:
         async with world.client.stream(world.holder(0), methods.RPC_INFERENCE, open_timeout=5) as call:
             await call.send(step(FIRST, hidden(), max_length=16))
             await call.receive()
-            began = trio.current_time()
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(defaults.STEP_TIMEOUT_SECONDS - 1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert world.servers[world.holder(0)].open_sessions == 1
+            mock_clock.jump(1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert world.servers[world.holder(0)].open_sessions == 0
+            mock_clock.jump(defaults.CLOSE_GRACE_SECONDS)
             with pytest.raises(trio.EndOfChannel):
                 await call.receive()
-            assert trio.current_time() - began >= defaults.STEP_TIMEOUT_SECONDS
-        assert world.servers[world.holder(0)].open_sessions == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ from libp2p.security.noise.io import BaseNoiseMsgReadWriter
 
 from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.net.library import check_library
-from kwaainet_bridge.net.logs import quiet_libp2p_logs
 
 
 def test_the_pinned_version_fits() -> None:
@@ -27,15 +25,3 @@ def test_what_moved_is_named(monkeypatch) -> None:
 def test_the_memory_network_does_not_load_it() -> None:
     code = "import sys, kwaainet_bridge.net.memory, kwaainet_bridge.net; print('libp2p' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
-
-
-def test_quiet_logs() -> None:
-    before = {name: logging.getLogger(name).level for name in ("libp2p", "multiaddr")}
-    try:
-        quiet_libp2p_logs()
-        assert not logging.getLogger("libp2p.host.basic_host").isEnabledFor(logging.WARNING)
-        quiet_libp2p_logs(logging.DEBUG)
-        assert logging.getLogger("libp2p.host.basic_host").isEnabledFor(logging.DEBUG)
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

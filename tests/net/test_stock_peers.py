@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -24,7 +25,8 @@ from kwaainet_bridge.wire.peer_id import PeerId
 
 pytestmark = pytest.mark.interop
 
-STOCK_PYTHON = Path(__file__).parents[2] / ".venv-peers/bin/python"
+PEERS = Path(os.environ.get("KWAAINET_BRIDGE_PEERS", Path(__file__).parents[2] / ".venv-peers"))
+STOCK_PYTHON = PEERS / "bin" / "python"
 DRIVER = Path(__file__).with_name("stock_driver.py")
 
 

@@ -174,15 +174,12 @@ def generate(
     overrides["model"] = {k: v for k, v in (("name", model), ("dht_prefix", dht_prefix)) if v is not None}
     node_config = _load(config, overrides)
 
-    from kwaainet_bridge.cli.generate import GenerateOptions, generate_text
+    from kwaainet_bridge.cli.generate import GenerateOptions, generate_text, sampling_of
 
     options = GenerateOptions(
         prompt=prompt,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
+        sampling=sampling_of(temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty),
         seed=seed,
         show_route=show_route,
     )

@@ -19,10 +19,13 @@ from kwaainet_bridge.cli.generate import GenerateOptions, generate_text
 from kwaainet_bridge.cli.run import JOIN_LABEL, SERVING_LABEL
 from kwaainet_bridge.config import EMBEDDED_MODEL, parse_config
 from kwaainet_bridge.errors import NetworkError
+from kwaainet_bridge.hivemind.client import Sampling
 
 _START_SECONDS = 180.0  # the first start on a slow machine imports torch from a cold disk
 _STOP_SECONDS = 15.0
 _TOKENS = 80
+_SAMPLING = Sampling(do_sample=True, temperature=0.7, top_p=0.9)  # a small model repeats itself when greedy
+_SEED = 1813
 _BLOCKS = ("0:4", "4:8")
 
 _CONFIG = """\
@@ -68,7 +71,7 @@ async def run_demo(folder: Path, prompt: str, once: bool) -> None:
             nodes.append(node)
         swarm = {"networks": {"petals": {"bootstrap": [n.address for n in nodes]}}, "model": {}}
         typer.echo("", err=True)
-        options = GenerateOptions(prompt, max_new_tokens=_TOKENS, repetition_penalty=1.2, show_route=True)
+        options = GenerateOptions(prompt, _TOKENS, _SAMPLING, seed=_SEED, show_route=True)
         await generate_text(parse_config(json.dumps(swarm), "demo"), options)
         if not once:
             typer.echo(_how_to_talk(nodes), err=True)

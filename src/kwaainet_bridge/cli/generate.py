@@ -15,8 +15,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.engine import ClientModel, load_client_weights
-from kwaainet_bridge.errors import ConfigError, NetworkError
-from kwaainet_bridge.hivemind.client import Directory, Sampling, Swarm, TextStream, generate, open_session
+from kwaainet_bridge.errors import ConfigError, InvalidRequest, NetworkError
+from kwaainet_bridge.hivemind.client import (
+    GREEDY,
+    Directory,
+    Sampling,
+    Swarm,
+    TextStream,
+    generate,
+    open_session,
+)
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
@@ -28,26 +36,27 @@ from kwaainet_bridge.wire.peer_id import PeerId
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """What the command line asks for; ``temperature`` 0 is greedy."""
+    """What the command line asks for."""
 
     prompt: str
     max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
+    sampling: Sampling = GREEDY
     seed: int | None = None
     show_route: bool = False
 
-    @property
-    def sampling(self) -> Sampling:
+
+def sampling_of(temperature: float, *, top_k: int, top_p: float, repetition_penalty: float) -> Sampling:
+    """The sampling that options of the command line stand for; temperature 0 is greedy. ConfigError."""
+    try:
         return Sampling(
-            do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
         )
+    except InvalidRequest as e:
+        raise ConfigError(str(e)) from e
 
 
 async def generate_text(config: NodeConfig, options: GenerateOptions) -> None:
@@ -126,7 +135,11 @@ async def _join(host: Host, dht: DhtNode, addresses: tuple[str, ...]) -> None:
 
 
 async def _write_text(
-    swarm: Swarm, weights: ClientModel, tokenizer: Any, options: GenerateOptions, console: Console
+    swarm: Swarm,
+    weights: ClientModel,
+    tokenizer: Any,
+    options: GenerateOptions,
+    console: Console,
 ) -> None:
     ids = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():

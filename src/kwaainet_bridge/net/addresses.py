@@ -13,7 +13,7 @@ from multiaddr import Multiaddr
 from multiaddr.utils import get_network_addrs
 
 from kwaainet_bridge.defaults import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
-from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.errors import ConfigError, RemoteError
 from kwaainet_bridge.wire.peer_id import PeerId
 
 _FAMILIES: Final = {
@@ -108,6 +108,31 @@ def split_peer_address(text: str) -> tuple[PeerId, Address]:
             "expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>/p2p/<peer id>"
         )
     return address.peer, address
+
+
+def parse_listen_address(text: str) -> Address:
+    """Read an address to listen on. ConfigError, which names it, if that is not
+    ``/ip4|ip6/<host>/tcp/<port>``."""
+    try:
+        address = parse_address(text)
+    except RemoteError as e:
+        raise ConfigError(f"listen address {text!r}: {e}") from e
+    if address is None or address.protocol not in ("ip4", "ip6") or address.peer is not None:
+        raise ConfigError(
+            f"listen address {text!r}: expected /ip4/<address>/tcp/<port> or /ip6/<address>/tcp/<port>"
+        )
+    return address
+
+
+def parse_announce_address(text: str) -> Address:
+    """Read an address to announce, which may end in ``/p2p/…``. ConfigError, which names it, for anything else."""
+    try:
+        address = parse_address(text)
+    except RemoteError as e:
+        raise ConfigError(f"announced address {text!r}: {e}") from e
+    if address is None or not address.port:
+        raise ConfigError(f"announced address {text!r}: expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>")
+    return address.without_peer()
 
 
 def reachable_forms(listening: Iterable[Address]) -> list[Address]:

@@ -11,7 +11,6 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import (
-    ConfigError,
     NetworkError,
     PeerUnreachable,
     ProtocolNotSupported,
@@ -22,6 +21,8 @@ from kwaainet_bridge.net.addresses import (
     Address,
     AddressBook,
     parse_address,
+    parse_announce_address,
+    parse_listen_address,
     reachable_forms,
     split_peer_address,
 )
@@ -38,7 +39,7 @@ from kwaainet_bridge.net.identify import (
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.kademlia import KAD, Kademlia
 from kwaainet_bridge.net.library import check_library, noise_transport
-from kwaainet_bridge.net.listener import accept, bind, parse_listen_address
+from kwaainet_bridge.net.listener import FamilyUnavailable, accept, bind
 from kwaainet_bridge.net.ping import PING, answer_pings
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.net.yamux import YamuxConnection
@@ -70,11 +71,18 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
     announced.
     """
     check_library()
-    announce = [_parse_announce_address(text) for text in config.announce]
+    announce = [parse_announce_address(text) for text in config.announce]
     bound: list[tuple[trio.SocketListener, Address]] = []
     try:
+        unavailable: FamilyUnavailable | None = None
         for text in config.listen:
-            bound.append(await bind(parse_listen_address(text)))  # noqa: PERF401 - kept as far as it came
+            try:
+                bound.append(await bind(parse_listen_address(text)))
+            except FamilyUnavailable as e:
+                unavailable = e  # many machines have IPv4 only: one family is enough
+                log.warning("%s", e)
+        if unavailable is not None and not bound:
+            raise unavailable
         own = announce or reachable_forms(address for _, address in bound)
         async with trio.open_nursery() as nursery:
             host = Libp2pHost(config, own, nursery)
@@ -101,16 +109,6 @@ def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
-
-
-def _parse_announce_address(text: str) -> Address:
-    try:
-        address = parse_address(text)
-    except RemoteError as e:
-        raise ConfigError(f"announced address {text!r}: {e}") from e
-    if address is None or not address.port:
-        raise ConfigError(f"announced address {text!r}: expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>")
-    return address.without_peer()
 
 
 class Libp2pHost(Host):

@@ -9,35 +9,28 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from kwaainet_bridge.errors import ConfigError, RemoteError
-from kwaainet_bridge.net.addresses import Address, parse_address
+from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.net.addresses import Address
 
 log = logging.getLogger(__name__)
 
 _BACKLOG = 256
 
 
-def parse_listen_address(text: str) -> Address:
-    """Read an address to listen on. ConfigError, which names it, if that is not
-    ``/ip4|ip6/<host>/tcp/<port>``."""
-    try:
-        address = parse_address(text)
-    except RemoteError as e:
-        raise ConfigError(f"listen address {text!r}: {e}") from e
-    if address is None or address.protocol not in ("ip4", "ip6") or address.peer is not None:
-        raise ConfigError(
-            f"listen address {text!r}: expected /ip4/<address>/tcp/<port> or /ip6/<address>/tcp/<port>"
-        )
-    return address
+class FamilyUnavailable(ConfigError):
+    """This machine has no IPv6, or no IPv4, to listen on."""
 
 
 async def bind(address: Address) -> tuple[trio.SocketListener, Address]:
     """Open a listening socket; return it and ``address`` with the port it got.
 
     Raises ConfigError, which names the address and the remedy, if the port is taken or the address is not
-    this machine's.
+    this machine's; FamilyUnavailable for the wildcard address of a family that the machine lacks.
     """
-    listener = trio.socket.socket(address.family, socket.SOCK_STREAM)
+    try:
+        listener = trio.socket.socket(address.family, socket.SOCK_STREAM)
+    except OSError as e:
+        raise FamilyUnavailable(f"cannot listen on {address}: {e.strerror or e}") from e
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.protocol == "ip6":
@@ -46,6 +39,8 @@ async def bind(address: Address) -> tuple[trio.SocketListener, Address]:
         listener.listen(_BACKLOG)
     except OSError as e:
         listener.close()
+        if e.errno == errno.EADDRNOTAVAIL and address.host in ("::", "0.0.0.0"):  # noqa: S104 - compared only
+            raise FamilyUnavailable(f"cannot listen on {address}: {e.strerror}") from e
         raise ConfigError(f"cannot listen on {address}: {_explain(e)}") from e
     return trio.SocketListener(listener), Address(address.protocol, address.host, listener.getsockname()[1])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -36,20 +36,23 @@ class ServedBlocks:
     announcer: Announcer
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new sessions, withdraw the records (OFFLINE), and give running sessions ``seconds`` to end."""
+        """Refuse new sessions, withdraw the records, and give what is under way ``seconds`` to end."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._withdraw)
+            nursery.start_soon(_withdraw, self.announcer)
             left = await self.server.drain(timeout=seconds)
         if left:
             log.warning("sessions are cut off", sessions=left, after_seconds=seconds)
 
-    async def _withdraw(self) -> None:
-        with trio.move_on_after(defaults.OFFLINE_STORE_SECONDS) as limit:
-            await self.announcer.announce(ServerState.OFFLINE)
-        if limit.cancelled_caught:
-            log.warning(
-                "the swarm did not acknowledge that this node leaves; its records expire by themselves"
-            )
+
+async def _withdraw(announcer: Announcer) -> None:
+    """Store OFFLINE, unless that was done, and wait a limited time for what the swarm answers. Shielded."""
+    if announcer.info.state is ServerState.OFFLINE:
+        return
+    deadline = trio.current_time() + defaults.OFFLINE_STORE_SECONDS
+    with trio.CancelScope(deadline=deadline, shield=True) as limit:
+        await announcer.announce(ServerState.OFFLINE)
+    if limit.cancelled_caught:
+        log.warning("the swarm did not acknowledge that this node leaves; its records expire by themselves")
 
 
 class ModelService:
@@ -73,38 +76,34 @@ class ModelService:
     async def running(self) -> AsyncIterator[ServedBlocks]:
         """Load, announce JOINING, serve, announce ONLINE; serve on until the end of the block.
 
-        Raises CheckpointError or ConfigError for a model that cannot be served as configured.
+        However it ends, the records are withdrawn. Raises CheckpointError or ConfigError for a model that
+        cannot be served as configured.
         """
         config = self._config
         self._state.enter(Phase.LOADING, model=config.name, blocks=config.blocks or "all")
+        announcer: Announcer | None = None
         async with trio.open_nursery() as nursery:
-            announcer: Announcer | None = None
 
             def announce_joining(model: ModelInfo, blocks: range) -> None:
                 nonlocal announcer
                 announcer = self._announcer(model, blocks)
                 nursery.start_soon(announcer.announce, ServerState.JOINING)
 
-            engine = await Engine.load(
-                self._engine_config(), progress=self._report_loading, on_described=announce_joining
-            )
             try:
-                assert announcer is not None  # load() has described the model
-                await self._complete(announcer, engine)
-                span = ServedSpan(
-                    swarm_prefix(config.name, engine.model.family, config.dht_prefix),
-                    engine,
-                    CompressionType[config.compression],
+                engine = await Engine.load(
+                    self._engine_config(), progress=self._report_loading, on_described=announce_joining
                 )
-                async with serve_span(
-                    span, self._server, self._client, client_mode=self._dht.client_mode
-                ) as server:
-                    await announcer.announce(ServerState.ONLINE)
-                    nursery.start_soon(announcer.run)
-                    yield ServedBlocks(span, server, announcer)
+                async with aclosing(engine):
+                    assert announcer is not None  # load() has described the model
+                    span = ServedSpan(announcer.prefix, engine, CompressionType[config.compression])
+                    await self._complete(announcer, engine)
+                    async with serve_span(span, self._server, self._client) as server:
+                        await announcer.announce(ServerState.ONLINE)
+                        nursery.start_soon(announcer.run)
+                        yield ServedBlocks(span, server, announcer)
             finally:
-                with trio.CancelScope(shield=True):
-                    await engine.aclose()
+                if announcer is not None:
+                    await _withdraw(announcer)
                 nursery.cancel_scope.cancel()
 
     def _engine_config(self) -> EngineConfig:

@@ -61,7 +61,7 @@ class Announcer:
         self.cache_tokens = cache_tokens
         self.last_report: AnnounceReport | None = None
         self._dht = dht
-        self._prefix = prefix
+        self.prefix = prefix
         self._uids = [block_uid(prefix, block) for block in range(info.start_block, info.end_block)]
         page = f"{_HUB_PAGE}{repository}" if repository else None
         self._model = {"num_blocks": model_blocks, "repository": page}
@@ -95,8 +95,8 @@ class Announcer:
         expiration = self._clock() + defaults.ANNOUNCE_LIFETIME_PERIODS * self._period
         value = self.info.to_value()
         items = [Item(uid, value, expiration, str(self._dht.peer_id)) for uid in self._uids]
-        if not self._prefix.startswith("_"):  # such a prefix marks a private model
-            items.append(Item(MODEL_REGISTRY_KEY, self._model, expiration, self._prefix))
+        if not self.prefix.startswith("_"):  # such a prefix marks a private model
+            items.append(Item(MODEL_REGISTRY_KEY, self._model, expiration, self.prefix))
         results = await self._dht.store_many(items)
         own = self._dht.peer_id
         self.last_report = report = AnnounceReport(
@@ -109,7 +109,7 @@ class Announcer:
             logging.INFO if report.ok else logging.WARNING,
             "announced %d blocks of %s as %s: %d of %d records kept, %d of them by other nodes",
             len(self._uids),
-            self._prefix,
+            self.prefix,
             state.name,
             report.acknowledged,
             report.records,

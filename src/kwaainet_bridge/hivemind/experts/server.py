@@ -19,8 +19,9 @@ from kwaainet_bridge.rpc import RpcClient, RpcServer
 class ExpertServer:
     """Serves one span of blocks to Petals clients while :func:`serve_span` runs."""
 
-    def __init__(self, span: ServedSpan, inference: InferenceService) -> None:
+    def __init__(self, span: ServedSpan, stateless: StatelessService, inference: InferenceService) -> None:
         self.span = span
+        self._stateless = stateless
         self._inference = inference
 
     @property
@@ -28,13 +29,15 @@ class ExpertServer:
         return self._inference.open_sessions
 
     async def drain(self, *, timeout: float = math.inf) -> int:
-        """Take no new sessions and wait up to ``timeout`` seconds for the running ones.
+        """Take no new sessions; wait up to ``timeout`` seconds for the running ones and for all requests.
 
-        Returns how many are still open.
+        Forward and backward are served on meanwhile: their clients learn from the records that this server
+        leaves. Returns how many sessions are still open.
         """
         self._inference.accepting = False
         with trio.move_on_after(timeout):
             await self._inference.wait_idle()
+            await self._stateless.wait_idle()
         return self.open_sessions
 
 
@@ -44,16 +47,15 @@ async def serve_span(
     server: RpcServer,
     client: RpcClient,
     *,
-    client_mode: bool = False,
     clock: Callable[[], float] = trio.current_time,
 ) -> AsyncIterator[ExpertServer]:
     """Mount the seven expert calls for the length of the ``async with`` block.
 
-    ``client_mode`` is what rpc_info tells about this node's DHT. Leaving the block refuses new calls; running
+    Leaving the block refuses new calls; running
     ones belong to the host and end with it. Outgoing pushes are cancelled.
     """
     async with trio.open_nursery() as nursery:
-        stateless = StatelessService(span, client_mode=client_mode)
+        stateless = StatelessService(span)
         inference = InferenceService(span, Pusher(client, nursery), clock=clock)
         server.mount(methods.RPC_INFO, stateless.info)
         server.mount(methods.RPC_FORWARD, stateless.forward)
@@ -63,7 +65,7 @@ async def serve_span(
         server.mount_stream(methods.RPC_BACKWARD_STREAM, stateless.backward_stream)
         server.mount_stream(methods.RPC_INFERENCE, inference.inference)
         try:
-            yield ExpertServer(span, inference)
+            yield ExpertServer(span, stateless, inference)
         finally:
             for method in methods.ALL:
                 server.unmount(method)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.engine import Engine
-from kwaainet_bridge.errors import AllocationFailed, EngineError, Refusal
+from kwaainet_bridge.errors import AllocationFailed, ConfigError, EngineError, Refusal
 from kwaainet_bridge.hivemind.experts.records import block_uid
 
 _FLOAT_BYTES = 4
+_NOT_OF_BFLOAT16 = (CompressionType.FLOAT16, CompressionType.MEANSTD_16BIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,15 @@ class ServedSpan:
     prefix: str
     engine: Engine
     compression: CompressionType = CompressionType.NONE
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a compression that would refuse every answer."""
+        dtype = self.engine.model.dtype
+        if self.compression in _NOT_OF_BFLOAT16 and dtype is torch.bfloat16:
+            raise ConfigError(
+                f"model.compression {self.compression.name} cannot carry {dtype}: "
+                "choose another, or set model.dtype to float32 or float16"
+            )
 
     @property
     def uids(self) -> list[str]:

@@ -33,17 +33,23 @@ _SCHEMA_TOKENS = 2048  # stock servers describe inputs of this length; clients i
 class StatelessService:
     """Describes the span, runs forward and backward over it."""
 
-    def __init__(self, span: ServedSpan, *, client_mode: bool) -> None:
+    def __init__(self, span: ServedSpan) -> None:
         self._span = span
-        self._client_mode = client_mode
-        self._under_way = trio.CapacityLimiter(defaults.MAX_TRAINING_REQUESTS)
+        self._places = trio.CapacityLimiter(defaults.MAX_TRAINING_REQUESTS)
+        self._under_way = 0
+        self._idle = trio.Event()
+
+    async def wait_idle(self) -> None:
+        """Return once no forward or backward request is under way."""
+        while self._under_way:
+            await self._idle.wait()
 
     async def info(self, request: ExpertUID, _context: CallContext) -> ExpertInfo:
         """Answer rpc_info: the schema of one block, or only the server's state for an empty uid."""
         engine = self._span.engine
         info: dict[str, object] = {
             "version": f"kwaainet-bridge {__version__}",
-            "dht_client_mode": self._client_mode,
+            "dht_client_mode": False,  # blocks are served by nodes that hold records too
             "cache_tokens_available": engine.cache_bytes_left // engine.cache_bytes_per_token,
         }
         if request.uid:
@@ -82,29 +88,30 @@ class StatelessService:
     async def forward(self, request: ExpertRequest, _context: CallContext) -> ExpertResponse:
         async with self._admitted():
             answer = await self._forward(request.uid, Metadata(request.metadata), request.tensors)
-        return ExpertResponse(tensors=answer)
+            return ExpertResponse(tensors=answer)
 
     async def backward(self, request: ExpertRequest, _context: CallContext) -> ExpertResponse:
         async with self._admitted():
             answer = await self._backward(request.uid, Metadata(request.metadata), request.tensors)
-        return ExpertResponse(tensors=answer)
+            return ExpertResponse(tensors=answer)
 
     async def forward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
         async with self._admitted():
             answer = await self._forward(*await receive_joined(call, self._span.max_request_bytes))
-        await send_split(call, answer)
+            await send_split(call, answer)
 
     async def backward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
         async with self._admitted():
             answer = await self._backward(*await receive_joined(call, self._span.max_request_bytes))
-        await send_split(call, answer)
+            await send_split(call, answer)
 
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:
         """Bound the number and time of requests that hold tensors; tell clients what the engine refuses."""
+        self._under_way += 1
         try:
             with trio.fail_after(defaults.REQUEST_TIMEOUT_SECONDS):
-                async with self._under_way:
+                async with self._places:
                     yield
         except trio.TooSlowError:
             raise Refusal(
@@ -112,6 +119,11 @@ class StatelessService:
             ) from None
         except EngineError as e:
             raise as_refusal(e) from e
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+                self._idle = trio.Event()
 
     async def _forward(self, uid: str, metadata: Metadata, messages: Sequence[Tensor]) -> list[Tensor]:
         blocks = self._span.chain(uid)
