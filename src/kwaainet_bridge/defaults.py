@@ -22,6 +22,19 @@ STREAM_PART_BYTES: Final = 4 * MIB
 READ_AHEAD_MESSAGES: Final = 5
 """Requests of one stream that wait for their handler; beyond that the peer's window closes (stock: 5)."""
 
+READ_AHEAD_BYTES: Final = 4 * MIB
+"""Bytes of one stream's requests that wait for their handler, plus one request of any size."""
+
+PEER_RECEIVE_BYTES: Final = 512 * MIB
+"""Bytes of one peer's requests and unread answers in memory: eight concurrent training requests of 1024 tokens
+of hidden size 8192 with gradients, what a stock client makes of a large batch."""
+
+RECEIVE_BYTES: Final = 1024 * MIB
+"""The same for all peers together. A peer that would exceed either is cut off, not the node."""
+
+MAX_ERROR_CHARACTERS: Final = 1000
+"""Longest error text that is sent. Peers choose part of some, and a caller never gets an answer over 4 MiB."""
+
 FIRST_REQUEST_SECONDS: Final = 60.0
 """A peer that opens a stream and stays silent is dropped after this long."""
 

@@ -75,6 +75,11 @@ class MemoryStream(Stream):
             else:
                 await self._out.changed.wait()
 
+    async def wait_ended(self) -> None:
+        await trio.lowlevel.checkpoint()
+        while not (self._in.finished or self._in.reset):
+            await self._in.changed.wait()
+
     async def close(self) -> None:
         self._closed = True
         self._out.finished = True

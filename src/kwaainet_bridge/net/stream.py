@@ -34,6 +34,10 @@ class Stream(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def wait_ended(self) -> None:
+        """Return once the peer has finished or reset the stream, whatever is still unread."""
+
+    @abc.abstractmethod
     async def close(self) -> None:
         """Finish writing and stop reading; what was written still arrives. Never raises, may be repeated.
 

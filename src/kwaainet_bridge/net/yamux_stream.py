@@ -62,6 +62,7 @@ class YamuxStream(Stream):
         self._was_reset = False  # by either side, or by the end of the connection
         self._readable = trio.Event()
         self._writable = trio.Event()
+        self._ended = trio.Event()
 
     # --- the user's side
 
@@ -155,6 +156,9 @@ class YamuxStream(Stream):
             await self.reset()
             raise StreamReset(f"{self.remote} closed the stream and reads no more")
 
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
     async def close(self) -> None:
         await trio.lowlevel.cancel_shielded_checkpoint()
         self.close_now()
@@ -230,6 +234,7 @@ class YamuxStream(Stream):
     def peer_finished(self) -> None:
         """Take the peer's FIN: reads end after what has arrived."""
         self._peer_finished = True
+        self._ended.set()
         self._readable.set()
         self._writable.set()
         self._forget_if_over()
@@ -243,6 +248,7 @@ class YamuxStream(Stream):
         """
         if not (self._finished and self._peer_finished):
             self._was_reset = True
+        self._ended.set()
         self._readable.set()
         self._writable.set()
         self.connection.forget(self)

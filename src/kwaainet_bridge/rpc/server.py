@@ -24,8 +24,10 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, Refusal, RemoteError, StreamClosed, StreamReset
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.stream import Stream
+from kwaainet_bridge.rpc.budget import ReceiveBudget
+from kwaainet_bridge.rpc.inbound import InboundRequests
 from kwaainet_bridge.rpc.method import Method, Req, Res, StreamMethod, UnaryMethod
-from kwaainet_bridge.rpc.streams import FrameReader, parse, read_delimited
+from kwaainet_bridge.rpc.streams import parse, read_delimited
 from kwaainet_bridge.wire import envelope, frames
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -47,17 +49,18 @@ UnaryHandler = Callable[[Req, CallContext], Awaitable[Res]]
 class ServerStream(Generic[Req, Res]):
     """The server's side of one streaming call; iterate over it to receive requests."""
 
-    def __init__(self, stream: Stream, context: CallContext, requests: _Requests[Req, Res]) -> None:
+    def __init__(self, stream: Stream, context: CallContext, requests: InboundRequests[Req, Res]) -> None:
         self.context = context
         self._stream = stream
         self._requests = requests
 
-    async def receive(self) -> Req:
+    async def receive(self, *, hold: bool = False) -> Req:
         """The next request. Raises trio.EndOfChannel at the caller's end-of-stream.
 
-        Cancelled: no request is lost.
+        A request's bytes count as waiting until the next one is asked for; with ``hold``, until the call
+        ends: for handlers that keep them. Cancelled: no request is lost.
         """
-        return await self._requests.channel.receive()
+        return await self._requests.receive(hold=hold)
 
     def offer(self, request: Req) -> bool:
         """Put a request that came another way in line behind the caller's own.
@@ -91,16 +94,48 @@ StreamingHandler = Callable[[ServerStream[Req, Res]], Awaitable[None]]
 class RpcServer:
     """Mounts methods on a host."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, budget: ReceiveBudget | None = None) -> None:
         self._host = host
+        self._budget = budget or ReceiveBudget()
+        self._streaming = 0
+        self._quiet = trio.Event()
 
     def mount(self, method: UnaryMethod[Req, Res], handler: UnaryHandler[Req, Res]) -> None:
         """Serve a unary method. ValueError if its name is served already."""
-        self._host.serve(method.name, lambda stream: _contain(_serve_unary(stream, method, handler), stream))
+        self._host.serve(
+            method.name,
+            lambda stream: _contain(_serve_unary(stream, method, handler, self._budget), stream),
+        )
 
-    def mount_stream(self, method: StreamMethod[Req, Res], handler: StreamingHandler[Req, Res]) -> None:
-        """Serve a streaming method. ValueError if its name is served already."""
-        self._host.serve(method.name, lambda stream: _contain(_serve_stream(stream, method, handler), stream))
+    def mount_stream(
+        self,
+        method: StreamMethod[Req, Res],
+        handler: StreamingHandler[Req, Res],
+        *,
+        max_message_bytes: int = defaults.MAX_FRAME_BYTES,
+    ) -> None:
+        """Serve a streaming method; one message may be ``max_message_bytes`` long.
+
+        ValueError if its name is served already.
+        """
+
+        async def serve(stream: Stream) -> None:
+            self._streaming += 1
+            try:
+                call = _serve_stream(stream, method, handler, self._budget, max_message_bytes)
+                await _contain(call, stream)
+            finally:
+                self._streaming -= 1
+                if not self._streaming:
+                    self._quiet.set()
+                    self._quiet = trio.Event()
+
+        self._host.serve(method.name, serve)
+
+    async def wait_streams_over(self) -> None:
+        """Return once no streaming call is under way, its closing handshake included."""
+        while self._streaming:
+            await self._quiet.wait()
 
     def unmount(self, method: Method[Any, Any]) -> None:
         """Refuse new calls; running ones go on."""
@@ -115,7 +150,7 @@ async def _contain(serving: Coroutine[Any, Any, None], stream: Stream) -> None:
         log.debug("%s: %s left: %s", stream.protocol, stream.remote, e)
         await stream.reset()
     except RemoteError as e:
-        log.info("%s: %s broke the protocol: %s", stream.protocol, stream.remote, e)
+        log.debug("%s: %s broke the protocol: %.200s", stream.protocol, stream.remote, e)
         await stream.reset()
 
 
@@ -127,40 +162,52 @@ async def _write(stream: Stream, data: bytes) -> None:
 
 
 def _error_texts(error: Exception, context: CallContext) -> tuple[str, str]:
-    """What to answer for an exception, as (unary, streaming) text; the unexpected is logged in full."""
+    """What to answer for an exception, as (unary, streaming) text; the unexpected is logged in full.
+
+    Peers choose part of many texts, so they are cut, and their own mistakes are logged at DEBUG only.
+    """
     if isinstance(error, Refusal):
-        log.debug("%s refused to %s: %s", context.method, context.peer, error)
-        return error.unary_text, error.stream_text
-    if isinstance(error, RemoteError):
-        log.info("%s: bad request from %s: %s", context.method, context.peer, error)
+        log.debug("%s refused to %s: %.200s", context.method, context.peer, error)
+        texts = error.unary_text, error.stream_text
     else:
-        log.error("%s failed for %s", context.method, context.peer, exc_info=error)
-    return repr(error), str(error) or repr(error)
+        if isinstance(error, RemoteError):
+            log.debug("%s: bad request from %s: %.200s", context.method, context.peer, error)
+        else:
+            log.error("%s failed for %s", context.method, context.peer, exc_info=error)
+        texts = repr(error), str(error) or repr(error)
+    unary_text, stream_text = (text[: defaults.MAX_ERROR_CHARACTERS] for text in texts)
+    return unary_text, stream_text
 
 
 async def _serve_unary(
-    stream: Stream, method: UnaryMethod[Req, Res], handler: UnaryHandler[Req, Res]
+    stream: Stream,
+    method: UnaryMethod[Req, Res],
+    handler: UnaryHandler[Req, Res],
+    budget: ReceiveBudget,
 ) -> None:
     context = CallContext(stream.remote, method.name)
-    with trio.move_on_after(defaults.FIRST_REQUEST_SECONDS) as waiting:
-        call = envelope.decode_call(await read_delimited(stream, defaults.MAX_UNARY_BYTES))
-    if waiting.cancelled_caught:
-        raise StreamClosed(f"{method.name}: {stream.remote} sent no request")
-    if call.protocol != method.name:
-        raise RemoteError(f"{method.name}: the envelope from {stream.remote} names {call.protocol!r}")
-    answer = b""  # stays empty when the caller leaves
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_departure, stream, nursery.cancel_scope)
-        try:
-            response = await handler(parse(method.request, call.data, method.name), context)
-            answer = _encode_answer(call.call_id, response.SerializeToString())
-        except Exception as e:
-            answer = envelope.encode_error(call.call_id, _error_texts(e, context)[0])
-        nursery.cancel_scope.cancel()
-    if answer:
+    with budget.account(stream.remote) as account:
+        with trio.move_on_after(defaults.FIRST_REQUEST_SECONDS) as waiting:
+            body = await read_delimited(stream, defaults.MAX_UNARY_BYTES, on_read=account.add)
+        if waiting.cancelled_caught:
+            raise StreamClosed(f"{method.name}: {stream.remote} sent no request")
+        call = envelope.decode_call(body)
+        if call.protocol != method.name:
+            raise RemoteError(f"{method.name}: the envelope names {call.protocol[:100]!r}")
+        answer = b""  # stays empty when the caller leaves
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_departure, stream, nursery.cancel_scope)
+            try:
+                response = await handler(parse(method.request, call.data, method.name), context)
+                answer = _encode_answer(call.call_id, response.SerializeToString())
+            except Exception as e:
+                answer = envelope.encode_error(call.call_id, _error_texts(e, context)[0])
+            nursery.cancel_scope.cancel()
+        if not answer:
+            await stream.reset()
+            return
+        account.add(len(answer))  # a caller that does not read its answer holds it in memory
         await _write(stream, answer)
-    else:
-        await stream.reset()
 
 
 def _encode_answer(call_id: bytes, body: bytes) -> bytes:
@@ -177,71 +224,34 @@ async def _cancel_on_departure(stream: Stream, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-class _Requests(Generic[Req, Res]):
-    """Receives the requests of one streaming call while its handler runs."""
-
-    def __init__(self, stream: Stream, method: StreamMethod[Req, Res], scope: trio.CancelScope) -> None:
-        self._reader = FrameReader(stream, method.request)
-        self._handler_scope = scope
-        self._sender, self.channel = trio.open_memory_channel[Req](defaults.READ_AHEAD_MESSAGES)
-        self.ended = False  # the caller sent its end-of-stream
-        self.departed = False  # the caller closed or broke the stream: the handler is cancelled
-        self.error: RemoteError | None = None
-
-    async def pump(self) -> None:
-        """Feed the handler, then watch the stream until the caller leaves, dropping frames after the end."""
-        try:
-            while (frame := await self._reader.next()) is not None and frame.marker == frames.MESSAGE:
-                await self._sender.send(self._reader.parse(frame))
-            self.ended = frame is not None
-            self._sender.close()
-            while frame is not None:
-                frame = await self._reader.next()
-        except NetworkError:
-            pass
-        except RemoteError as e:
-            self.error = e
-        self.departed = True
-        self._handler_scope.cancel()
-
-    def offer(self, request: Req) -> bool:
-        try:
-            self._sender.send_nowait(request)
-        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-            return False
-        return True
-
-    async def wait_for_end(self) -> None:
-        """Read up to the caller's end-of-stream, its close, or the grace period.
-
-        Stock Petals clients deadlock when the server closes while they still write their end-of-stream.
-        """
-        with trio.move_on_after(defaults.CLOSE_GRACE_SECONDS), contextlib.suppress(NetworkError, RemoteError):
-            while not self.ended:
-                frame = await self._reader.next()
-                self.ended = frame is None or frame.marker != frames.MESSAGE
-
-
 async def _serve_stream(
-    stream: Stream, method: StreamMethod[Req, Res], handler: StreamingHandler[Req, Res]
+    stream: Stream,
+    method: StreamMethod[Req, Res],
+    handler: StreamingHandler[Req, Res],
+    budget: ReceiveBudget,
+    max_message_bytes: int,
 ) -> None:
     context = CallContext(stream.remote, method.name)
     error: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        requests = _Requests(stream, method, nursery.cancel_scope)
-        nursery.start_soon(requests.pump)
-        try:
-            await handler(ServerStream(stream, context, requests))
-        except (StreamReset, StreamClosed):
-            requests.departed = True  # noticed while answering
-        except Exception as e:
-            error = e
-        nursery.cancel_scope.cancel()
-    if requests.error is not None:
-        raise requests.error
-    if requests.departed:
-        await stream.reset()
-        return
-    if error is not None:
-        await _write(stream, frames.encode_error(_error_texts(error, context)[1]))
-    await requests.wait_for_end()
+    scope = trio.CancelScope()
+    with budget.account(stream.remote) as account:
+        requests = InboundRequests(stream, method, scope, account, max_message_bytes)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(requests.pump)
+            nursery.start_soon(requests.watch)
+            with scope:
+                try:
+                    await handler(ServerStream(stream, context, requests))
+                except (StreamReset, StreamClosed):
+                    requests.departed = True  # noticed while answering
+                except Exception as e:
+                    error = e
+            nursery.cancel_scope.cancel()
+        if requests.error is not None:
+            raise requests.error
+        if requests.departed:
+            await stream.reset()
+            return
+        if error is not None:
+            await _write(stream, frames.encode_error(_error_texts(error, context)[1]))
+        await requests.wait_for_end()

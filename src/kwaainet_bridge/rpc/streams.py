@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -26,7 +27,9 @@ def parse(kind: type[M], payload: bytes, method: str) -> M:
         raise RemoteError(f"{method}: {len(payload)} bytes are no {kind.DESCRIPTOR.name}") from e
 
 
-async def read_delimited(stream: Stream, max_bytes: int) -> bytes:
+async def read_delimited(
+    stream: Stream, max_bytes: int, *, on_read: Callable[[int], None] = lambda _count: None
+) -> bytes:
     """Read the one varint-delimited body of a unary call; bytes after it are ignored, as stock daemons do.
 
     Raises RemoteError for a length over ``max_bytes`` before reading on, StreamClosed if the stream ends
@@ -38,6 +41,7 @@ async def read_delimited(stream: Stream, max_bytes: int) -> bytes:
         if not data:
             decoder.finish()
             raise StreamClosed(f"{stream.protocol}: {stream.remote} closed the stream without a message")
+        on_read(len(data))
         if bodies := decoder.feed(data):
             return bodies[0]
 
@@ -45,10 +49,19 @@ async def read_delimited(stream: Stream, max_bytes: int) -> bytes:
 class FrameReader(Generic[M]):
     """Reads the frames of one direction of a streaming call."""
 
-    def __init__(self, stream: Stream, kind: type[M]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        kind: type[M],
+        max_message_bytes: int = defaults.MAX_FRAME_BYTES,
+        *,
+        on_read: Callable[[int], None] = lambda _count: None,
+    ) -> None:
+        """``on_read`` is told how many bytes have arrived; what it raises comes out of :meth:`next`."""
         self._stream = stream
         self._kind = kind
-        self._decoder = frames.FrameDecoder(defaults.MAX_FRAME_BYTES)
+        self._on_read = on_read
+        self._decoder = frames.FrameDecoder(max_message_bytes)
         self._ready: deque[frames.Frame] = deque()
 
     async def next(self) -> frames.Frame | None:
@@ -62,6 +75,7 @@ class FrameReader(Generic[M]):
             if not data:
                 self._decoder.finish()
                 return None
+            self._on_read(len(data))
             self._ready.extend(self._decoder.feed(data))
         return self._ready.popleft()
 

@@ -19,7 +19,7 @@ from kwaainet_bridge.wire.prefixed import PrefixedDecoder
 MESSAGE: Final = 0
 END_OR_ERROR: Final = 1
 
-_HEADER_BYTES = 9
+HEADER_BYTES: Final = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +66,15 @@ class FrameDecoder(PrefixedDecoder[Frame]):
     """Cuts a stream into frames whose payloads are at most ``max_bytes`` long. See PrefixedDecoder."""
 
     _name = "stream frame"
-    _longest_header = _HEADER_BYTES
+    _longest_header = HEADER_BYTES
 
     def _parse_header(self, header: bytearray) -> tuple[int, int, int] | None:
         marker = header[0]
         if marker not in (MESSAGE, END_OR_ERROR):
             raise RemoteError(f"stream frame: marker {marker} is neither {MESSAGE} nor {END_OR_ERROR}")
-        if len(header) < _HEADER_BYTES:
+        if len(header) < HEADER_BYTES:
             return None
-        return marker, int.from_bytes(header[1:], "big"), _HEADER_BYTES
+        return marker, int.from_bytes(header[1:], "big"), HEADER_BYTES
 
     def _build(self, tag: int, body: bytes) -> Frame:
         return Frame(tag, body)

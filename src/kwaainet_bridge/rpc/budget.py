@@ -1,0 +1,68 @@
+"""How much of what peers send may wait in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.wire.peer_id import PeerId
+
+
+class ReceiveBudget:
+    """Bytes of requests that have arrived and are not done with, by peer and in all."""
+
+    def __init__(
+        self,
+        *,
+        per_peer: int = defaults.PEER_RECEIVE_BYTES,
+        in_all: int = defaults.RECEIVE_BYTES,
+    ) -> None:
+        self._per_peer = per_peer
+        self._in_all = in_all
+        self._held: Counter[PeerId] = Counter()
+        self._total = 0
+
+    @contextmanager
+    def account(self, peer: PeerId) -> Iterator[Account]:
+        """An account of one call of ``peer``; what is left on it is given back at the end of the block."""
+        account = Account(self, peer)
+        try:
+            yield account
+        finally:
+            account.drop(account.held)
+
+    def change(self, peer: PeerId, count: int) -> None:
+        """See :class:`Account`, which calls this."""
+        if count > 0 and (self._held[peer] + count > self._per_peer or self._total + count > self._in_all):
+            raise RemoteError(f"too many bytes of unanswered requests wait here: {self._held[peer]} of yours")
+        self._held[peer] += count
+        self._total += count
+        if not self._held[peer]:
+            del self._held[peer]
+
+    @property
+    def held(self) -> int:
+        """Bytes held now, of all peers."""
+        return self._total
+
+
+class Account:
+    """Bytes that one call holds."""
+
+    def __init__(self, budget: ReceiveBudget, peer: PeerId) -> None:
+        self.held = 0
+        self._budget = budget
+        self._peer = peer
+
+    def add(self, count: int) -> None:
+        """Account for bytes that have arrived. Raises RemoteError when the peer, or all, would have too many."""
+        self._budget.change(self._peer, count)
+        self.held += count
+
+    def drop(self, count: int) -> None:
+        """Account for bytes that are done with."""
+        self._budget.change(self._peer, -count)
+        self.held -= count
