@@ -1,5 +1,8 @@
 # Two commands matter: `make run` and `make test`. Both set up everything they need.
-PYTHON ?= python3.11
+# PYTHON: the interpreter; left out, the first of python3.11, python3.12, python3.13. PEERS_PYTHON: that of the
+# stock peers, which must be a Python 3.11.
+PYTHON ?=
+PEERS_PYTHON ?= python3.11
 VENV := .venv
 PEERS := .venv-peers
 BIN := $(VENV)/bin
@@ -38,14 +41,15 @@ bench: setup peers
 setup: $(VENV)/.dev
 peers: $(PEERS)/.ready
 
-$(VENV)/.runtime: pyproject.toml constraints.txt scripts/setup.sh
-	PYTHON=$(PYTHON) scripts/setup.sh $(VENV) runtime
+$(VENV)/.runtime: pyproject.toml constraints.txt scripts/setup.sh scripts/common.sh
+	PYTHON='$(PYTHON)' scripts/setup.sh $(VENV) runtime
 
-$(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.sh
-	PYTHON=$(PYTHON) scripts/setup.sh $(VENV) dev
+$(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.sh scripts/common.sh
+	PYTHON='$(PYTHON)' scripts/setup.sh $(VENV) dev
 
-$(PEERS)/.ready: tests/interop/requirements.txt scripts/peers.sh
-	PYTHON=$(PYTHON) scripts/peers.sh $(PEERS)
+# the compiler that it may need came with the project's own environment
+$(PEERS)/.ready: tests/interop/requirements.txt scripts/peers.sh scripts/common.sh | $(VENV)/.dev
+	PEERS_PYTHON='$(PEERS_PYTHON)' scripts/peers.sh $(PEERS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info
