@@ -19,6 +19,9 @@ MAX_FRAME_BYTES: Final = 256 * MIB
 STREAM_PART_BYTES: Final = 4 * MIB
 """Tensor bytes in one streamed message: what stock clients and servers use."""
 
+MAX_PART_BYTES: Final = 16 * MIB
+"""Longest message that carries a part of a tensor: four times what stock peers send."""
+
 READ_AHEAD_MESSAGES: Final = 5
 """Requests of one stream that wait for their handler; beyond that the peer's window closes (stock: 5)."""
 
@@ -272,6 +275,9 @@ MAX_SESSIONS_PER_PEER: Final = 256
 
 MAX_TRAINING_REQUESTS: Final = 32
 """Forward and backward requests decoded at one time; further ones wait with their bytes still encoded."""
+
+MAX_TRAINING_REQUESTS_PER_PEER: Final = 8
+"""One peer's share of those; stock clients send the parts of a large batch at the same time."""
 
 REMEMBERED_STEPS: Final = 256
 """Step ids a session remembers, to drop the second of a pushed and a sent copy."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 import torch
 import trio
+import trio.testing
 from expert_calls import DUMMY, NO_HYPOTHESES, hidden, request, step, uid
 from expert_world import client_of, tiny_world
 
-from kwaainet_bridge.errors import HandlerError, StreamReset
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import EngineError, HandlerError, StreamReset
 from kwaainet_bridge.hivemind.experts import methods
-from kwaainet_bridge.wire import msgpack
+from kwaainet_bridge.wire import frames, msgpack
 from kwaainet_bridge.wire.pb.expert_pb2 import CompressionType, ExpertRequest, Tensor
 from kwaainet_bridge.wire.tensors import encode_tensor
 
@@ -67,7 +69,8 @@ async def still_serves(world):
         ("tiny-llama-hf.²", "Remote peer does not serve tiny-llama-hf.²"),
         ("tiny-llama-hf.0 tiny-llama-hf.2", "must follow each other"),
         ("tiny-llama-hf.1 tiny-llama-hf.0", "must follow each other"),
-        (" ".join(["tiny-llama-hf.0"] * 10_000), "must follow each other"),
+        (" ".join(["tiny-llama-hf.0"] * 10_000), "names more blocks than are served"),
+        (" " * 100_000, "names more blocks than are served"),
     ],
 )
 async def test_unknown_blocks(world, name, text):
@@ -179,8 +182,9 @@ async def test_wrong_metadata(world, metadata):
         ({"max_length": 16, "alloc_timeout": "soon"}, "alloc_timeout"),
         ({"max_length": 16, "start_from_position": 1}, "position"),
         ({"max_length": 16, "start_from_position": -1}, "position"),
-        ({"max_length": 16, "next_servers": [("x",)]}, "next_servers"),
-        ({"max_length": 16, "next_servers": [("x", "y", 0, 10**9)]}, "next_servers"),
+        ({"max_length": 16, "session_id": "x" * 129}, "session_id has 129 characters"),
+        ({"max_length": 16, "step_id": "x" * 1_000_000}, "step_id has 1000000 characters"),
+        ({"max_length": 16, "active_adapter": "x" * 1_000_000}, "xxx not found"),
     ],
 )
 async def test_wrong_session_settings(world, settings, text):
@@ -278,3 +282,72 @@ async def test_streamed_request_over_the_limit(world):
         await call.send(ExpertRequest(uid=uid(ALL), tensors=[part]))
         with pytest.raises(HandlerError, match="bytes"):
             await call.receive(timeout=10)
+
+
+async def test_error_texts_are_short(world):
+    message = request(ALL, hidden(), DUMMY, active_adapter="x" * 3_000_000)
+    assert len(await refused(world, methods.RPC_FORWARD, message)) <= defaults.MAX_ERROR_CHARACTERS
+
+
+async def test_silent_streams_take_no_place(world):
+    """More silent streams than there are places; an honest request is served at once."""
+    async with AsyncExitStack() as stack:
+        for number in range(defaults.MAX_TRAINING_REQUESTS + 4):
+            stream = client_of(world, 100 + number).stream(
+                world.holder(0), methods.RPC_FORWARD_STREAM, open_timeout=5
+            )
+            await stack.enter_async_context(stream)
+        await world.client.call(
+            world.holder(0), methods.RPC_FORWARD, request(ALL, hidden(), DUMMY), timeout=5
+        )
+
+
+async def test_one_peer_cannot_take_all_places(world):
+    """It sends the first part of many requests and then nothing more."""
+    slow = client_of(world, 50)
+    async with AsyncExitStack() as stack:
+        for _ in range(defaults.MAX_TRAINING_REQUESTS):
+            stream = slow.stream(world.holder(0), methods.RPC_FORWARD_STREAM, open_timeout=5)
+            call = await stack.enter_async_context(stream)
+            await call.send(request(ALL, hidden()))
+        await trio.testing.wait_all_tasks_blocked()
+        await world.client.call(
+            world.holder(0), methods.RPC_FORWARD, request(ALL, hidden(), DUMMY), timeout=5
+        )
+
+
+async def test_client_that_left_waits_for_no_cache(world):
+    """It asked for more than there is, sent further requests ahead, and went."""
+    target = world.holder(0)
+    async with world.client.stream(target, methods.RPC_INFERENCE, open_timeout=5) as holder:
+        for _ in range(2):
+            await holder.send(step(ALL, hidden(tokens=1), max_length=128))
+        await holder.receive(timeout=10)
+        gone = await world.network.hosts[world.client_peer].open_stream(target, methods.RPC_INFERENCE.name)
+        message = step(ALL, hidden(batch=2), max_length=128, alloc_timeout=600.0).SerializeToString()
+        await gone.write(frames.encode_message(message) * 7)
+        with trio.fail_after(5):
+            while world.servers[target].open_sessions < 2:
+                await trio.testing.wait_all_tasks_blocked()
+        await gone.reset()
+        with trio.fail_after(1):
+            while world.servers[target].open_sessions > 1:
+                await trio.testing.wait_all_tasks_blocked()
+        await holder.receive(timeout=10)
+        await holder.send(ExpertRequest())
+        await holder.end()
+        assert [r async for r in holder] == []
+
+
+async def test_engine_trouble_is_told_and_logged(world, caplog):
+    async def broken(*_args):
+        raise EngineError("CUDA error: out of memory")
+
+    engine = world.servers[world.holder(0)].span.engine
+    engine.forward, real = broken, engine.forward
+    try:
+        text = await refused(world, methods.RPC_FORWARD, request(ALL, hidden(), DUMMY))
+    finally:
+        engine.forward = real
+    assert text == "EngineError('CUDA error: out of memory')"
+    assert caplog.records[-1].levelname == "ERROR"

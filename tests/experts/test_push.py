@@ -166,6 +166,25 @@ async def test_pushed_step_that_fails_leaves_the_session_alone(world):
         assert output(await call.receive(timeout=10)).shape == (1, 4, 64)
 
 
+async def test_push_of_a_stranger_cannot_end_a_session(world):
+    """Neither by claiming to be the client's own step nor by having no step id."""
+    async with world.client.stream(world.holder(4), methods.RPC_INFERENCE, open_timeout=5) as call:
+        await call.send(step(SECOND, hidden(), session_id="two", max_length=8))
+        await call.receive(timeout=10)
+        for more in ({"step_id": "x", "pushed": False}, {"step_id": "y"}, {}):
+            evil = request(SECOND, hidden(1, 1), DUMMY, session_id="two", active_adapter="evil", **more)
+            await client_of(world, 99).call(world.holder(4), methods.RPC_PUSH, evil, timeout=5)
+        await call.send(step(SECOND, hidden(1, 4), session_id="two", step_id="x"))
+        assert output(await call.receive(timeout=10)).shape == (1, 4, 64)
+
+
+@pytest.mark.parametrize("route", [[("x",)], [("x", "y", 0, 10**9)], "x", [("x", "y", 0, 4)]])
+async def test_malformed_route_costs_no_answer(world, route):
+    async with world.client.stream(world.holder(0), methods.RPC_INFERENCE, open_timeout=5) as call:
+        await call.send(step(FIRST, hidden(), max_length=16, next_servers=route))
+        assert output(await call.receive(timeout=10)).shape == (1, 4, 64)
+
+
 async def test_push_needs_a_session_id(world):
     with pytest.raises(HandlerError) as caught:
         await world.client.call(world.holder(4), methods.RPC_PUSH, request(SECOND, hidden()), timeout=5)
@@ -173,7 +192,7 @@ async def test_push_needs_a_session_id(world):
 
 
 async def test_flood_of_unknown_pushes_is_refused(world):
-    message = request(SECOND, session_id="nobody's")
+    message = request(SECOND, session_id="nobody's", step_id="x")
     for _ in range(defaults.UNKNOWN_PUSHES_PER_MINUTE):
         await world.client.call(world.holder(4), methods.RPC_PUSH, message, timeout=5)
     with pytest.raises(HandlerError, match="too many pushes"):
@@ -235,17 +254,19 @@ async def test_draining_server_takes_no_new_sessions(world):
 
 
 async def test_silent_session_ends_after_the_step_timeout(mock_clock):
-    async with tiny_world(FIRST, cache_tokens=256) as world:
-        async with world.client.stream(world.holder(0), methods.RPC_INFERENCE, open_timeout=5) as call:
-            await call.send(step(FIRST, hidden(), max_length=16))
+    async with (
+        tiny_world(FIRST, cache_tokens=256) as world,
+        world.client.stream(world.holder(0), methods.RPC_INFERENCE, open_timeout=5) as call,
+    ):
+        await call.send(step(FIRST, hidden(), max_length=16))
+        await call.receive()
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(defaults.STEP_TIMEOUT_SECONDS - 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.servers[world.holder(0)].open_sessions == 1
+        mock_clock.jump(1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.servers[world.holder(0)].open_sessions == 0
+        mock_clock.jump(defaults.CLOSE_GRACE_SECONDS)
+        with pytest.raises(trio.EndOfChannel):
             await call.receive()
-            await trio.testing.wait_all_tasks_blocked()
-            mock_clock.jump(defaults.STEP_TIMEOUT_SECONDS - 1)
-            await trio.testing.wait_all_tasks_blocked()
-            assert world.servers[world.holder(0)].open_sessions == 1
-            mock_clock.jump(1)
-            await trio.testing.wait_all_tasks_blocked()
-            assert world.servers[world.holder(0)].open_sessions == 0
-            mock_clock.jump(defaults.CLOSE_GRACE_SECONDS)
-            with pytest.raises(trio.EndOfChannel):
-                await call.receive()

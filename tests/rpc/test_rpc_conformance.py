@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 from rpc_pairs import memory_pair
 
 from kwaainet_bridge import defaults
@@ -20,7 +21,9 @@ from kwaainet_bridge.errors import (
     StreamClosed,
     StreamReset,
 )
-from kwaainet_bridge.rpc import streaming, unary
+from kwaainet_bridge.net.memory import MemoryHost
+from kwaainet_bridge.rpc import RpcClient, RpcServer, streaming, unary
+from kwaainet_bridge.rpc.budget import ReceiveBudget
 from kwaainet_bridge.wire import envelope, frames
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -436,3 +439,73 @@ async def test_caller_that_does_not_read_is_dropped(autojump_clock):
             await trio.sleep(defaults.SEND_SECONDS + 1)
             with pytest.raises(StreamReset):
                 await read_all(stream)
+
+
+async def test_departure_is_noticed_while_the_queue_is_full(pair):
+    handler = Watched()
+    pair.server.mount_stream(TALK, handler)
+    stream = await pair.client_host.open_stream(pair.peer, TALK.name)
+    await stream.write(frames.encode_message(b"") * (defaults.READ_AHEAD_MESSAGES + 3))
+    await handler.started.wait()
+    await stream.reset()
+    with trio.fail_after(5):
+        await handler.cancelled.wait()
+
+
+async def test_long_messages_are_refused_by_their_header(pair):
+    handler = Watched()
+    pair.server.mount_stream(TALK, handler, max_message_bytes=1000)
+    stream = await pair.client_host.open_stream(pair.peer, TALK.name)
+    await handler.started.wait()
+    await stream.write(b"\x00" + (1001).to_bytes(8, "big"))
+    with trio.fail_after(5):
+        await handler.cancelled.wait()
+    await stream.reset()
+
+
+async def test_error_text_has_a_limit(pair):
+    async def fail(request, context):
+        raise Refusal("x" * 10_000_000)
+
+    pair.server.mount(CALL, fail)
+    with pytest.raises(HandlerError) as caught:
+        await pair.client.call(pair.peer, CALL, request(""), timeout=10)
+    assert len(caught.value.text) == defaults.MAX_ERROR_CHARACTERS
+
+
+async def test_a_peer_has_a_budget_of_waiting_bytes():
+    """Its calls beyond that are cut off; other peers, and itself later, are served."""
+    async with memory_pair() as pair:
+        budget = ReceiveBudget(per_peer=3_000_000, in_all=10_000_000)
+        server = RpcServer(pair.server_host, budget=budget)
+        handler = Watched()
+        server.mount_stream(TALK, handler)
+        server.mount(CALL, echo)
+        streams = [await pair.client_host.open_stream(pair.peer, TALK.name) for _ in range(4)]
+        message = frames.encode_message(ExpertRequest(metadata=bytes(1_000_000)).SerializeToString())
+        cut = 0
+        for stream in streams:
+            with trio.move_on_after(1):
+                try:
+                    await stream.write(message)
+                    await trio.testing.wait_all_tasks_blocked()
+                    await stream.write(b"")
+                except StreamReset:
+                    cut += 1
+        assert cut == 2
+        assert 0 < budget.held <= 3_000_000
+        with pytest.raises(NetworkError):
+            await pair.client.call(pair.peer, CALL, request("x" * 1_000_000), timeout=5)
+        other = RpcClient(
+            MemoryHost(pair.server_host._network, PeerId(bytes([0x12, 0x20]) + bytes([7] * 32)))
+        )
+        assert (
+            len((await other.call(pair.peer, CALL, request("x" * 1_000_000), timeout=5)).metadata)
+            == 1_000_000
+        )
+        for stream in streams:
+            await stream.reset()
+        await trio.testing.wait_all_tasks_blocked()
+        assert budget.held == 0
+        await pair.client.call(pair.peer, CALL, request("x" * 1_000_000), timeout=5)
+        assert budget.held == 0

@@ -19,7 +19,7 @@ class _Waiter:
 
 
 class CacheBudget:
-    """Counts bytes exactly and admits in the order of arrival. It allocates nothing itself."""
+    """Counts bytes exactly; those who wait are admitted in the order of arrival. It allocates nothing itself."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -30,7 +30,7 @@ class CacheBudget:
     async def reserve(self, num_bytes: int, *, timeout: float) -> AsyncIterator[None]:
         """Hold ``num_bytes`` for the duration of the block.
 
-        ``timeout`` in seconds; 0 fails at once unless there is room and nobody waits before. Raises
+        ``timeout`` in seconds; 0 takes what is free now, past those who wait, or fails at once. Raises
         AllocationFailed when there is no room in time, at once if there never could be. Cancelled while
         waiting: the place in the queue is given up. The bytes are returned on every way out.
         """
@@ -41,7 +41,8 @@ class CacheBudget:
             self._give_back(num_bytes)
 
     async def _take(self, num_bytes: int, timeout: float) -> None:
-        if not self._waiting and num_bytes <= self.left:
+        # who does not wait takes no turn from those who do: nearly all clients ask this way
+        if num_bytes <= self.left and (timeout <= 0 or not self._waiting):
             self.left -= num_bytes
             return
         if timeout <= 0 or num_bytes > self.total:

@@ -88,6 +88,7 @@ class ModelService:
                 nonlocal announcer
                 announcer = self._announcer(model, blocks)
                 nursery.start_soon(announcer.announce, ServerState.JOINING)
+                nursery.start_soon(announcer.run)
 
             try:
                 engine = await Engine.load(
@@ -99,7 +100,6 @@ class ModelService:
                     await self._complete(announcer, engine)
                     async with serve_span(span, self._server, self._client) as server:
                         await announcer.announce(ServerState.ONLINE)
-                        nursery.start_soon(announcer.run)
                         yield ServedBlocks(span, server, announcer)
             finally:
                 if announcer is not None:
@@ -120,7 +120,10 @@ class ModelService:
         )
 
     def _report_loading(self, progress: LoadProgress) -> None:
-        log.debug("loading", blocks=f"{progress.blocks_done}/{progress.blocks_total}", file=progress.file)
+        if progress.file is not None:
+            log.info("fetching", file=progress.file)
+        else:
+            log.debug("loading", blocks=f"{progress.blocks_done}/{progress.blocks_total}")
 
     def _announcer(self, model: ModelInfo, blocks: range) -> Announcer:
         config = self._config

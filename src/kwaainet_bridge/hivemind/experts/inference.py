@@ -16,11 +16,12 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Session
-from kwaainet_bridge.errors import BridgeError, EngineError, Refusal
+from kwaainet_bridge.errors import AllocationFailed, BridgeError, InvalidRequest, Refusal
 from kwaainet_bridge.hivemind.experts.push import Pusher, PushLimit
 from kwaainet_bridge.hivemind.experts.requests import Metadata, decode_tensors, encode_tensors, optional
 from kwaainet_bridge.hivemind.experts.span import ServedSpan, as_refusal
 from kwaainet_bridge.rpc import CallContext, ServerStream
+from kwaainet_bridge.wire import msgpack
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -99,7 +100,7 @@ class InferenceService:
             raise Refusal(
                 f"the session lasted longer than {defaults.SESSION_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
             ) from None
-        except EngineError as e:
+        except (InvalidRequest, AllocationFailed) as e:
             raise as_refusal(e) from e
 
     @contextmanager
@@ -134,7 +135,6 @@ class InferenceService:
         step_id = metadata.step_id
         if step_id is not None and step_id in live.steps_done:
             return  # the other copy of a step that came both by push and from the client
-        pushed = metadata.raw.get("pushed") is True
         try:
             metadata.check_common()
             tensors = await decode_tensors(request.tensors)
@@ -148,9 +148,9 @@ class InferenceService:
                 start_from_position=metadata.start_from_position,
             )
         except BridgeError as e:
-            if not pushed:
+            if not metadata.pushed:
                 raise
-            log.info("session %s: a pushed step is left out: %s", live.session_id, e)
+            log.debug("session %.40r: a pushed step is left out: %.200s", live.session_id, e)
             return  # the client's own copy of the step decides
         live.remember(step_id)
         response = ExpertResponse(tensors=await encode_tensors([output], [self._span.compression]))
@@ -161,11 +161,16 @@ class InferenceService:
     async def push(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:
         """Feed a pushed step to the live session that it names; ignore one that fits none, as stock does."""
         blocks = self._span.chain(request.uid)
-        session_id = Metadata(request.metadata).session_id
+        metadata = Metadata(request.metadata)
+        session_id = metadata.session_id
         if session_id is None:
             raise Refusal("session_id", kind="KeyError")
+        # whatever the sender says: what comes this way is never the client's own word
+        request.metadata = msgpack.pack({**metadata.raw, "pushed": True})
         hidden_size = self._span.engine.model.hidden_size
-        for live in self._by_id.get(session_id, ()):
+        # without a step id it could not be told from the client's own copy
+        candidates = self._by_id.get(session_id, ()) if metadata.step_id is not None else ()
+        for live in candidates:
             if live.accepts_push(request, blocks, hidden_size) and live.call.offer(request):
                 return ExpertResponse()
         self._push_limit.count_unknown(context.peer)

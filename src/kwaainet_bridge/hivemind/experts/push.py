@@ -42,7 +42,11 @@ class Pusher:
         The other tensors are those of this step (stock servers send those of the session's first step, which
         breaks beam search). The caller leaves out steps with prompts: those belong to this server's blocks.
         """
-        chain = metadata.next_servers
+        try:
+            chain = metadata.next_servers
+        except BridgeError as e:
+            log.debug("a step is not pushed on: %.200s", e)
+            return
         if not chain or self._under_way >= defaults.MAX_PUSHES_UNDER_WAY:
             return
         target, rest = chain[0], metadata.raw["next_servers"][1:]
@@ -55,10 +59,10 @@ class Pusher:
         )
         if request.ByteSize() > defaults.MAX_UNARY_BYTES - _ENVELOPE_ROOM:
             return  # a long prompt: the unary call cannot carry it
+        self._under_way += 1
         self._nursery.start_soon(self._send, target, request)
 
     async def _send(self, target: NextServer, request: ExpertRequest) -> None:
-        self._under_way += 1
         try:
             await self._client.call(target.peer, RPC_PUSH, request, timeout=defaults.PUSH_TIMEOUT_SECONDS)
         except BridgeError as e:

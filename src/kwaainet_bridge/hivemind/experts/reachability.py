@@ -29,7 +29,7 @@ class ReachabilityService:
     def __init__(self, own: PeerId, probe: Probe) -> None:
         self._own = own
         self._probe = probe
-        self._under_way = trio.CapacityLimiter(defaults.REACHABILITY_CHECKS_AT_ONCE)
+        self._under_way: set[PeerId] = set()
 
     def mount(self, server: RpcServer) -> None:
         server.mount(RPC_CHECK, self.check)
@@ -42,11 +42,15 @@ class ReachabilityService:
         if peer != context.peer:
             # stock peers ask only about themselves; anything else would make this node a scanner
             raise Refusal("a peer may ask about itself only")
+        if peer in self._under_way or len(self._under_way) >= defaults.REACHABILITY_CHECKS_AT_ONCE:
+            raise Refusal("busy with other checks")  # which is no verdict: stock peers do not count it
         available = False
-        with trio.move_on_after(defaults.REACHABILITY_CHECK_SECONDS):
-            async with self._under_way:
-                try:
-                    available = await self._probe(peer)
-                except BridgeError as e:
-                    log.debug("dial-back to %s failed: %s", peer, e)
+        self._under_way.add(peer)
+        try:
+            with trio.move_on_after(defaults.REACHABILITY_CHECK_SECONDS):
+                available = await self._probe(peer)
+        except BridgeError as e:
+            log.debug("dial-back to %s failed: %s", peer, e)
+        finally:
+            self._under_way.discard(peer)
         return PingResponse(available=available)

@@ -24,6 +24,7 @@ from kwaainet_bridge.wire.peer_id import PeerId
 from kwaainet_bridge.wire.tensors import TensorJoiner, decode_tensor, encode_tensor, split_tensor
 
 _TENSOR_MARK = b"__T"
+_MAX_ID_CHARACTERS = 128  # stock ids are UUIDs of 36; a server remembers hundreds
 _MAX_BLOCKS = 1024  # far above any model; bounds what one entry of next_servers makes us write
 
 
@@ -60,17 +61,26 @@ class Metadata:
         """Refuse what no request may carry: points that are no number, an adapter that is not loaded."""
         self._get("points", (int, float))
         if adapter := self._get("active_adapter", str):
-            raise Refusal(f"adapter {adapter} not found", kind="KeyError")
+            raise Refusal(f"adapter {adapter[:200]} not found", kind="KeyError")
+
+    def _identifier(self, key: str) -> str | None:
+        value: str | None = self._get(key, str)
+        if value is not None and len(value) > _MAX_ID_CHARACTERS:
+            raise Refusal(f"metadata: {key} has {len(value)} characters", kind="ValueError")
+        return value
 
     @property
     def session_id(self) -> str | None:
-        value: str | None = self._get("session_id", str)
-        return value
+        return self._identifier("session_id")
 
     @property
     def step_id(self) -> str | None:
-        value: str | None = self._get("step_id", str)
-        return value
+        return self._identifier("step_id")
+
+    @property
+    def pushed(self) -> bool:
+        """Whether another server sent this step. A client that says so of its own harms only itself."""
+        return self.raw.get("pushed") is True
 
     @property
     def start_from_position(self) -> int | None:
@@ -191,27 +201,26 @@ def _inline_bytes(compression: Iterable[int]) -> int:
     return defaults.INLINE_BYTES if plain else defaults.INLINE_COMPRESSED_BYTES
 
 
-async def receive_joined(
-    call: ServerStream[ExpertRequest, ExpertResponse], max_bytes: int
-) -> tuple[str, Metadata, list[Tensor]]:
-    """Read a whole streamed request: (uid, metadata of its first message, joined tensors).
+async def receive_rest(
+    call: ServerStream[ExpertRequest, ExpertResponse], first: ExpertRequest, max_bytes: int
+) -> list[Tensor]:
+    """Read a streamed request to its end and return its joined tensors, those of ``first`` included.
 
     Raises Refusal when the uid changes on the way, RemoteError beyond ``max_bytes`` of tensor data.
     """
     joiner = TensorJoiner(max_bytes)
-    uid, metadata = None, Metadata(b"")
     tensors: list[Tensor] = []
-    async for request in call:
-        if uid is None:
-            uid, metadata = request.uid, Metadata(request.metadata)
-        elif request.uid != uid:
+    for part in first.tensors:
+        tensors += joiner.feed(part)
+    while True:
+        try:
+            request = await call.receive(hold=True)
+        except trio.EndOfChannel:
+            return tensors + joiner.finish()
+        if request.uid != first.uid:
             raise Refusal("Block uids differ in one request", kind="ValueError")
         for part in request.tensors:
             tensors += joiner.feed(part)
-    tensors += joiner.finish()
-    if uid is None:
-        raise Refusal("the stream ended before its first request", kind="ValueError")
-    return uid, metadata, tensors
 
 
 async def send_split(call: ServerStream[ExpertRequest, ExpertResponse], tensors: Sequence[Tensor]) -> None:

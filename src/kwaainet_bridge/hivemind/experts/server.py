@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.inference import InferenceService
 from kwaainet_bridge.hivemind.experts.push import Pusher
@@ -19,8 +20,11 @@ from kwaainet_bridge.rpc import RpcClient, RpcServer
 class ExpertServer:
     """Serves one span of blocks to Petals clients while :func:`serve_span` runs."""
 
-    def __init__(self, span: ServedSpan, stateless: StatelessService, inference: InferenceService) -> None:
+    def __init__(
+        self, span: ServedSpan, rpc: RpcServer, stateless: StatelessService, inference: InferenceService
+    ) -> None:
         self.span = span
+        self._rpc = rpc
         self._stateless = stateless
         self._inference = inference
 
@@ -38,6 +42,8 @@ class ExpertServer:
         with trio.move_on_after(timeout):
             await self._inference.wait_idle()
             await self._stateless.wait_idle()
+            with trio.move_on_after(defaults.CLOSE_GRACE_SECONDS):
+                await self._rpc.wait_streams_over()  # stock clients deadlock if cut off in their farewell
         return self.open_sessions
 
 
@@ -61,12 +67,15 @@ async def serve_span(
         server.mount(methods.RPC_FORWARD, stateless.forward)
         server.mount(methods.RPC_BACKWARD, stateless.backward)
         server.mount(methods.RPC_PUSH, inference.push)
-        server.mount_stream(methods.RPC_FORWARD_STREAM, stateless.forward_stream)
-        server.mount_stream(methods.RPC_BACKWARD_STREAM, stateless.backward_stream)
-        server.mount_stream(methods.RPC_INFERENCE, inference.inference)
+        for method, handler, part in (
+            (methods.RPC_FORWARD_STREAM, stateless.forward_stream, defaults.MAX_PART_BYTES),
+            (methods.RPC_BACKWARD_STREAM, stateless.backward_stream, defaults.MAX_PART_BYTES),
+            (methods.RPC_INFERENCE, inference.inference, span.max_request_bytes + defaults.MAX_PART_BYTES),
+        ):
+            server.mount_stream(method, handler, max_message_bytes=part)
         try:
-            yield ExpertServer(span, stateless, inference)
+            yield ExpertServer(span, server, stateless, inference)
         finally:
-            for method in methods.ALL:
-                server.unmount(method)
+            for mounted in methods.ALL:
+                server.unmount(mounted)
             nursery.cancel_scope.cancel()

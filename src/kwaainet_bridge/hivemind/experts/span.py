@@ -8,10 +8,11 @@ import torch
 
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.engine import Engine
-from kwaainet_bridge.errors import AllocationFailed, ConfigError, EngineError, Refusal
+from kwaainet_bridge.errors import AllocationFailed, ConfigError, InvalidRequest, Refusal
 from kwaainet_bridge.hivemind.experts.records import block_uid
 
 _FLOAT_BYTES = 4
+_UID_NUMBER_CHARACTERS = 200  # dot, number and space; with room for the name of a block that is not served
 _NOT_OF_BFLOAT16 = (CompressionType.FLOAT16, CompressionType.MEANSTD_16BIT)
 
 
@@ -45,6 +46,8 @@ class ServedSpan:
 
     def chain(self, uid: str) -> range:
         """The blocks that a request names, ``"p.0 p.1 p.2"``. Raises Refusal for one that is not served."""
+        if len(uid) > len(self.engine.blocks) * (len(self.prefix) + _UID_NUMBER_CHARACTERS):
+            raise Refusal("the request names more blocks than are served here")
         blocks: list[int] = []
         for name in uid.split(" "):
             block = self.block(name)
@@ -62,7 +65,7 @@ class ServedSpan:
         return 4 * engine.max_batch_tokens * engine.model.hidden_size * _FLOAT_BYTES
 
 
-def as_refusal(error: EngineError) -> Refusal:
-    """What a client is told when the engine refuses."""
+def as_refusal(error: InvalidRequest | AllocationFailed) -> Refusal:
+    """What a client is told when the engine refuses; other engine errors are the node's own trouble."""
     kind = "AllocationFailed" if isinstance(error, AllocationFailed) else "ValueError"
     return Refusal(str(error), kind=kind)

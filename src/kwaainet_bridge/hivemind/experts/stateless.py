@@ -5,27 +5,29 @@ Source: Petals main ``server/handler.py`` and ``server/block_functions.py``; rec
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import torch
 import trio
 
 from kwaainet_bridge import __version__, defaults
-from kwaainet_bridge.errors import EngineError, Refusal
+from kwaainet_bridge.errors import AllocationFailed, InvalidRequest, Refusal
 from kwaainet_bridge.hivemind.experts.requests import (
     Metadata,
     decode_tensors,
     encode_tensors,
     is_dummy,
     optional,
-    receive_joined,
+    receive_rest,
     send_split,
 )
 from kwaainet_bridge.hivemind.experts.span import ServedSpan, as_refusal
 from kwaainet_bridge.rpc import CallContext, ServerStream
 from kwaainet_bridge.wire import msgpack
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID, Tensor
+from kwaainet_bridge.wire.peer_id import PeerId
 
 _SCHEMA_TOKENS = 2048  # stock servers describe inputs of this length; clients ignore it
 
@@ -36,6 +38,7 @@ class StatelessService:
     def __init__(self, span: ServedSpan) -> None:
         self._span = span
         self._places = trio.CapacityLimiter(defaults.MAX_TRAINING_REQUESTS)
+        self._shares: dict[PeerId, trio.CapacityLimiter] = {}
         self._under_way = 0
         self._idle = trio.Event()
 
@@ -85,41 +88,59 @@ class StatelessService:
             device_index=None,
         )
 
-    async def forward(self, request: ExpertRequest, _context: CallContext) -> ExpertResponse:
-        async with self._admitted():
+    async def forward(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:
+        async with self._admitted(context.peer):
             answer = await self._forward(request.uid, Metadata(request.metadata), request.tensors)
-            return ExpertResponse(tensors=answer)
+        return ExpertResponse(tensors=answer)
 
-    async def backward(self, request: ExpertRequest, _context: CallContext) -> ExpertResponse:
-        async with self._admitted():
+    async def backward(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:
+        async with self._admitted(context.peer):
             answer = await self._backward(request.uid, Metadata(request.metadata), request.tensors)
-            return ExpertResponse(tensors=answer)
+        return ExpertResponse(tensors=answer)
 
     async def forward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
-        async with self._admitted():
-            answer = await self._forward(*await receive_joined(call, self._span.max_request_bytes))
-            await send_split(call, answer)
+        await self._serve_stream(call, self._forward)
 
     async def backward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
-        async with self._admitted():
-            answer = await self._backward(*await receive_joined(call, self._span.max_request_bytes))
-            await send_split(call, answer)
+        await self._serve_stream(call, self._backward)
+
+    async def _serve_stream(
+        self,
+        call: ServerStream[ExpertRequest, ExpertResponse],
+        run: Callable[[str, Metadata, Sequence[Tensor]], Awaitable[list[Tensor]]],
+    ) -> None:
+        # whoever opens a stream and stays silent takes nobody's place
+        first = None
+        with trio.move_on_after(defaults.FIRST_REQUEST_SECONDS), contextlib.suppress(trio.EndOfChannel):
+            first = await call.receive(hold=True)
+        if first is None:
+            raise Refusal("no request came", kind="ValueError")
+        async with self._admitted(call.context.peer):
+            tensors = await receive_rest(call, first, self._span.max_request_bytes)
+            answer = await run(first.uid, Metadata(first.metadata), tensors)
+        await send_split(call, answer)
 
     @asynccontextmanager
-    async def _admitted(self) -> AsyncIterator[None]:
-        """Bound the number and time of requests that hold tensors; tell clients what the engine refuses."""
+    async def _admitted(self, peer: PeerId) -> AsyncIterator[None]:
+        """Bound the number and time of requests that hold tensors; tell clients what the engine refuses.
+
+        A peer has a share of the places, so that one that sends slowly cannot keep all others waiting.
+        """
         self._under_way += 1
+        share = self._shares.setdefault(peer, trio.CapacityLimiter(defaults.MAX_TRAINING_REQUESTS_PER_PEER))
         try:
             with trio.fail_after(defaults.REQUEST_TIMEOUT_SECONDS):
-                async with self._places:
+                async with share, self._places:
                     yield
         except trio.TooSlowError:
             raise Refusal(
                 f"the request took longer than {defaults.REQUEST_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
             ) from None
-        except EngineError as e:
+        except (InvalidRequest, AllocationFailed) as e:
             raise as_refusal(e) from e
         finally:
+            if not share.borrowed_tokens and not share.statistics().tasks_waiting:
+                self._shares.pop(peer, None)
             self._under_way -= 1
             if not self._under_way:
                 self._idle.set()
