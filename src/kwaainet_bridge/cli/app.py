@@ -1,10 +1,12 @@
 """Commands and their options. Each command's work is done elsewhere; here is what a person types and sees.
 
-Exit codes: 0 done, 1 failed while running, 2 wrong input (option, configuration, file), 130 interrupted.
+Exit codes: 0 done, 1 failed while running, 2 wrong input (option, configuration, file, model), 128 and the
+signal's number when interrupted.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import typer
 
 from kwaainet_bridge import __version__
 from kwaainet_bridge.config import EMBEDDED_MODEL, NodeConfig, anchored, load_config, parse_config
-from kwaainet_bridge.errors import BridgeError, ConfigError
+from kwaainet_bridge.errors import BridgeError, CheckpointError, ConfigError
 
 app = typer.Typer(
     name="kwaainet-bridge",
@@ -51,7 +53,11 @@ def main() -> None:
         errors = list(_leaves(group))
         for error in errors:
             typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2 if isinstance(errors[0], ConfigError) else 1)
+        sys.exit(2 if isinstance(errors[0], ConfigError | CheckpointError) else 1)
+    finally:
+        # An interpreter that ends looks through all that lives for garbage: a million objects of torch and
+        # transformers, more than a second. The system takes them back as well.
+        gc.freeze()
 
 
 def _leaves(group: BaseExceptionGroup[BridgeError]) -> Iterator[BaseException]:
@@ -103,6 +109,9 @@ def run(
     model: Annotated[
         str | None, typer.Option(help=f"Folder, hub repository, or '{EMBEDDED_MODEL}' (in the package).")
     ] = None,
+    dht_prefix: Annotated[
+        str | None, typer.Option(help="Name of the blocks in the swarm; derived from the model if left out.")
+    ] = None,
     blocks: Annotated[str | None, typer.Option(help="Blocks to serve, first:end.", metavar="A:B")] = None,
     listen: Annotated[
         list[str] | None, typer.Option(help="Address to listen on. May be repeated.", metavar="ADDR")
@@ -115,10 +124,9 @@ def run(
     if bootstrap or public_swarm or new_swarm:
         peers = bootstrap or (["petals-public"] if public_swarm else [])
         overrides["networks"] = {"petals": {"bootstrap": peers}}
-    if model is not None:
-        overrides["model"] = {"name": model}
-    if blocks is not None:
-        overrides.setdefault("model", {})["blocks"] = blocks
+    served = {"name": model, "dht_prefix": dht_prefix, "blocks": blocks}
+    if any(value is not None for value in served.values()):
+        overrides["model"] = {key: value for key, value in served.items() if value is not None}
     if listen:
         overrides["listen"] = listen
     node_config = _load(config, overrides)
@@ -126,6 +134,9 @@ def run(
     # OpenMP reads this when torch is imported. Its threads otherwise spin while they wait for work, which on
     # a machine that does anything else makes a step up to ten times slower, and costs its owner a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What is imported now makes no garbage, and looking for it takes a third of the time. The node switches
+    # the collector on again.
+    gc.disable()
     from kwaainet_bridge.cli.run import run_until_signalled
 
     trio.run(run_until_signalled, node_config)
@@ -195,4 +206,6 @@ def demo(
     """Start a private swarm of two nodes on this machine and generate text through both."""
     from kwaainet_bridge.cli.demo import run_demo
 
-    trio.run(run_demo, folder, prompt, once)
+    interrupted = trio.run(run_demo, folder, prompt, once)
+    if interrupted is not None:
+        raise typer.Exit(128 + interrupted)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,12 +56,36 @@ class Started(Protocol):
     def started(self, node: _DemoNode, /) -> None: ...
 
 
-async def run_demo(folder: Path, prompt: str, once: bool) -> None:
+async def run_demo(folder: Path, prompt: str, once: bool) -> int | None:
     """Start two nodes that hold half of the embedded model each, generate through both, leave them running.
 
-    Ends with Ctrl-C, or after the text if ``once``; then the nodes are drained. Raises NetworkError, with the
-    end of its log, for a node that does not start.
+    Ends with Ctrl-C, with SIGTERM or SIGHUP, whose number it returns, or after the text if ``once``; the nodes
+    are drained first. Raises NetworkError, with the end of its log, for a node that does not start.
     """
+    signals = {signal.SIGTERM}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to live on
+        signals.add(signal.SIGHUP)
+    interruption = _Interruption()
+    with trio.open_signal_receiver(*signals) as received:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(interruption.cancel_when, received, nursery.cancel_scope)
+            await _run_swarm(folder, prompt, once)
+            nursery.cancel_scope.cancel()
+    return interruption.number
+
+
+class _Interruption:
+    """The signal that ended the demonstration, if one did."""
+
+    number: int | None = None
+
+    async def cancel_when(self, received: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        async for number in received:
+            self.number = number
+            scope.cancel()
+
+
+async def _run_swarm(folder: Path, prompt: str, once: bool) -> None:
     await trio.Path(folder).mkdir(parents=True, exist_ok=True)
     nodes: list[_DemoNode] = []
     async with trio.open_nursery() as nursery:
@@ -86,7 +111,7 @@ async def _run_node(
     bootstrap: list[str],
     task_status: Started = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run one node; reports it once it serves, and stops it when cancelled."""
+    """Run one node; report it once it serves, and drain it when cancelled."""
     config, log_path = folder / f"{name}.yaml", folder / f"{name}.log"
     config.write_text(
         _CONFIG.format(name=name, bootstrap=json.dumps(bootstrap), model=EMBEDDED_MODEL, blocks=blocks)

@@ -43,8 +43,8 @@ drain_seconds: 60           # how long running sessions may go on after a stop s
 def write_node_files(folder: Path, kind: Any) -> Iterator[str]:
     """Write ``node.yaml`` and ``identity.key`` into ``folder``; yield what a person should read.
 
-    Raises ConfigError for an unknown kind of key, and for a configuration that exists already: it is never
-    overwritten. An existing key is kept.
+    Raises ConfigError for an unknown kind of key, for a folder that cannot be written, and for a configuration
+    that exists already: it is never overwritten. An existing key is kept.
     """
     from kwaainet_bridge.net.identity import load_identity
 
@@ -52,12 +52,15 @@ def write_node_files(folder: Path, kind: Any) -> Iterator[str]:
         raise ConfigError(f"--key {kind}: choose rsa or ed25519")
     config = folder / "node.yaml"
     key = folder / "identity.key"
-    if config.exists():
-        raise ConfigError(f"{config} exists already: edit it, or remove it first")
-    folder.mkdir(parents=True, exist_ok=True)
-    with load_identity(key, kind=kind) as identity:
-        peer_id = identity.peer_id
-    config.write_text(TEMPLATE.format(name=config, kind=kind), encoding="utf-8")
+    try:
+        if config.exists():
+            raise ConfigError(f"{config} exists already: edit it, or remove it first")
+        folder.mkdir(parents=True, exist_ok=True)
+        with load_identity(key, kind=kind) as identity:
+            peer_id = identity.peer_id
+        config.write_text(TEMPLATE.format(name=config, kind=kind), encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written: {e.strerror}; choose another folder") from e
     yield f"peer id        {peer_id}"
     yield f"identity       {key}"
     yield f"configuration  {config}"

@@ -41,6 +41,7 @@ class BootstrapWatch:
         self._addresses = addresses
         self._peers = {peer for peer, _ in parse_bootstrap_addresses(addresses)} - {host.peer_id}
         self._untried = set(self._peers)
+        self._turns = {peer: trio.Lock() for peer in self._peers}
         self._round_over = trio.Event()
         self._host = host
         self._state = state
@@ -71,17 +72,22 @@ class BootstrapWatch:
             await keep_bootstrapped(self._host, self._addresses, on_event=on_event)
 
     async def _stay(self, peer: PeerId) -> None:
-        """Join through a peer that is connected; return when it no longer is."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._join_through, peer)
-            await self._host.wait_disconnected(peer)
-            nursery.cancel_scope.cancel()
-        if peer in self.reached:
-            self.reached.discard(peer)
-            log.warning("bootstrap peer lost", network=self.network, peer=str(peer))
-            self._judge()
+        """Join through a peer that is connected; return when it no longer is.
+
+        A peer with several addresses is reported once for each: one at a time looks after it.
+        """
+        async with self._turns[peer]:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._join_through, peer)
+                await self._host.wait_disconnected(peer)
+                nursery.cancel_scope.cancel()
+            if peer in self.reached:
+                self.reached.discard(peer)
+                log.warning("bootstrap peer lost", network=self.network, peer=str(peer))
+                self._judge()
 
     async def _join_through(self, peer: PeerId) -> None:
+        await trio.lowlevel.checkpoint()  # one that is gone again is not reached
         while self._join is not None:
             error = (await self._join([peer]))[0].error
             if error is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
 from kwaainet_bridge.net import Host, HostConfig, open_host
-from kwaainet_bridge.net.identity import load_identity
+from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.petals import ModelService
 from kwaainet_bridge.node.probe import dial_back
@@ -45,61 +46,115 @@ async def run_node(
 
     ``on_started`` is called once the node listens. Raises ConfigError and its kin for what the operator must
     mend: an identity in use, a port taken, a model that cannot be served. Unreachable peers are never fatal.
-    Cancelled: everything ends at once, nothing is withdrawn from the swarm.
+    Cancelled: blocks are withdrawn from the swarm, for at most ``defaults.OFFLINE_STORE_SECONDS``, and everything
+    ends; sessions are not waited for.
     """
     log.info("starting", version=__version__)
+    work = trio.CancelScope()
     with load_identity(config.identity.path, kind=config.identity.kind) as identity:
-        host_config = HostConfig(identity=identity, listen=config.listen, announce=config.announce)
-        async with open_host(host_config) as host, trio.open_nursery() as services:
-            contact = Contact(host.peer_id, host.addresses())
-            log.info("listening", peer_id=str(host.peer_id), addresses=list(contact.addresses))
-            on_started(contact)
-            if config.networks.kwaainet is not None:
-                watch = BootstrapWatch("kwaainet", host, config.networks.kwaainet.bootstrap, state)
-                services.start_soon(watch.run)
-            if config.networks.petals is not None:
-                await _take_part_in_petals(config, host, state, stop)
-            else:
-                state.enter(Phase.SERVING)
-                await stop.wait()
-                state.enter(Phase.DRAINING)
-            services.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_when_cancelled, work)
+            # the host and the DHT outlive the work, or the records could not be withdrawn
+            with trio.CancelScope(shield=True):
+                await _run_host(config, identity, state, stop, work, on_started=on_started)
+            nursery.cancel_scope.cancel()
     state.enter(Phase.STOPPED)
 
 
-async def _take_part_in_petals(config: NodeConfig, host: Host, state: NodeState, stop: trio.Event) -> None:
+async def _cancel_when_cancelled(work: trio.CancelScope) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        work.cancel()
+
+
+async def _run_host(
+    config: NodeConfig,
+    identity: Identity,
+    state: NodeState,
+    stop: trio.Event,
+    work: trio.CancelScope,
+    *,
+    on_started: Callable[[Contact], None],
+) -> None:
+    host_config = HostConfig(identity=identity, listen=config.listen, announce=config.announce)
+    async with open_host(host_config) as host, trio.open_nursery() as services:
+        contact = Contact(host.peer_id, host.addresses())
+        log.info("listening", peer_id=str(host.peer_id), addresses=list(contact.addresses))
+        on_started(contact)
+        if config.networks.kwaainet is not None:
+            watch = BootstrapWatch("kwaainet", host, config.networks.kwaainet.bootstrap, state)
+            services.start_soon(watch.run)
+        if config.networks.petals is not None:
+            await _take_part_in_petals(config, host, state, stop, work)
+        else:
+            with work:
+                await _serve_until(stop, state)
+        services.cancel_scope.cancel()
+
+
+async def _serve_until(stop: trio.Event, state: NodeState) -> None:
+    """The whole life of a node without blocks."""
+    state.enter(Phase.SERVING)
+    await stop.wait()
+    state.enter(Phase.DRAINING)
+
+
+async def _take_part_in_petals(
+    config: NodeConfig, host: Host, state: NodeState, stop: trio.Event, work: trio.CancelScope
+) -> None:
     network = config.networks.petals
     assert network is not None
     server, client = RpcServer(host), RpcClient(host)
     dht = DhtNode(host, server, client, client_mode=network.dht == "client")
-    async with dht.running(), trio.open_nursery() as nursery:
-        if not dht.client_mode:
-            ReachabilityService(host.peer_id, lambda peer: dial_back(host, peer)).mount(server)
-        watch = BootstrapWatch("petals", host, network.bootstrap, state, join=dht.bootstrap)
-        nursery.start_soon(watch.run)
-        state.enter(Phase.BOOTSTRAPPING, peers=watch.total)
-        await watch.first_round()
-        if config.model is None:
-            state.enter(Phase.SERVING)
-            await stop.wait()
-            state.enter(Phase.DRAINING)
-        else:
-            model = ModelService(config.model, dht, server, client, state)
-            with trio.CancelScope() as loading:
-                nursery.start_soon(_cancel_while_loading, stop, loading, state)
-                async with model.running() as served:
-                    blocks = served.span.engine.blocks
-                    state.enter(
-                        Phase.SERVING, blocks=f"{blocks.start}:{blocks.stop}", prefix=served.span.prefix
-                    )
-                    await stop.wait()
-                    state.enter(Phase.DRAINING, sessions=served.server.open_sessions)
-                    await served.drain(config.drain_seconds)
-        nursery.cancel_scope.cancel()
+    async with dht.running():
+        with work:
+            async with trio.open_nursery() as nursery:
+                if not dht.client_mode:
+                    ReachabilityService(host.peer_id, lambda peer: dial_back(host, peer)).mount(server)
+                watch = BootstrapWatch("petals", host, network.bootstrap, state, join=dht.bootstrap)
+                nursery.start_soon(watch.run)
+                with trio.CancelScope() as start:
+                    nursery.start_soon(_cancel_start, stop, start, state)
+                    state.enter(Phase.BOOTSTRAPPING, peers=watch.total)
+                    async with trio.open_nursery() as getting_ready:
+                        getting_ready.start_soon(watch.first_round)
+                        if config.model is not None:
+                            getting_ready.start_soon(_import_engine)
+                    if config.model is None:
+                        await _serve_until(stop, state)
+                    else:
+                        model = ModelService(config.model, dht, server, client, state)
+                        await _serve_blocks(model, state, stop, config.drain_seconds)
+                nursery.cancel_scope.cancel()
 
 
-async def _cancel_while_loading(stop: trio.Event, loading: trio.CancelScope, state: NodeState) -> None:
+async def _serve_blocks(
+    model: ModelService, state: NodeState, stop: trio.Event, drain_seconds: float
+) -> None:
+    async with model.running() as served:
+        engine = served.span.engine
+        state.enter(
+            Phase.SERVING,
+            blocks=f"{engine.blocks.start}:{engine.blocks.stop}",
+            model_blocks=engine.model.num_blocks,
+            prefix=served.span.prefix,
+        )
+        await stop.wait()
+        state.enter(Phase.DRAINING, sessions=served.server.open_sessions)
+        await served.drain(drain_seconds)
+
+
+async def _import_engine() -> None:
+    """Import what loading needs while the network is waited for: transformers alone takes a second or two.
+
+    Not cancellable for as long as that takes.
+    """
+    await trio.to_thread.run_sync(importlib.import_module, "kwaainet_bridge.engine.span")
+
+
+async def _cancel_start(stop: trio.Event, start: trio.CancelScope, state: NodeState) -> None:
     """A node told to stop before it serves has nothing to drain."""
     await stop.wait()
-    if state.phase is Phase.LOADING:
-        loading.cancel()
+    if state.phase in (Phase.BOOTSTRAPPING, Phase.LOADING):
+        start.cancel()

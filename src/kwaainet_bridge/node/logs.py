@@ -15,34 +15,35 @@ _SHARED: list[structlog.typing.Processor] = [
     structlog.stdlib.ExtraAdder(),
 ]
 
-_NOISY = ("libp2p", "multiaddr", "urllib3", "httpx", "httpcore", "filelock", "transformers", "websockets")
-
 
 def configure_logging(
     level: str, style: Literal["auto", "text", "json"], *, stream: TextIO | None = None
 ) -> None:
     """Send this process's log to ``stream`` (standard error). Libraries are heard from WARNING up.
 
-    ``auto`` is text on a terminal and JSON elsewhere.
+    ``auto`` is text on a terminal and JSON elsewhere. Tracebacks show no values of variables: those may be
+    keys or what a caller sent.
     """
     out = stream or sys.stderr
     text = style == "text" or (style == "auto" and out.isatty())
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer(colors=out.isatty()) if text else structlog.processors.JSONRenderer()
-    )
-    steps: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if not text:
-        steps.append(structlog.processors.dict_tracebacks)
+    render: list[structlog.typing.Processor]
+    if text:
+        formatter = structlog.dev.plain_traceback
+        render = [structlog.dev.ConsoleRenderer(colors=out.isatty(), exception_formatter=formatter)]
+    else:
+        transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        render = [structlog.processors.ExceptionRenderer(transformer), structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(out)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=_SHARED, processors=[*steps, renderer])
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_SHARED,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("kwaainet_bridge").setLevel(level.upper())
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

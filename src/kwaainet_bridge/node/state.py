@@ -67,8 +67,3 @@ class NodeState:
         """Return once the node is in ``phase``."""
         while self.phase is not phase:
             await self._changed.wait()
-
-    def __str__(self) -> str:
-        if not self.degraded:
-            return self.phase.value
-        return f"{self.phase.value}, degraded({'; '.join(self.degraded.values())})"
