@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -22,6 +22,7 @@ from pydantic import (
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.hivemind.experts.records import check_prefix
 from kwaainet_bridge.net.addresses import parse_announce_address, parse_listen_address
 from kwaainet_bridge.net.bootstrap import parse_bootstrap_addresses
 
@@ -121,13 +122,13 @@ class ModelConfig(_Section):
     """Folder of a Hugging Face checkpoint (relative to the configuration file), hub repository, or ``austen``."""
     blocks: str | None = None
     """``first:end``, end not included; all blocks when left out."""
-    dht_prefix: str | None = None
+    dht_prefix: Annotated[str, _checked(check_prefix)] | None = None
     """Name of the blocks in the swarm. Left out: what Petals derives from the repository's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto`` is the checkpoint's own."""
     device: str = "cpu"
     """A torch device: ``cpu``, ``cuda``, ``cuda:1``."""
-    cache_tokens: Annotated[int, Field(gt=0)] = defaults.CACHE_TOKENS
+    cache_tokens: Annotated[int, Field(ge=defaults.MIN_CACHE_TOKENS)] = defaults.CACHE_TOKENS
     """Size of the KV cache: tokens of one sequence through all served blocks."""
     max_length: Annotated[int, Field(gt=0)] = defaults.MAX_LENGTH
     """Longest session, in tokens."""
@@ -157,13 +158,6 @@ class ModelConfig(_Section):
             raise ValueError('write it as "first:end" in quotes, for example "0:4"')
         if int(match[1]) >= int(match[2]):
             raise ValueError(f"{value} holds no block: the end comes after the last block")
-        return value
-
-    @field_validator("dht_prefix")
-    @classmethod
-    def _check_prefix(cls, value: str | None) -> str | None:
-        if value is not None and (not value or any(c in value for c in ". \t\n")):
-            raise ValueError("must be non-empty, without dots and spaces")
         return value
 
     @property
@@ -229,8 +223,8 @@ def parse_config(text: str, source: str, overrides: dict[str, Any] | None = None
     try:
         return NodeConfig.model_validate(_merge(raw, overrides or {}))
     except ValidationError as e:
-        mistakes = "\n".join(f"  {_explain(error)}" for error in e.errors())
-        raise ConfigError(f"{source}:\n{mistakes}") from e
+        mistakes = "".join(f"\n  {mistake}" for mistake in _explain(e.errors()))
+        raise ConfigError(f"{source}:{mistakes}") from e
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> NodeConfig:
@@ -247,12 +241,28 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> NodeConf
 
 
 def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
-    """The same configuration with its relative paths made absolute from ``folder``."""
-    identity = config.identity.model_copy(update={"path": (folder / config.identity.path).absolute()})
+    """The same configuration with its paths made absolute: from ``folder``, ~ from the home folder.
+
+    A model's name is a path if it looks like one, or if there is such a folder. Raises ConfigError for one that
+    looks like a path where there is none.
+    """
+    path = _absolute("identity.path", config.identity.path, folder)
+    identity = config.identity.model_copy(update={"path": path})
     model = config.model
-    if model is not None and (folder / model.name).is_dir():
-        model = model.model_copy(update={"name": str((folder / model.name).absolute())})
+    if model is not None and model.name != EMBEDDED_MODEL:
+        path = _absolute("model.name", Path(model.name), folder)
+        if path.is_dir():
+            model = model.model_copy(update={"name": str(path)})
+        elif model.name.startswith(("/", "./", "../", "~")):
+            raise ConfigError(f"model.name: there is no folder {path}")
     return config.model_copy(update={"identity": identity, "model": model})
+
+
+def _absolute(key: str, path: Path, folder: Path) -> Path:
+    try:
+        return (folder / path.expanduser()).absolute()
+    except RuntimeError as e:
+        raise ConfigError(f"{key}: {path} is in the home folder of nobody here") from e
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -266,26 +276,44 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(error: Any) -> str:
-    """One mistake as "key: what is wrong; what to do"."""
+_EXPECTED: Final = "Input should be "
+
+
+def _explain(errors: Iterable[Any]) -> Iterator[str]:
+    """Each mistake as "key: what is wrong; what to do (found what)"."""
+    for location, group in itertools.groupby(errors, key=_location):
+        alternatives = list(group)  # a value that is none of several types is reported once for each
+        first, *others = (_wrong(location, error) for error in alternatives)
+        message = " or ".join([first, *(other.removeprefix(_EXPECTED) for other in others)])
+        found = alternatives[0].get("input")
+        shown = (
+            "" if "unknown key" in message or isinstance(found, dict | NodeConfig) else f" (found {found!r})"
+        )
+        yield f"{'.'.join(location) or 'configuration'}: {message}{shown}"
+
+
+def _location(error: Any) -> list[str]:
     # behind a key pydantic names the alternatives of its type, which mean nothing to a reader
-    location = list(
-        itertools.takewhile(lambda part: re.fullmatch(r"[a-z_0-9]+", part), map(str, error["loc"]))
-    )
-    key = ".".join(location) or "configuration"
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "model_type":
-        message = f"holds keys and values ({', '.join(_keys_at(location))}), or is left out"
-    shown = "" if isinstance(error.get("input"), dict | NodeConfig) else f" (found {error.get('input')!r})"
-    return f"{key}: {message}{shown}"
+    return list(itertools.takewhile(lambda part: re.fullmatch(r"[a-z_0-9]+", part), map(str, error["loc"])))
 
 
-def _keys_at(location: list[str]) -> list[str]:
+def _wrong(location: Sequence[str], error: Any) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            known = _keys_at(location[:-1])
+            close = difflib.get_close_matches(location[-1], known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+            return f"unknown key; {hint}"
+        case "model_type":
+            return f"holds keys and values ({', '.join(_keys_at(location))}), or is left out"
+        case "tuple_type":
+            return "must be a list: each value on a line of its own after a dash, or in brackets"
+        case "float_parsing" | "float_type":
+            return f"{_EXPECTED}a number"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
     """The keys that the schema knows below ``location``."""
     section: Any = NodeConfig
     for part in location:

@@ -311,6 +311,9 @@ REACHABILITY_CHECKS_AT_ONCE: Final = 4
 
 # --- node -----------------------------------------------------------------------------------------------
 
+MIN_CACHE_TOKENS: Final = 64
+"""Smallest KV cache that is accepted: measuring the throughput at the start needs a session of 17 tokens."""
+
 BOOTSTRAP_ROUND_SECONDS: Final = 15.0
 """How long a start waits for its bootstrap peers to be tried; after that it goes on without."""
 

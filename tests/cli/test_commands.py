@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from kwaainet_bridge import __version__
 from kwaainet_bridge.cli.app import app
+from kwaainet_bridge.cli.run import join_command
+from kwaainet_bridge.config import parse_config
 
 pytestmark = pytest.mark.slow
 
@@ -132,6 +136,42 @@ def test_demo_generates_through_both_nodes(tmp_path):
         assert '"stopped"' in log.read_text()
 
 
+def alive(folder):
+    """The nodes whose configuration lies in ``folder``."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or ())]
+
+
+@pytest.mark.parametrize(
+    ("number", "after"), [(signal.SIGTERM, "The swarm keeps running"), (signal.SIGHUP, "node-1 serves")]
+)
+def test_demo_drains_its_nodes_when_told_to_end(tmp_path, number, after):
+    command = [COMMAND, "demo", "--folder", tmp_path / "run"]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV
+    ) as demo:
+        assert any(line.startswith(after) for line in demo.stderr)
+        started = alive(tmp_path)
+        demo.send_signal(number)
+        demo.stderr.read()
+        assert demo.wait(60) == 128 + number
+    assert len(started) >= 2  # the demonstration itself and its nodes
+    assert alive(tmp_path) == []
+    assert '"stopped"' in (tmp_path / "run" / "node-1.log").read_text()
+
+
+def test_stop_while_bootstrapping(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        nobody = "12D3KooWJNHmzNXJwHBrjUin2kpjTMSyogJjT8oTH2T3TPKEhjAA"
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}/p2p/{nobody}"
+        arguments = ("--model", "austen", "--listen", "/ip4/127.0.0.1/tcp/0", "--initial-peers", address)
+        with Node(tmp_path, *arguments) as node:
+            node.wait_for("peer id")
+            node.process.send_signal(signal.SIGTERM)
+            assert node.process.wait(12) == 0
+            assert node.events()[-1] == "stopped"
+            assert "loading" not in node.events()
+
+
 def test_init_then_run(tmp_path):
     made = call("init", tmp_path / "mine", "--key", "ed25519")
     assert made.returncode == 0, made.stderr
@@ -170,6 +210,19 @@ def test_mistakes_are_told_without_a_traceback(tmp_path):
     bad.write_text("modle: {}\n")
     assert "modle: unknown key; did you mean 'model'?" in refused("config", "check", bad)
     assert "exclude each other" in refused("run", "--new-swarm", "--public-swarm")
-    assert "nor a preset: petals-public" in refused("run", "--bootstrap", "somewhere")
+    assert "nor is it a preset: petals-public" in refused("run", "--bootstrap", "somewhere")
     assert "--initial-peers" in refused("generate", "hello")
     assert "kwaainet-bridge init" in refused("run", "-c", tmp_path / "none.yaml")
+    assert "cannot be written" in refused("init", "/dev/null/x")
+    assert "no folder /no/such/model" in refused("run", "--new-swarm", "--model", "/no/such/model")
+    (tmp_path / "empty").mkdir()
+    listen = ("--listen", "/ip4/127.0.0.1/tcp/0")
+    assert str(tmp_path / "empty") in refused("run", "--new-swarm", "--model", tmp_path / "empty", *listen)
+
+
+def test_join_line_is_a_whole_command():
+    model = parse_config("model: {name: /my models/Llama, dht_prefix: mine}", "x").model
+    assert join_command(model, "ADDR") == (
+        "kwaainet-bridge run --model '/my models/Llama' --dht-prefix mine --initial-peers ADDR"
+    )
+    assert join_command(None, "ADDR") == "kwaainet-bridge run --initial-peers ADDR"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 from node_support import NOWHERE, PREFIX, node_config, running_node
 
 from kwaainet_bridge.errors import CheckpointError, ConfigError, IdentityError
-from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.hivemind.dht import BootstrapResult, DhtNode
 from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 from kwaainet_bridge.net import HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
-from kwaainet_bridge.node.state import Phase
+from kwaainet_bridge.node.bootstrap import BootstrapWatch
+from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.pb.dht_pb2 import NodeInfo, PingRequest
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertUID
@@ -70,6 +72,20 @@ async def test_serves_announces_and_withdraws(tmp_path):
         await observe(first.address, afterwards)
 
 
+async def test_a_cancelled_node_withdraws_its_blocks(tmp_path):
+    async with running_node(node_config(tmp_path, "first")) as first:
+        config = node_config(tmp_path, "second", bootstrap=[first.address], blocks="2:5")
+        async with running_node(config) as second:
+            await second.serving()
+            peer = second.contact.peer_id
+
+        async def afterwards(observer):
+            info = await observer.info(2, peer)
+            assert info.state is ServerState.OFFLINE
+
+        await observe(first.address, afterwards)
+
+
 async def test_node_without_a_model_is_a_bootstrap_peer(tmp_path):
     async with running_node(node_config(tmp_path, "only")) as node:
         await node.serving()
@@ -86,7 +102,6 @@ async def test_unreachable_bootstrap_peers_are_not_fatal(tmp_path):
     async with running_node(config) as node:
         await node.serving()
         assert node.state.degraded == {"bootstrap petals": "none of 1 bootstrap peers is reached"}
-        assert str(node.state) == "serving, degraded(none of 1 bootstrap peers is reached)"
         await node.drained()
 
 
@@ -97,6 +112,39 @@ async def test_kwaainet_alone_keeps_in_touch_and_announces_nothing(tmp_path):
             await bridge.serving()
             assert not bridge.state.degraded
             await bridge.drained()
+
+
+async def test_bootstrap_peer_with_two_addresses_is_joined_through_once(tmp_path):
+    async with running_node(node_config(tmp_path, "first")) as first:
+        addresses = [first.address, first.address.replace("/ip4/127.0.0.1/", "/dns4/localhost/")]
+        joined = []
+
+        async def join(peers):
+            joined.extend(peers)
+            return [BootstrapResult(peers[0], 0.01, None)]
+
+        async with open_host(HostConfig(Identity.generate("ed25519"), listen=())) as host:
+            state = NodeState()
+            watch = BootstrapWatch("petals", host, addresses, state, join=join)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch.run)
+                await watch.first_round()
+                await trio.testing.wait_all_tasks_blocked(0.3)  # long enough for the second dial
+                assert joined == [first.contact.peer_id]
+                await first.drained()
+                with trio.fail_after(10):
+                    await host.wait_disconnected(first.contact.peer_id)
+                    await trio.testing.wait_all_tasks_blocked()
+                assert not watch.reached
+                nursery.cancel_scope.cancel()
+        assert state.degraded
+
+
+async def test_stop_while_bootstrapping(tmp_path):
+    config = node_config(tmp_path, "hasty", bootstrap=[NOWHERE], blocks="0:8")
+    async with running_node(config) as node:
+        assert node.state.phase is Phase.BOOTSTRAPPING
+        await node.drained()
 
 
 async def test_stop_while_loading(tmp_path):

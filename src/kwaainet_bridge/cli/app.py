@@ -124,7 +124,7 @@ def run(
     if bootstrap or public_swarm or new_swarm:
         peers = bootstrap or (["petals-public"] if public_swarm else [])
         overrides["networks"] = {"petals": {"bootstrap": peers}}
-    served = {"name": model, "dht_prefix": dht_prefix, "blocks": blocks}
+    served = {"name": _found_from_here(model), "dht_prefix": dht_prefix, "blocks": blocks}
     if any(value is not None for value in served.values()):
         overrides["model"] = {key: value for key, value in served.items() if value is not None}
     if listen:
@@ -140,6 +140,13 @@ def run(
     from kwaainet_bridge.cli.run import run_until_signalled
 
     trio.run(run_until_signalled, node_config)
+
+
+def _found_from_here(model: str | None) -> str | None:
+    """A model's name; a folder's from the current folder, whereas names in a file are relative to that file."""
+    if model is None or model == EMBEDDED_MODEL or not Path(model).is_dir():
+        return model
+    return str(Path(model).absolute())
 
 
 def _load(path: Path | None, overrides: dict[str, Any]) -> NodeConfig:
@@ -182,7 +189,8 @@ def generate(
     overrides: dict[str, Any] = {}
     if bootstrap:
         overrides["networks"] = {"petals": {"bootstrap": bootstrap}}
-    overrides["model"] = {k: v for k, v in (("name", model), ("dht_prefix", dht_prefix)) if v is not None}
+    asked = {"name": _found_from_here(model), "dht_prefix": dht_prefix}
+    overrides["model"] = {key: value for key, value in asked.items() if value is not None}
     node_config = _load(config, overrides)
 
     from kwaainet_bridge.cli.generate import GenerateOptions, generate_text, sampling_of

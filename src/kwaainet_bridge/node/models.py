@@ -13,8 +13,7 @@ def model_source(name: str) -> str:
     """The folder or hub repository of a model: ``austen`` is the one in the package."""
     if name == EMBEDDED_MODEL:
         return str(resources.files("kwaainet_bridge") / "models" / EMBEDDED_MODEL)
-    folder = Path(name).expanduser()
-    return str(folder) if folder.is_dir() else name
+    return name
 
 
 def swarm_prefix(name: str, family: str, given: str | None = None) -> str:
@@ -24,5 +23,5 @@ def swarm_prefix(name: str, family: str, given: str | None = None) -> str:
     """
     if given is not None:
         return check_prefix(given)
-    folder = Path(name).expanduser()
+    folder = Path(name)
     return default_prefix(folder.resolve().name if folder.is_dir() else name, family)
