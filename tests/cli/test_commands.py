@@ -185,8 +185,8 @@ def test_init_then_run(tmp_path):
 runner = CliRunner(env={"TERM": "dumb", "NO_COLOR": "1"})
 
 
-def refused(*arguments):
-    done = call(*arguments)
+def refused(*arguments, cwd=None):
+    done = call(*arguments, cwd=cwd)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -217,7 +217,9 @@ def test_mistakes_are_told_without_a_traceback(tmp_path):
     assert "no folder /no/such/model" in refused("run", "--new-swarm", "--model", "/no/such/model")
     (tmp_path / "empty").mkdir()
     listen = ("--listen", "/ip4/127.0.0.1/tcp/0")
-    assert str(tmp_path / "empty") in refused("run", "--new-swarm", "--model", tmp_path / "empty", *listen)
+    assert str(tmp_path / "empty") in refused(
+        "run", "--new-swarm", "--model", tmp_path / "empty", *listen, cwd=tmp_path
+    )
 
 
 def test_join_line_is_a_whole_command():
