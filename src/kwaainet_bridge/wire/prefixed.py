@@ -39,6 +39,10 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
     def _build(self, tag: int, body: bytes) -> T:
         """A message from its header's tag and its body."""
 
+    def _suspicion(self, tag: int, length: int) -> str:  # noqa: ARG002 - for those who have one
+        """What else may be wrong with a message of that header, to be added to the error; mostly nothing."""
+        return ""
+
     def feed(self, data: bytes | bytearray | memoryview) -> list[T]:
         """Take the next bytes of the stream and return the messages that they complete, in order.
 
@@ -61,7 +65,10 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         """The stream has ended. Raises RemoteError if it ended within a message, or had gone wrong before."""
         self._raise_failure()
         if self._length is not None:
-            raise RemoteError(f"{self._name}: cut after {len(self._body)} of {self._length} bytes")
+            raise RemoteError(
+                f"{self._name}: cut after {len(self._body)} of {self._length} bytes"
+                + self._suspicion(self._tag, self._length)
+            )
         if self._header:
             raise RemoteError(f"{self._name}: cut after {len(self._header)} bytes of its header")
 
@@ -102,6 +109,7 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         if length > self._max_bytes:
             raise RemoteError(
                 f"{self._name}: {length} bytes announced, at most {self._max_bytes} are accepted"
+                + self._suspicion(self._tag, length)
             )
         self._length = length
         return used - before
