@@ -122,6 +122,10 @@ class CheckpointError(EngineError):
     """A model folder that cannot be served: files, tensors or settings missing or contradictory."""
 
 
+class ModelUnreachable(CheckpointError, NetworkError):
+    """The model is not on this machine and the hub does not answer; a later start may succeed."""
+
+
 class InvalidRequest(EngineError):
     """Tensors or numbers that do not fit the served span or the session."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import (
     ConfigError,
     PeerUnreachable,
@@ -42,6 +43,26 @@ async def test_connect_and_echo(server: Host, client: Host) -> None:
     await stream.close()
     assert client.connected_peers() == [server.peer_id]
     assert server.connected_peers() == [client.peer_id]
+
+
+@pytest.mark.parametrize("second", ["/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/0"])
+async def test_every_listen_address_is_served(client: Host, second: str) -> None:
+    listen = ("/ip4/127.0.0.1/tcp/0", second)
+    async with open_host(HostConfig(Identity.generate("ed25519"), listen=listen)) as host:
+        assert len(host.addresses()) == 2
+        for address in host.addresses():
+            async with open_host(HostConfig(Identity.generate("ed25519"), listen=())) as caller:
+                assert await caller.connect(address) == host.peer_id
+
+
+async def test_default_listen_addresses_work_together(client: Host) -> None:
+    """The wildcards of both families on one port, as a node's defaults have them."""
+    async with open_host(HostConfig(Identity.generate("ed25519"), listen=("/ip4/0.0.0.0/tcp/0",))) as probe:
+        port = probe.addresses()[0].split("/")[4]
+    listen = tuple(text.replace("31330", port) for text in defaults.LISTEN_ADDRESSES)
+    async with open_host(HostConfig(Identity.generate("ed25519"), listen=listen)) as host:
+        local = next(a for a in host.addresses() if a.startswith("/ip4/127.0.0.1/"))
+        assert await client.connect(local) == host.peer_id
 
 
 async def test_four_megabytes_both_ways(server: Host, client: Host) -> None:

@@ -18,7 +18,7 @@ import typer
 
 from kwaainet_bridge import __version__
 from kwaainet_bridge.config import EMBEDDED_MODEL, NodeConfig, anchored, load_config, parse_config
-from kwaainet_bridge.errors import BridgeError, CheckpointError, ConfigError
+from kwaainet_bridge.errors import BridgeError, CheckpointError, ConfigError, NetworkError
 
 app = typer.Typer(
     name="kwaainet-bridge",
@@ -53,7 +53,8 @@ def main() -> None:
         errors = list(_leaves(group))
         for error in errors:
             typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2 if isinstance(errors[0], ConfigError | CheckpointError) else 1)
+        wrong_input = isinstance(errors[0], ConfigError | CheckpointError)
+        sys.exit(2 if wrong_input and not isinstance(errors[0], NetworkError) else 1)
     finally:
         # An interpreter that ends looks through all that lives for garbage: a million objects of torch and
         # transformers, more than a second. The system takes them back as well.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kwaainet_bridge.errors import CheckpointError
+from kwaainet_bridge.errors import CheckpointError, ModelUnreachable
 
 Download = Callable[[str, str, str | None], Path | None]
 """(repository, file name, revision) -> where it lies now, or None if the repository has no such file."""
@@ -37,7 +37,7 @@ def hub_download(repository: str, file: str, revision: str | None) -> Path | Non
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(
+        raise ModelUnreachable(
             f"{repository}/{file} is not in the local cache and the hub cannot be reached: "
             "check the connection, or give a local model folder"
         ) from error

@@ -87,8 +87,9 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
         async with trio.open_nursery() as nursery:
             host = Libp2pHost(config, own, nursery)
             listening = trio.CancelScope()
-            for listener, _ in bound:
-                nursery.start_soon(accept, listener, host.connections.serve, nursery, listening)
+            if bound:
+                listeners = [listener for listener, _ in bound]
+                nursery.start_soon(accept, listeners, host.connections.serve, nursery, listening)
             try:
                 yield host
             finally:

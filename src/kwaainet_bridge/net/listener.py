@@ -1,11 +1,11 @@
-"""Listening sockets: bound before the host says that it runs, one accept loop each."""
+"""Listening sockets: bound before the host says that it runs."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -56,14 +56,14 @@ def _explain(error: OSError) -> str:
 
 
 async def accept(
-    listener: trio.SocketListener,
+    listeners: Sequence[trio.SocketListener],
     serve: Callable[[trio.SocketStream], Awaitable[None]],
     nursery: trio.Nursery,
     until: trio.CancelScope,
 ) -> None:
-    """Start ``serve`` in ``nursery`` for each connection, until ``until`` is cancelled.
+    """Start ``serve`` in ``nursery`` for each connection to any of them, until ``until`` is cancelled.
 
     ``serve`` owns the stream until it returns, and must not raise.
     """
     with until:
-        await trio.serve_listeners(serve, [listener], handler_nursery=nursery)
+        await trio.serve_listeners(serve, list(listeners), handler_nursery=nursery)
