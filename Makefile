@@ -7,7 +7,7 @@ VENV := .venv
 PEERS := .venv-peers
 BIN := $(VENV)/bin
 
-.PHONY: run test test-fast test-interop lint format proto bench peers setup clean
+.PHONY: run test test-fast test-interop lint format proto bench drift peers setup clean
 
 run: $(VENV)/.runtime
 	$(BIN)/kwaainet-bridge demo
@@ -38,6 +38,9 @@ proto: setup
 bench: setup peers
 	$(BIN)/python -m bench.side_by_side
 
+drift: setup peers
+	PEERS_PYTHON='$(PEERS_PYTHON)' $(BIN)/python scripts/drift.py $(DRIFT)
+
 setup: $(VENV)/.dev
 peers: $(PEERS)/.ready
 
@@ -48,8 +51,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.sh scripts/common.sh
 	PYTHON='$(PYTHON)' scripts/setup.sh $(VENV) dev
 
 # the compiler that it may need came with the project's own environment
-$(PEERS)/.ready: tests/interop/requirements.txt scripts/peers.sh scripts/common.sh | $(VENV)/.dev
+$(PEERS)/.ready: tests/interop/requirements.txt tests/interop/releases.txt scripts/peers.sh scripts/common.sh | $(VENV)/.dev
 	PEERS_PYTHON='$(PEERS_PYTHON)' scripts/peers.sh $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info
+	rm -rf $(VENV) $(PEERS) .venv-drift .venv-drift-peers build dist src/*.egg-info

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# peers.sh VENV: an environment with the stock peers that the interop tests talk to: Petals 2.2.0.post1 and
-# Hivemind 1.1.12 (its wheel holds the Go daemon). About a minute and 1.6 GB.
+# peers.sh VENV [RELEASES]: an environment with the stock peers that the interop tests talk to: Petals, and Hivemind,
+# whose wheel holds the Go daemon. RELEASES names their versions; by default tests/interop/releases.txt.
+# About a minute and 1.6 GB.
 # They need Python 3.11, whichever version runs this project: for later ones the tokenizers and NumPy that they
 # pin have no wheels. PEERS_PYTHON names it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
-venv=$1
+venv=$1 releases=${2:-tests/interop/releases.txt}
 python=${PEERS_PYTHON:-python3.11}
 
 [ "$("$python" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null)" = "(3, 11)" ] ||
@@ -15,9 +16,9 @@ python=${PEERS_PYTHON:-python3.11}
 
 need_to_build "$python" "cpufeature, a part of Petals"
 make_venv "$python" "$venv"
-"$venv/bin/python" -m pip install -q -r tests/interop/requirements.txt
+"$venv/bin/python" -m pip install -q -r tests/interop/requirements.txt hivemind -c "$releases"
 # Petals pins a Hivemind and a pydantic that are older than it needs, and no wheel of that Hivemind exists.
-"$venv/bin/python" -m pip install -q --no-deps petals==2.2.0.post1
+"$venv/bin/python" -m pip install -q --no-deps petals -c "$releases"
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 cp tests/interop/stock/hivemind_names.py "$site/"
 echo 'import hivemind_names' > "$site/hivemind_names.pth"
