@@ -121,7 +121,7 @@ class ModelService:
 
     def _report_loading(self, progress: LoadProgress) -> None:
         if progress.file is not None:
-            log.info("fetching", file=progress.file)
+            log.info("weights file", file=progress.file)
         else:
             log.debug("loading", blocks=f"{progress.blocks_done}/{progress.blocks_total}")
 
