@@ -10,22 +10,29 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Final
 
+import numpy as np
 import torch
 
 from kwaainet_bridge.compression.codec import (
+    TILE,
+    Buffer,
     Codec,
     CompressionType,
     elements,
     from_bytes,
-    host_values,
-    to_bytes,
+    new_values,
+    tiles,
+    view_array,
+    view_bytes,
 )
+from kwaainet_bridge.compression.lookup import NearestCode, cell_keys, look_up
 from kwaainet_bridge.errors import RemoteError
 
 BLOCK: Final = 4096
 _CODES: Final = 256
-_ZERO_CODE: Final = 127
 _COUNTS_BYTES: Final = 16
+_CODE_BYTES: Final = 4 * _CODES
+_DEVICE_TILE: Final = 1 << 24
 
 
 @cache
@@ -45,46 +52,51 @@ def codebook() -> torch.Tensor:
     return values
 
 
+@cache
+def _code_bytes() -> bytes:
+    return bytes(view_bytes(codebook()))
+
+
+@cache
+def _nearest() -> NearestCode:
+    return NearestCode(codebook())
+
+
+@cache
+def _pairs() -> torch.Tensor:
+    """The two float32 values of two codes that follow each other, as one int64, by those codes as a uint16."""
+    code = codebook()
+    return torch.stack([code.repeat(_CODES), code.repeat_interleave(_CODES)], dim=1).view(torch.int64)[:, 0]
+
+
 class Blockwise8(Codec):
     """``[int64 blocks][int64 256][float32 absmax * blocks][float32 codebook * 256][uint8 code * values]``.
 
-    Tensors of any dtype, through float32. A block's values are divided by its largest magnitude and take the
-    nearest code. A block of zeros has absmax 0 and decodes to zeros; a tensor with infinities or NaN is
-    refused (bitsandbytes crashes on both). The decoder uses the codebook that came with the tensor.
+    Tensors of any dtype, through float32, quantised on the device where they are. A block's values are divided
+    by its largest magnitude and take the nearest code. A block of zeros has absmax 0 and decodes to zeros; a
+    tensor with infinities or NaN is refused (bitsandbytes crashes on both). The decoder uses the codebook that
+    came with the tensor.
     """
 
     compression = CompressionType.BLOCKWISE_8BIT
 
-    def compress(self, tensor: torch.Tensor) -> bytes:
-        values = host_values(tensor).to(torch.float32).reshape(-1)
-        count = values.numel()
-        blocks = _blocks(count)
-        padded = (
-            values
-            if count == blocks * BLOCK
-            else torch.nn.functional.pad(values, (0, blocks * BLOCK - count))
-        )
-        padded = padded.view(blocks, BLOCK)
-        absmax = padded.abs().amax(dim=1)
+    def parts(self, tensor: torch.Tensor) -> list[Buffer]:
+        values = tensor.detach().reshape(-1)
+        blocks = _blocks(values.numel())
+        absmax = torch.empty(blocks, dtype=torch.float32, device=values.device)
+        codes = torch.empty(values.numel(), dtype=torch.uint8, device=values.device)
+        if blocks:
+            _quantise(values, absmax, codes)
+        absmax = absmax.cpu()
         if not torch.isfinite(absmax).all():
             self.refuse("tensors with values that are not finite in float32")
-        # 0 / 1 is 0, whose code is _ZERO_CODE
-        scaled = (padded / absmax.where(absmax > 0, 1.0)[:, None]).view(-1)[:count]
-        code = codebook()
-        below = torch.bucketize(scaled, code, out_int32=True, right=True).sub_(1)
-        above = (below + 1).clamp_max_(_CODES - 1)
-        to_below = (scaled - code.index_select(0, below)).abs_()
-        to_above = (scaled - code.index_select(0, above)).abs_()
-        codes = below.add_(to_above < to_below).to(torch.uint8)
         counts = blocks.to_bytes(8, "little") + _CODES.to_bytes(8, "little")
-        return counts + to_bytes(absmax) + to_bytes(code) + to_bytes(codes)
+        return [counts, view_bytes(absmax), _code_bytes(), view_bytes(codes.cpu())]
 
-    def decompress(self, buffer: bytes, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        self.require_length(buffer, shape, dtype)
         count = elements(shape)
         blocks = _blocks(count)
-        codebook_at = _COUNTS_BYTES + 4 * blocks
-        codes_at = codebook_at + 4 * _CODES
-        self.require_length(buffer, codes_at + count, shape, dtype)
         announced_blocks = int.from_bytes(buffer[:8], "little", signed=True)
         announced_codes = int.from_bytes(buffer[8:_COUNTS_BYTES], "little", signed=True)
         if announced_blocks != blocks:
@@ -92,14 +104,50 @@ class Blockwise8(Codec):
         if announced_codes != _CODES:
             raise RemoteError(f"buffer announces a codebook of {announced_codes} entries, not {_CODES}")
         absmax = from_bytes(buffer, _COUNTS_BYTES, blocks, torch.float32)
+        codebook_at = _COUNTS_BYTES + 4 * blocks
+        codes_at = codebook_at + _CODE_BYTES
+        values = new_values(count, torch.float32)
+        looked_up = 0
+        if buffer[codebook_at:codes_at] == _code_bytes():  # nobody is known to send another
+            looked_up = count // 2 * 2
+            pairs = view_array(buffer, codes_at, count // 2, np.uint16)
+            look_up(_pairs(), pairs, values[:looked_up].view(torch.int64))
         code = from_bytes(buffer, codebook_at, _CODES, torch.float32)
-        codes = from_bytes(buffer, codes_at, count, torch.uint8)
-        values = code.index_select(0, codes.to(torch.int32))
-        whole = count // BLOCK * BLOCK
-        values[:whole].view(-1, BLOCK).mul_(absmax[: count // BLOCK, None])
-        if whole < count:
-            values[whole:].mul_(absmax[-1])
+        look_up(
+            code, view_array(buffer, codes_at + looked_up, count - looked_up, np.uint8), values[looked_up:]
+        )
+        whole = count // BLOCK
+        values[: whole * BLOCK].view(-1, BLOCK).mul_(absmax[:whole, None])
+        if whole < blocks:
+            values[whole * BLOCK :].mul_(absmax[-1])
         return values.to(dtype).reshape(tuple(shape))
+
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:  # noqa: ARG002 - the same for all
+        count = elements(shape)
+        return _COUNTS_BYTES + 4 * _blocks(count) + _CODE_BYTES + count
+
+
+def _quantise(values: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
+    """Fill in the largest magnitude of each block and the code of each of the ``values``, all on one device."""
+    device, count = values.device, values.numel()
+    at_a_time = min(len(absmax), (TILE if device.type == "cpu" else _DEVICE_TILE) // BLOCK)
+    table = _nearest().table(device)
+    scaled = torch.empty((at_a_time, BLOCK), dtype=torch.float32, device=device)
+    keys = torch.empty(at_a_time * BLOCK, dtype=torch.int32, device=device)
+    entries = torch.empty_like(keys)
+    for blocks in tiles(len(absmax), at_a_time):
+        start, stop = blocks.start * BLOCK, min(blocks.stop * BLOCK, count)
+        rows = blocks.stop - blocks.start
+        part, largest, used = values[start:stop].to(torch.float32), absmax[blocks], rows * BLOCK
+        if stop - start < used:
+            part = torch.nn.functional.pad(part, (0, used - (stop - start)))
+        part = part.view(rows, BLOCK)
+        quotients = scaled[:rows]
+        torch.amax(torch.abs(part, out=quotients), dim=1, out=largest)
+        torch.div(part, largest.where(largest > 0, 1.0)[:, None], out=quotients)
+        bits = quotients.view(-1).view(torch.int32)
+        found = torch.index_select(table, 0, cell_keys(bits, keys[:used]), out=entries[:used])
+        codes[start:stop] = found.add_(bits).bitwise_right_shift_(16).abs_()[: stop - start]
 
 
 def _blocks(count: int) -> int:

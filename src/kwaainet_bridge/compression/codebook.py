@@ -14,13 +14,18 @@ import numpy as np
 import torch
 
 from kwaainet_bridge.compression.codec import (
+    Buffer,
     Codec,
     CompressionType,
     elements,
     from_bytes,
     host_values,
-    to_bytes,
+    new_values,
+    tiles,
+    view_array,
+    view_bytes,
 )
+from kwaainet_bridge.compression.lookup import Buckets, look_up
 from kwaainet_bridge.errors import RemoteError
 
 BUCKETS: Final = 256
@@ -40,38 +45,41 @@ class CodebookCodec(Codec):
     refused, and so are finite values whose squares float32 cannot sum (UNIFORM_8BIT only).
     """
 
-    def compress(self, tensor: torch.Tensor) -> bytes:
+    def parts(self, tensor: torch.Tensor) -> list[Buffer]:
         if not tensor.dtype.is_floating_point:
             self.refuse(f"{tensor.dtype} tensors")
         values = host_values(tensor).reshape(-1)
         if values.numel() == 0:
-            return _HEADER + bytes(4 * BUCKETS)
+            return [_HEADER, bytes(4 * BUCKETS)]
         codes = self._codes(values)
-        return (
-            _HEADER
-            + to_bytes(_bucket_means(values.to(torch.float32), codes))
-            + to_bytes(codes.to(torch.uint8))
-        )
+        return [_HEADER, view_bytes(_bucket_means(values, codes)), view_bytes(codes)]
 
-    def decompress(self, buffer: bytes, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         self.require_floats(dtype)
-        count = elements(shape)
-        self.require_length(buffer, _CODES_AT + count, shape, dtype)
+        self.require_length(buffer, shape, dtype)
         if buffer[:_COUNT_BYTES] != _HEADER:
             announced = int.from_bytes(buffer[:_COUNT_BYTES], "little", signed=True)
             raise RemoteError(f"buffer announces a codebook of {announced} entries, not {BUCKETS}")
         codebook = from_bytes(buffer, _COUNT_BYTES, BUCKETS, torch.float32)
-        codes = from_bytes(buffer, _CODES_AT, count, torch.uint8)
-        return codebook.to(dtype).index_select(0, codes.to(torch.int32)).reshape(tuple(shape))
+        values = new_values(elements(shape), dtype)
+        look_up(codebook.to(dtype), view_array(buffer, _CODES_AT, values.numel(), np.uint8), values)
+        return values.reshape(tuple(shape))
+
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:  # noqa: ARG002 - the same for all
+        return _CODES_AT + elements(shape)
 
     @abc.abstractmethod
     def _codes(self, values: torch.Tensor) -> torch.Tensor:
-        """The bucket of each of these values (one dimension, not empty, any float dtype) as int64."""
+        """The bucket of each of these values (one dimension, not empty, any float dtype) as uint8."""
 
 
 def _bucket_means(values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    sums = torch.zeros(BUCKETS).scatter_add_(0, codes, values)
-    return sums / torch.bincount(codes, minlength=BUCKETS).clamp_min_(1)
+    sums, counts = torch.zeros(BUCKETS), torch.zeros(BUCKETS, dtype=torch.int64)
+    for tile in tiles(len(values)):  # one sum after the other, in the order that stock peers add in
+        of_tile = codes[tile].to(torch.int64)
+        sums.scatter_add_(0, of_tile, values[tile].to(torch.float32))
+        counts += torch.bincount(codes[tile], minlength=BUCKETS)
+    return sums / counts.clamp_min_(1)
 
 
 class Uniform8(CodebookCodec):
@@ -81,22 +89,27 @@ class Uniform8(CodebookCodec):
 
     def _codes(self, values: torch.Tensor) -> torch.Tensor:
         mean = values.mean().to(torch.float32)  # rounded to the tensor's own dtype first, as stock peers do
-        centered = values.to(torch.float32) - mean
-        std = centered.norm() / math.sqrt(max(values.numel() - 1, 1))
+        centered = new_values(len(values), torch.float32)
+        torch.sub(values.to(torch.float32), mean, out=centered)
+        std = centered.norm() / math.sqrt(max(len(values) - 1, 1))
         if not (torch.isfinite(mean) and torch.isfinite(std)):
             self.refuse("tensors with values that are not finite or whose squares overflow float32")
-        per_bucket = 1 / (_RANGE_IN_SIGMAS * std / BUCKETS)
-        # torch's own quantizer rounds centered * per_bucket + 128 to float32 once; float64 holds the product
-        # exactly. Of equal values per_bucket is infinite and the product NaN, which it puts into the last
-        # bucket.
-        position = (centered.double() * per_bucket.double() + _MIDDLE).to(torch.float32)
-        return position.round_().clamp_(0, BUCKETS - 1).nan_to_num_(nan=BUCKETS - 1).to(torch.int64)
+        per_bucket = (1 / (_RANGE_IN_SIGMAS * std / BUCKETS)).double()
+        codes = torch.empty(len(values), dtype=torch.uint8)
+        for tile in tiles(len(values)):
+            # torch's own quantizer rounds centered * per_bucket + 128 to float32 once; float64 holds the product
+            # exactly. Of equal values per_bucket is infinite and the product NaN, which it puts into the last
+            # bucket.
+            position = centered[tile].double().mul_(per_bucket).add_(_MIDDLE).to(torch.float32)
+            codes[tile] = position.round_().clamp_(0, BUCKETS - 1).nan_to_num_(nan=BUCKETS - 1)
+        return codes
 
 
 class Quantile8(CodebookCodec):
     """Buckets that hold equally many values, as far as quantiles of quantiles of large chunks can tell.
 
-    The last bits of quantiles differ between numpy 1.26 and 2.3, so two peers may cut between other values.
+    Quantiles are computed as numpy 1.26 does, whichever is installed. numpy 2 rounds their positions to float32,
+    so a peer that runs with it may cut between other values; every decoder reads both.
     """
 
     compression = CompressionType.QUANTILE_8BIT
@@ -105,17 +118,39 @@ class Quantile8(CodebookCodec):
         values = values.to(torch.float32)
         if not torch.isfinite(values).all():
             self.refuse("tensors with values that are not finite")
-        borders = torch.from_numpy(_quantiles(values.numpy())[1:-1])
-        return torch.bucketize(values, borders)
+        buckets = Buckets(torch.from_numpy(_rounded_down(_quantiles(values.numpy())[1:-1])))
+        codes = torch.empty(len(values), dtype=torch.uint8)
+        for tile in tiles(len(values)):
+            codes[tile] = buckets.count_below(values[tile])
+        return codes
 
 
 def _quantiles(values: np.ndarray) -> np.ndarray:
-    """The BUCKETS + 1 quantiles of ``values``, float32 or, from numpy 1, float64."""
-    wanted = np.linspace(0.0, 1.0, num=BUCKETS + 1, dtype=np.float32)
+    """BUCKETS + 1 quantiles, as float64, of the quantiles, rounded to float32, of chunks of float32 values."""
     size = _chunk_size(len(values))
-    chunks = [np.quantile(values[i : i + size], wanted) for i in range(0, len(values), size)]
-    quantiles: np.ndarray = np.quantile(np.asarray(chunks, dtype=np.float32), wanted)
+    chunks = []
+    for start in range(0, len(values), size):
+        low, high, part = _around_quantiles(values[start : start + size])
+        above = high - ((high - low) * (1 - part)).astype(np.float32)
+        chunks.append(np.where(part >= 0.5, above, (low + (high - low) * part).astype(np.float32)))
+    low, high, part = _around_quantiles(np.concatenate(chunks))
+    quantiles: np.ndarray = np.where(part >= 0.5, high - (high - low) * (1 - part), low + (high - low) * part)
     return quantiles
+
+
+def _around_quantiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The values (float32) below and above each quantile and the part of the way (float64) from one to the other."""
+    ascending = np.sort(values)
+    positions = np.arange(BUCKETS + 1) * (len(values) - 1) / BUCKETS
+    before = np.minimum(np.floor(positions).astype(np.int64), len(values) - 1)
+    return ascending[before], ascending[np.minimum(before + 1, len(values) - 1)], positions - before
+
+
+def _rounded_down(borders: np.ndarray) -> np.ndarray:
+    """The largest float32 at most each border: the same float32 values are above."""
+    nearest = borders.astype(np.float32)
+    below: np.ndarray = np.where(nearest > borders, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+    return below
 
 
 def _chunk_size(count: int) -> int:

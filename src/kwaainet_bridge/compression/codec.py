@@ -5,12 +5,21 @@ from __future__ import annotations
 import abc
 import enum
 import math
-from collections.abc import Sequence
-from typing import ClassVar, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Final, NoReturn, TypeAlias
 
+import numpy as np
 import torch
 
 from kwaainet_bridge.errors import CompressionError, RemoteError
+
+Buffer: TypeAlias = bytes | memoryview
+"""Bytes to send or bytes received: one dimension, one byte per item."""
+
+TILE: Final = 1 << 16
+"""Values worked on at a time: what one step writes is still in the processor's cache for the next."""
+
+_HUGE: Final = 1 << 22
 
 
 class CompressionType(enum.IntEnum):
@@ -33,19 +42,28 @@ class Codec(abc.ABC):
     compression: ClassVar[CompressionType]
 
     @abc.abstractmethod
-    def compress(self, tensor: torch.Tensor) -> bytes:
-        """The values of ``tensor``, of any shape, layout and device; it is not changed.
+    def parts(self, tensor: torch.Tensor) -> list[Buffer]:
+        """The values of ``tensor``, of any shape, layout and device, as buffers to send one after the other.
 
+        They may share memory with the tensor: send or join them before it changes. The tensor is not changed.
         Raises CompressionError if this codec cannot carry it.
         """
 
+    def compress(self, tensor: torch.Tensor) -> bytes:
+        """What ``parts`` gives, joined: a copy of its own."""
+        return b"".join(self.parts(tensor))
+
     @abc.abstractmethod
-    def decompress(self, buffer: bytes, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous, writable CPU tensor of ``shape`` and ``dtype`` that shares nothing with ``buffer``.
 
         ``shape`` must have been checked by the caller; the buffer's length is checked here before anything is
         allocated. Raises RemoteError if the buffer does not fit.
         """
+
+    @abc.abstractmethod
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """The bytes that a tensor of ``shape`` and ``dtype`` becomes, by arithmetic alone."""
 
     def refuse(self, what: object) -> NoReturn:
         raise CompressionError(f"{self.compression.name} does not support {what}")
@@ -55,7 +73,8 @@ class Codec(abc.ABC):
         if not dtype.is_floating_point:
             raise RemoteError(f"dtype {dtype} cannot come as {self.compression.name}")
 
-    def require_length(self, buffer: bytes, expected: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+    def require_length(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> None:
+        expected = self.size(shape, dtype)
         if len(buffer) != expected:
             raise RemoteError(
                 f"buffer has {len(buffer)} bytes; {self.compression.name} needs {expected} "
@@ -68,23 +87,41 @@ def host_values(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
 
 
-def to_bytes(tensor: torch.Tensor) -> bytes:
-    """The values of a CPU tensor in C order, whatever its strides."""
+def new_values(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised one-dimensional CPU tensor.
+
+    Large ones come from numpy, which asks the kernel for huge pages: at 64 MB the page faults of an ordinary
+    allocation cost several times what writing the values does.
+    """
+    size = count * dtype.itemsize
+    if size < _HUGE:
+        return torch.empty(count, dtype=dtype)
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype)
+
+
+def view_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of a CPU tensor in C order; its own memory if they lie so already."""
     if tensor.dtype == torch.bfloat16:  # numpy has no such type
         tensor = tensor.view(torch.int16)
-    data: bytes = tensor.numpy().tobytes()
-    return data
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def from_bytes(buffer: bytes, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """``count`` values from ``offset`` on, as a new one-dimensional tensor.
+def view_array(buffer: Buffer, offset: int, count: int, dtype: type[np.generic]) -> np.ndarray:
+    """``count`` values from ``offset`` on where they lie, perhaps unaligned: to read from, not to write to."""
+    return np.frombuffer(buffer, dtype, count, offset) if count else np.empty(0, dtype)
 
-    They are copied once: bytes are read-only, which a tensor cannot be, and offsets need not be aligned.
-    """
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
-    end = offset + count * dtype.itemsize
-    return torch.frombuffer(bytearray(memoryview(buffer)[offset:end]), dtype=dtype)
+
+def from_bytes(buffer: Buffer, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """``count`` values from ``offset`` on, as a new one-dimensional tensor: copied once."""
+    values = new_values(count, dtype)
+    np.copyto(values.view(torch.uint8).numpy(), view_array(buffer, offset, count * dtype.itemsize, np.uint8))
+    return values
+
+
+def tiles(count: int, tile: int = TILE) -> Iterator[slice]:
+    """``range(count)`` in pieces of ``tile``, the last one shorter."""
+    for start in range(0, count, tile):
+        yield slice(start, min(start + tile, count))
 
 
 def elements(shape: Sequence[int]) -> int:

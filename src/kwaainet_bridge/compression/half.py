@@ -9,15 +9,21 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
 
 from kwaainet_bridge.compression.codec import (
+    TILE,
+    Buffer,
     Codec,
     CompressionType,
     elements,
     from_bytes,
     host_values,
-    to_bytes,
+    new_values,
+    tiles,
+    view_array,
+    view_bytes,
 )
 from kwaainet_bridge.errors import RemoteError
 
@@ -25,11 +31,10 @@ _LARGEST: Final = torch.finfo(torch.float16).max
 _SMALLEST_STD: Final = torch.finfo(torch.float32).eps
 
 
-def _float32_values(codec: Codec, tensor: torch.Tensor) -> torch.Tensor:
+def _require_plain_floats(codec: Codec, tensor: torch.Tensor) -> None:
     """Stock peers refuse integers and bfloat16 here, and so do we: nobody could tell what they would mean."""
     if not tensor.dtype.is_floating_point or tensor.dtype == torch.bfloat16:
         codec.refuse(f"{tensor.dtype} tensors")
-    return host_values(tensor).to(torch.float32)
 
 
 class Float16(Codec):
@@ -40,15 +45,25 @@ class Float16(Codec):
 
     compression = CompressionType.FLOAT16
 
-    def compress(self, tensor: torch.Tensor) -> bytes:
-        values = _float32_values(self, tensor)
-        return to_bytes(values.clamp(-_LARGEST, _LARGEST).to(torch.float16))
+    def parts(self, tensor: torch.Tensor) -> list[Buffer]:
+        _require_plain_floats(self, tensor)
+        values = host_values(tensor).reshape(-1)
+        halves = new_values(values.numel(), torch.float16)
+        clamped = torch.empty(min(values.numel(), TILE))
+        for tile in tiles(values.numel()):
+            part = values[tile].to(torch.float32)
+            halves[tile] = torch.clamp(part, -_LARGEST, _LARGEST, out=clamped[: len(part)])
+        return [view_bytes(halves)]
 
-    def decompress(self, buffer: bytes, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         self.require_floats(dtype)
-        count = elements(shape)
-        self.require_length(buffer, 2 * count, shape, dtype)
-        return from_bytes(buffer, 0, count, torch.float16).to(dtype).reshape(tuple(shape))
+        self.require_length(buffer, shape, dtype)
+        values = new_values(elements(shape), dtype)
+        _widen(buffer, values)
+        return values.reshape(tuple(shape))
+
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:  # noqa: ARG002 - the same for all
+        return 2 * elements(shape)
 
 
 class MeanStd16(Codec):
@@ -60,33 +75,59 @@ class MeanStd16(Codec):
 
     compression = CompressionType.MEANSTD_16BIT
 
-    def compress(self, tensor: torch.Tensor) -> bytes:
-        values = _float32_values(self, tensor)
-        if values.ndim == 0:
+    def parts(self, tensor: torch.Tensor) -> list[Buffer]:
+        _require_plain_floats(self, tensor)
+        if tensor.ndim == 0:
             self.refuse("scalars")
-        if values.numel() == 0:
-            means = torch.zeros(_rows(values.shape))
-            return to_bytes(means) + to_bytes(means + _SMALLEST_STD)
-        means = values.mean(dim=-1, keepdim=True)
-        centered = values - means
-        stds = centered.norm(dim=-1, keepdim=True).div_(math.sqrt(values.shape[-1])).clamp_min_(_SMALLEST_STD)
-        scaled = centered.div_(stds).clamp_(-_LARGEST, _LARGEST).to(torch.float16)
-        return to_bytes(scaled) + to_bytes(means) + to_bytes(stds)
+        rows, width = _rows(tensor.shape), tensor.shape[-1]
+        scaled = new_values(rows * width, torch.float16)
+        means, stds = torch.zeros(rows, 1), torch.full((rows, 1), _SMALLEST_STD)
+        if scaled.numel():
+            values = host_values(tensor).reshape(rows, width)
+            for tile in tiles(rows, _rows_at_a_time(width)):
+                part = values[tile].to(torch.float32)
+                torch.mean(part, dim=-1, keepdim=True, out=means[tile])
+                part = part - means[tile]
+                torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=stds[tile])
+                stds[tile].div_(math.sqrt(width)).clamp_min_(_SMALLEST_STD)
+                scaled.view(rows, width)[tile] = part.div_(stds[tile]).clamp_(-_LARGEST, _LARGEST)
+        return [view_bytes(scaled), view_bytes(means), view_bytes(stds)]
 
-    def decompress(self, buffer: bytes, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         self.require_floats(dtype)
         if not shape:
             raise RemoteError("MEANSTD_16BIT needs one dimension at least, the shape is empty")
-        count = elements(shape)
-        rows = _rows(shape)
-        self.require_length(buffer, 2 * count + 8 * rows, shape, dtype)
-        per_row = (*shape[:-1], 1)
-        scaled = from_bytes(buffer, 0, count, torch.float16).reshape(tuple(shape))
-        means = from_bytes(buffer, 2 * count, rows, torch.float32).reshape(per_row)
-        stds = from_bytes(buffer, 2 * count + 4 * rows, rows, torch.float32).reshape(per_row)
-        # in the tensor's own precision at each step, as stock decoders do
-        return scaled.to(dtype).mul_(stds).add_(means)
+        self.require_length(buffer, shape, dtype)
+        count, rows, width = elements(shape), _rows(shape), shape[-1]
+        values = new_values(count, dtype)
+        if count:
+            means = from_bytes(buffer, 2 * count, rows, torch.float32)[:, None]
+            stds = from_bytes(buffer, 2 * count + 4 * rows, rows, torch.float32)[:, None]
+            by_row = values.view(rows, width)
+            for tile in tiles(rows, _rows_at_a_time(width)):
+                part = by_row[tile]
+                _widen(memoryview(buffer)[2 * width * tile.start : 2 * width * tile.stop], part.view(-1))
+                # in the tensor's own precision at each step, as stock decoders do
+                part.mul_(stds[tile]).add_(means[tile])
+        return values.reshape(tuple(shape))
+
+    def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:  # noqa: ARG002 - the same for all
+        return 2 * elements(shape) + 8 * _rows(shape)
+
+
+def _widen(halves: Buffer, out: torch.Tensor) -> None:
+    """Write the float16 values at the beginning of ``halves`` into ``out``, of any float dtype."""
+    bits = view_array(halves, 0, out.numel(), np.int16)
+    piece = torch.empty(min(out.numel(), TILE), dtype=torch.int16)
+    for tile in tiles(out.numel()):
+        part = piece[: tile.stop - tile.start]
+        np.copyto(part.numpy(), bits[tile])
+        out[tile] = part.view(torch.float16)
 
 
 def _rows(shape: Sequence[int]) -> int:
     return elements(shape[:-1])
+
+
+def _rows_at_a_time(width: int) -> int:
+    return max(1, TILE // width)
