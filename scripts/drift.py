@@ -13,90 +13,46 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
-from packaging.version import Version
+from drift_releases import (
+    PINS,
+    ROOT,
+    STOCK,
+    CannotTell,
+    Release,
+    chosen_releases,
+    newest,
+    pins,
+    version_table,
+)
 from wire_changes import leaves, wire_changes
 
-ROOT = Path(__file__).resolve().parents[1]
 VECTORS = ROOT / "tests" / "vectors"
-PINS = {
-    "hivemind": "tests/interop/releases.txt",
-    "petals": "tests/interop/releases.txt",
-    "libp2p": "pyproject.toml",
-    "transformers": "constraints.txt",
-}
-STOCK = (
-    "hivemind",
-    "petals",
-)  # live in the environment of the stock peers; the others in that of this package
-TESTS_OF_OURS = ("tests/net", "tests/engine", "tests/interop")
+TESTS_OF_OURS = ["tests/net", "tests/engine", "tests/interop"]
 LINES_SHOWN = 40
 
 
-class CannotTell(Exception):
-    """An environment could not be made, or a step in it ended without a result."""
-
-
 @dataclass(frozen=True)
-class Release:
-    """A package's pinned version and the one to compare with it."""
+class Environments:
+    """This package's, which runs the tests, and that of the stock peers that they talk to."""
 
-    name: str
-    pinned: str
-    found: str
-    chosen: bool = False  # by --try: compared even where it is older
-
-    @property
-    def differs(self) -> bool:
-        pinned, found = Version(self.pinned), Version(self.found)
-        return found != pinned if self.chosen else found > pinned
+    ours: Path
+    peers: Path
 
 
-# -- what is pinned, what there is --
+def pinned_environments() -> Environments:
+    """Those that ``make setup peers`` makes; KWAAINET_BRIDGE_PEERS names another one for the stock peers."""
+    peers = Path(os.environ.get("KWAAINET_BRIDGE_PEERS") or ROOT / ".venv-peers").absolute()
+    return Environments(ROOT / ".venv", peers)
 
 
-def pin_in(text: str, name: str) -> str:
-    """The version after ``name==`` in a requirements file or pyproject.toml. ValueError if there is none."""
-    found = re.search(rf'^\s*"?{re.escape(name)}==([^\s"#;,]+)', text, re.MULTILINE)
-    if not found:
-        raise ValueError(f"no pin of {name}")
-    return found[1]
-
-
-def pins() -> dict[str, str]:
-    return {name: pin_in((ROOT / file).read_text(), name) for name, file in PINS.items()}
-
-
-def newest_in(answer: str, name: str) -> str:
-    """The version in the first line of what ``pip index versions`` prints. ValueError if there is none."""
-    found = re.search(rf"^{re.escape(name)} \(([^)]+)\)$", answer, re.MULTILINE)
-    if not found:
-        raise ValueError(f"the package index names no version of {name}")
-    return found[1]
-
-
-def newest(name: str, python: Path) -> str:
-    """The newest final release that this interpreter could install. CannotTell."""
-    argv = [python, "-m", "pip", "index", "versions", name]
-    answer = subprocess.run(argv, capture_output=True, text=True, check=False)
-    try:
-        return newest_in(answer.stdout, name)
-    except ValueError as e:
-        raise CannotTell(f"{e}: {last_lines(answer.stderr, 3)}") from e
-
-
-def version_table(releases: Iterable[Release]) -> str:
-    rows = [("package", "pinned", "compared", "")]
-    rows += [(r.name, r.pinned, r.found, "differs" if r.differs else "same") for r in releases]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
-    )
+def newest_releases() -> list[Release]:
+    where = pinned_environments()
+    pythons = {name: (where.peers if name in STOCK else where.ours) / "bin" / "python" for name in PINS}
+    return [Release(name, pinned, newest(name, pythons[name])) for name, pinned in pins().items()]
 
 
 # -- environments and tests --
@@ -134,26 +90,20 @@ def step(name: str, argv: list[Any], work: Path, **variables: str) -> str:
 def compare_wire(peers: Path, work: Path) -> list[str]:
     """Have the Hivemind in ``peers`` write everything anew; prints and returns what changed. CannotTell."""
     work.mkdir(parents=True, exist_ok=True)
-    argv = [peers / "bin" / "python", "-W", "ignore", ROOT / "scripts" / "stock_wire.py"]
-    step(
-        "stock-wire",
-        [*argv, VECTORS / "hivemind.json", work],
-        work,
-        OMP_NUM_THREADS="1",
-        USE_LEGACY_BFLOAT16="1",
-    )
+    script = ROOT / "scripts" / "stock_wire.py"
+    argv = [peers / "bin" / "python", "-W", "ignore", script, VECTORS / "hivemind.json", work]
+    step("stock-wire", argv, work, OMP_NUM_THREADS="1")
     made = {
-        file: json.loads((work / file).read_text()) for file in ("hivemind.json", "hivemind-messages.json")
+        name: json.loads((work / name).read_text()) for name in ("hivemind.json", "hivemind-messages.json")
     }
     changes: list[str] = []
-    for file, values in made.items():
-        recorded = json.loads((VECTORS / file).read_text())
-        changes += wire_changes(recorded, values, whole=file == "hivemind-messages.json")
+    for name, values in made.items():
+        recorded = json.loads((VECTORS / name).read_text())
+        changes += wire_changes(recorded, values, whole=name == "hivemind-messages.json")
     versions = json.loads((work / "versions.json").read_text())
     print("\nMade by " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ":")
-    print(
-        f"{sum(len(leaves(values)) for values in made.values())} values compared, {len(changes)} changed on the wire"
-    )
+    compared = sum(len(leaves(values)) for values in made.values())
+    print(f"{compared} values compared, {len(changes)} changed on the wire")
     print("".join(f"  {line}\n" for line in changes), end="")
     return changes
 
@@ -191,50 +141,57 @@ def make_ours(releases: list[Release], work: Path) -> Path:
     return folder
 
 
-def failures_in(output: str) -> list[str]:
-    """The lines of pytest's summary that name a failure or an error."""
-    return [line for line in output.splitlines() if re.match(r"(FAILED|ERROR) \S", line)]
+def failed_in(output: str) -> list[str]:
+    """The tests (or files, where they cannot be collected) that pytest's summary says failed."""
+    return [
+        line.split(" - ")[0].split(" ", 1)[1]
+        for line in output.splitlines()
+        if re.match(r"(FAILED|ERROR) \S", line)
+    ]
 
 
-def run_tests(name: str, environment: Path, peers: Path, selection: tuple[str, ...], work: Path) -> list[str]:
-    """Prints and returns the failures. CannotTell where pytest could not run the tests."""
-    python = environment / "bin" / "python"
-    argv = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
-    status, output = logged(name, argv, work, KWAAINET_BRIDGE_PEERS=str(peers), OMP_NUM_THREADS="1")
-    failures = failures_in(output)
-    if status not in (0, 1) and not failures:
+def pytest(name: str, where: Environments, selection: list[str], work: Path) -> tuple[list[str], str]:
+    """The tests that failed, and pytest's last line. CannotTell where it could not run them."""
+    argv = [where.ours / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
+    status, output = logged(name, argv, work, KWAAINET_BRIDGE_PEERS=str(where.peers), OMP_NUM_THREADS="1")
+    failed = failed_in(output)
+    if status and not failed:
         raise CannotTell(f"pytest ended with {status}; the end of {work / name}.log:\n{last_lines(output)}")
-    print(f"\npytest {' '.join(selection)}: {last_lines(output, 1).strip('= ')}")
-    print("".join(f"  {line}\n" for line in failures), end="")
-    return failures
+    return failed, last_lines(output, 1).strip("= ")
+
+
+def verdict(test: str, again: list[str], with_pins: list[str]) -> str:
+    if test not in again:
+        return "passes when repeated"
+    return "fails with the pins too" if test in with_pins else "fails"
+
+
+def compare_tests(name: str, newer: Environments, selection: list[str], work: Path) -> list[str]:
+    """Prints all that fails; returns what fails twice, and does not with the pinned releases. CannotTell."""
+    failed, summary = pytest(name, newer, selection, work)
+    print(f"\npytest {' '.join(selection)}: {summary}", flush=True)
+    again = pytest(f"{name}-again", newer, failed, work)[0] if failed else []
+    with_pins = pytest(f"{name}-pins", pinned_environments(), again, work)[0] if again else []
+    verdicts = {test: verdict(test, again, with_pins) for test in failed}
+    print("".join(f"  {test}: {said}\n" for test, said in verdicts.items()), end="")
+    return [test for test, said in verdicts.items() if said == "fails"]
 
 
 # -- the whole --
 
 
-def chosen_releases(requirements: list[str]) -> list[Release]:
-    """From NAME==VERSION. ValueError."""
-    known, releases = pins(), []
-    for text in requirements:
-        requirement = Requirement(text)
-        version = re.fullmatch(r"==([^,*]+)", str(requirement.specifier))
-        if requirement.name not in known or not version:
-            raise ValueError(f"{text!r}: expected NAME==VERSION with one of {', '.join(known)}")
-        releases.append(Release(requirement.name, known[requirement.name], version[1], chosen=True))
-    return releases
-
-
 def compare_stock(releases: list[Release], work: Path) -> list[str]:
-    peers = make_peers(releases, work)
-    changes = compare_wire(peers, work)
-    return changes + run_tests("tests-stock", ROOT / ".venv", peers, ("tests", "-m", "interop"), work)
+    newer = replace(pinned_environments(), peers=make_peers(releases, work))
+    changes = compare_wire(newer.peers, work)
+    return changes + compare_tests("tests-stock", newer, ["tests", "-m", "interop"], work)
 
 
-def compare_ours(releases: list[Release], peers: Path, work: Path) -> list[str]:
-    return run_tests("tests-ours", make_ours(releases, work), peers, TESTS_OF_OURS, work)
+def compare_ours(releases: list[Release], work: Path) -> list[str]:
+    newer = replace(pinned_environments(), ours=make_ours(releases, work))
+    return compare_tests("tests-ours", newer, TESTS_OF_OURS, work)
 
 
-def watch(releases: list[Release], peers: Path, work: Path) -> int:
+def watch(releases: list[Release], work: Path) -> int:
     """Compare what differs, each side beside the other's pins, so that a failure has one cause. The exit status."""
     print(version_table(releases), flush=True)
     stock = [r for r in releases if r.differs and r.name in STOCK]
@@ -246,12 +203,9 @@ def watch(releases: list[Release], peers: Path, work: Path) -> int:
         return 0
     changes: list[str] = []
     unknown = False
-    for compare in (
-        *([lambda: compare_stock(stock, work)] if stock else []),
-        *([lambda: compare_ours(ours, peers, work)] if ours else []),
-    ):
+    for compare, differing in ((compare_stock, stock), (compare_ours, ours)):
         try:
-            changes += compare()
+            changes += compare(differing, work) if differing else []
         except CannotTell as e:
             print(f"\ndrift: {e}", file=sys.stderr)
             unknown = True
@@ -279,15 +233,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     work = options.work.absolute()
-    peers = Path(os.environ.get("KWAAINET_BRIDGE_PEERS") or ROOT / ".venv-peers").absolute()
     try:
         if options.pinned:
-            return 1 if compare_wire(peers, work) else 0
-        if options.chosen:
-            return watch(chosen_releases(options.chosen), peers, work)
-        pythons = {True: peers / "bin" / "python", False: Path(sys.executable)}
-        found = [Release(n, pinned, newest(n, pythons[n in STOCK])) for n, pinned in pins().items()]
-        return watch(found, peers, work)
+            return 1 if compare_wire(pinned_environments().peers, work) else 0
+        return watch(chosen_releases(options.chosen) if options.chosen else newest_releases(), work)
     except (CannotTell, ValueError, OSError) as e:
         print(f"drift: {e}", file=sys.stderr)
         return 2

@@ -211,7 +211,7 @@ if __name__ == "__main__":
     source, folder = (Path(argument) for argument in sys.argv[1:])
     results = {
         "hivemind.json": vectors(json.loads(source.read_text())),
-        "hivemind-messages.json": messages(),
+        "hivemind-messages.json": or_error(messages),
         "versions.json": versions(),
     }
     for name, result in results.items():
