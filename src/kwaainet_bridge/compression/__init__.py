@@ -1,31 +1,14 @@
-"""Tensor codecs: the six compressions of Hivemind, encoded and decoded without it.
+"""Tensor codecs: the six compressions of Hivemind and two of KwaaiNet, encoded and decoded without either.
 
-:func:`codec` gives the one for a CompressionType. All of them are plain torch and numpy, bit for bit what
-stock peers send, and refuse what those cannot read.
+:func:`encode` and :func:`decode` are all that most callers need. :func:`codec` gives the one for a
+CompressionType, for callers with a message format of their own. All of them are plain torch and numpy, bit for
+bit what stock peers send, and refuse what those cannot read. ``compression.adaptive`` chooses among them by size,
+role or name; ``compression.kwaai`` has KwaaiNet's forms, which no CompressionType names.
 """
 
 from __future__ import annotations
 
-from typing import Final
-
-from kwaainet_bridge.compression.blockwise import Blockwise8
-from kwaainet_bridge.compression.codebook import Quantile8, Uniform8
 from kwaainet_bridge.compression.codec import Codec, CompressionType
-from kwaainet_bridge.compression.half import Float16, MeanStd16
-from kwaainet_bridge.compression.raw import Raw
-from kwaainet_bridge.errors import CompressionError
+from kwaainet_bridge.compression.encoded import Encoded, codec, decode, encode
 
-__all__ = ["Codec", "CompressionType", "codec"]
-
-_CODECS: Final[dict[int, Codec]] = {
-    codec.compression: codec
-    for codec in (Raw(), Float16(), MeanStd16(), Uniform8(), Quantile8(), Blockwise8())
-}
-
-
-def codec(compression: int) -> Codec:
-    """The codec of a CompressionType or of a peer's number for it. Raises CompressionError if unknown."""
-    found = _CODECS.get(compression)
-    if found is None:
-        raise CompressionError(f"there is no compression {compression}")
-    return found
+__all__ = ["Codec", "CompressionType", "Encoded", "codec", "decode", "encode"]

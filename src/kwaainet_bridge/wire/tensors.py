@@ -6,30 +6,17 @@ Source: hivemind 1.1.12, ``compression/base.py``, ``compression/serialization.py
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType, codec
+from kwaainet_bridge.compression.codec import Buffer
+from kwaainet_bridge.compression.encoded import DTYPES, NAMES, checked_shape
 from kwaainet_bridge.errors import CompressionError, RemoteError
 from kwaainet_bridge.wire.pb import expert_pb2
 
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
-"""Every dtype that travels, by its name on the wire."""
-
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+__all__ = ["DTYPES", "TensorJoiner", "decode_tensor", "encode_tensor", "split_tensor", "values_to_send"]
 
 
 def encode_tensor(
@@ -41,17 +28,25 @@ def encode_tensor(
     float32, which Hivemind peers do by default (USE_LEGACY_BFLOAT16); both kinds of peers read both. Raises
     CompressionError if this compression cannot carry this tensor.
     """
-    name = _NAMES.get(tensor.dtype)
-    if name is None:
-        raise CompressionError(f"{tensor.dtype} tensors do not travel")
-    widen = legacy_bfloat16 and compression == CompressionType.NONE and tensor.dtype == torch.bfloat16
+    name, parts = values_to_send(tensor, compression, legacy_bfloat16=legacy_bfloat16)
     return expert_pb2.Tensor(
-        buffer=codec(compression).compress(tensor.to(torch.float32) if widen else tensor),
+        buffer=b"".join(parts),
         size=tensor.shape,
         requires_grad=tensor.requires_grad,
         dtype=name,
         compression=compression,  # type: ignore[arg-type]  # the stubs want their own enum's members
     )
+
+
+def values_to_send(
+    tensor: torch.Tensor, compression: int, *, legacy_bfloat16: bool
+) -> tuple[str, list[Buffer]]:
+    """The name of the dtype and the values, as buffers that may share the tensor's memory. See encode_tensor."""
+    name = NAMES.get(tensor.dtype)
+    if name is None:
+        raise CompressionError(f"{tensor.dtype} tensors do not travel")
+    widen = legacy_bfloat16 and compression == CompressionType.NONE and tensor.dtype == torch.bfloat16
+    return name, codec(compression).parts(tensor.to(torch.float32) if widen else tensor)
 
 
 def decode_tensor(message: expert_pb2.Tensor, *, name: str = "tensor") -> torch.Tensor:
@@ -64,7 +59,7 @@ def decode_tensor(message: expert_pb2.Tensor, *, name: str = "tensor") -> torch.
     if dtype is None:
         raise RemoteError(f"{name}: dtype {message.dtype!r:.40} does not travel")
     try:
-        tensor = codec(message.compression).decompress(message.buffer, _shape(message), dtype)
+        tensor = codec(message.compression).decompress(message.buffer, checked_shape(message.size), dtype)
     except (CompressionError, RemoteError) as e:
         raise RemoteError(f"{name}: {e}") from e
     if message.requires_grad:
@@ -72,22 +67,6 @@ def decode_tensor(message: expert_pb2.Tensor, *, name: str = "tensor") -> torch.
             raise RemoteError(f"{name}: requires_grad is set for {dtype}, which has no gradients")
         tensor.requires_grad_()
     return tensor
-
-
-def _shape(message: expert_pb2.Tensor) -> tuple[int, ...]:
-    if len(message.size) > defaults.MAX_TENSOR_DIMENSIONS:
-        raise RemoteError(
-            f"size has {len(message.size)} dimensions, at most {defaults.MAX_TENSOR_DIMENSIONS} are accepted"
-        )
-    shape = tuple(message.size)
-    elements = 1
-    for dimension in shape:
-        elements *= dimension or 1  # torch multiplies the others for strides even if one is zero
-        if elements > defaults.MAX_TENSOR_ELEMENTS:
-            raise RemoteError(
-                f"size {list(shape)} has more than {defaults.MAX_TENSOR_ELEMENTS} elements or strides as wide"
-            )
-    return shape
 
 
 def split_tensor(
