@@ -92,7 +92,7 @@ class Uniform8(CodebookCodec):
         centered = new_values(len(values), torch.float32)
         torch.sub(values.to(torch.float32), mean, out=centered)
         std = centered.norm() / math.sqrt(max(len(values) - 1, 1))
-        if not (torch.isfinite(mean) and torch.isfinite(std)):
+        if not (math.isfinite(mean) and math.isfinite(std)):
             self.refuse("tensors with values that are not finite or whose squares overflow float32")
         per_bucket = (1 / (_RANGE_IN_SIGMAS * std / BUCKETS)).double()
         codes = torch.empty(len(values), dtype=torch.uint8)

@@ -84,10 +84,11 @@ class MeanStd16(Codec):
         means, stds = torch.zeros(rows, 1), torch.full((rows, 1), _SMALLEST_STD)
         if scaled.numel():
             values = host_values(tensor).reshape(rows, width)
-            for tile in tiles(rows, _rows_at_a_time(width)):
+            centered = torch.empty(min(rows, _rows_at_a_time(width)), width)
+            for tile in tiles(rows, len(centered)):
                 part = values[tile].to(torch.float32)
                 torch.mean(part, dim=-1, keepdim=True, out=means[tile])
-                part = part - means[tile]
+                part = torch.sub(part, means[tile], out=centered[: len(part)])
                 torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=stds[tile])
                 stds[tile].div_(math.sqrt(width)).clamp_min_(_SMALLEST_STD)
                 scaled.view(rows, width)[tile] = part.div_(stds[tile]).clamp_(-_LARGEST, _LARGEST)
