@@ -6,8 +6,10 @@ PEERS_PYTHON ?= python3.11
 VENV := .venv
 PEERS := .venv-peers
 BIN := $(VENV)/bin
+FUZZ_SECONDS ?= 60
+FUZZ_JOBS ?= 1
 
-.PHONY: run test test-fast test-interop lint format proto bench drift peers setup clean
+.PHONY: run test test-fast test-interop lint format proto bench fuzz drift peers setup clean
 
 run: $(VENV)/.runtime
 	$(BIN)/kwaainet-bridge demo
@@ -41,6 +43,10 @@ bench: setup peers
 drift: setup peers
 	PEERS_PYTHON='$(PEERS_PYTHON)' $(BIN)/python scripts/drift.py $(DRIFT)
 
+# FUZZ_SECONDS is for each target, FUZZ_JOBS how many run at a time; FUZZ="msgpack tensor" names some of them
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m fuzz --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ)
+
 setup: $(VENV)/.dev
 peers: $(PEERS)/.ready
 
@@ -49,6 +55,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt scripts/setup.sh scripts/common
 
 $(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.sh scripts/common.sh
 	PYTHON='$(PYTHON)' scripts/setup.sh $(VENV) dev
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt --group fuzz
+	touch $@
 
 # the compiler that it may need came with the project's own environment
 $(PEERS)/.ready: tests/interop/requirements.txt tests/interop/releases.txt scripts/peers.sh scripts/common.sh | $(VENV)/.dev

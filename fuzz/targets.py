@@ -1,0 +1,17 @@
+"""One function per decoder. Each takes any bytes, lets RemoteError through and compares what must be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from fuzz import dht_targets, net_targets, tensor_targets, wire_targets
+
+Target = Callable[[bytes], None]
+
+TARGETS: Final[dict[str, Target]] = {
+    **wire_targets.TARGETS,
+    **tensor_targets.TARGETS,
+    **dht_targets.TARGETS,
+    **net_targets.TARGETS,
+}

@@ -1,0 +1,134 @@
+"""Codecs, tensor messages, and expert requests with their metadata."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+import torch
+
+from fuzz.wire_targets import expect
+from kwaainet_bridge.compression import Codec, CompressionType, codec
+from kwaainet_bridge.errors import CompressionError, Refusal, RemoteError
+from kwaainet_bridge.hivemind.client.calls import parse_traits
+from kwaainet_bridge.hivemind.experts.records import ServerInfo
+from kwaainet_bridge.hivemind.experts.requests import Metadata
+from kwaainet_bridge.rpc.streams import parse
+from kwaainet_bridge.wire.envelope import DelimitedDecoder
+from kwaainet_bridge.wire.msgpack import pack, unpack
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, Tensor
+from kwaainet_bridge.wire.tensors import DTYPES, TensorJoiner, decode_tensor, encode_tensor, split_tensor
+
+_DTYPES: Final = tuple(DTYPES)
+_MAX_BYTES: Final = 1 << 20
+
+
+def _check_tensor(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, buffer: bytes) -> None:
+    expect(tuple(tensor.shape) == tuple(shape), "shape")
+    expect(tensor.dtype == dtype, "dtype")
+    expect(tensor.is_contiguous() and tensor.device.type == "cpu", "layout")
+    expect(tensor.nbytes <= 8 * len(buffer), "more memory than the buffer accounts for")
+
+
+def codec_layout(dtype: str, shape: Sequence[int], buffer: bytes) -> bytes:
+    """The input of a codec's target: dtype, number of dimensions, two bytes for each, the buffer."""
+    dims = b"".join(d.to_bytes(2, "big") for d in shape)
+    return bytes([_DTYPES.index(dtype), len(shape)]) + dims + buffer
+
+
+def _decompress(which: Codec, data: bytes) -> None:
+    """The message goes through decode_tensor, whose checks of the shape are part of every codec's safety."""
+    if len(data) < 2:
+        return
+    dtype, ndim = _DTYPES[data[0] % len(_DTYPES)], data[1] % 20
+    dims = [int.from_bytes(data[2 + 2 * i : 4 + 2 * i], "big") for i in range(ndim)]
+    shape = [d if d < 0xF000 else (d & 0xFFF) << 20 for d in dims]  # the highest stand for far larger ones
+    buffer = data[2 + 2 * ndim :]
+    message = Tensor(buffer=buffer, size=shape, dtype=dtype)
+    message.compression = which.compression.value  # type: ignore[assignment] # the stubs want their own enum
+    tensor = decode_tensor(message)
+    _check_tensor(tensor, shape, DTYPES[dtype], buffer)
+    # a peer's values, whatever they are, can be encoded again or are refused for a stated reason
+    with contextlib.suppress(CompressionError):
+        again = encode_tensor(tensor, which.compression)
+        _check_tensor(decode_tensor(again), shape, DTYPES[dtype], again.buffer)
+
+
+def tensor(data: bytes) -> None:
+    message = parse(Tensor, data, "tensor")
+    decoded = decode_tensor(message)
+    _check_tensor(decoded, message.size, DTYPES[message.dtype], message.buffer)
+
+
+def parts(data: bytes) -> None:
+    """A stream of delimited tensor parts."""
+    joiner = TensorJoiner(_MAX_BYTES, max_tensors=64)
+    whole: list[Tensor] = []
+    for body in DelimitedDecoder(_MAX_BYTES).feed(data):
+        whole += joiner.feed(parse(Tensor, body, "part"))
+    whole += joiner.finish()
+    for message in whole:
+        expect(len(message.buffer) <= len(data), "a buffer longer than what came")
+        again = TensorJoiner(_MAX_BYTES)
+        joined = [t for part in split_tensor(message, 64) for t in again.feed(part)] + again.finish()
+        expect([t.buffer for t in joined] == [message.buffer], "split and joined")
+
+
+_READERS: Final[tuple[Callable[[Metadata], object], ...]] = (
+    Metadata.check_common,
+    lambda m: m.session_id,
+    lambda m: m.step_id,
+    lambda m: m.pushed,
+    lambda m: m.start_from_position,
+    lambda m: m.max_length,
+    lambda m: m.alloc_timeout,
+    lambda m: m.output_compression(CompressionType.NONE, 2),
+    lambda m: m.next_servers,
+    lambda m: m.arrange([torch.empty(0)] * 3),
+)
+
+
+def metadata(data: bytes) -> None:
+    """Every accessor on its own: what one refuses must not hide the next."""
+    read = Metadata(data)
+    for reader in _READERS:
+        with contextlib.suppress(Refusal, RemoteError):
+            reader(read)
+
+
+def expert_request(data: bytes) -> None:
+    request = parse(ExpertRequest, data, "request")
+    joiner = TensorJoiner(_MAX_BYTES)
+    for part in request.tensors:
+        for whole in joiner.feed(part):
+            decode_tensor(whole)
+    for whole in joiner.finish():
+        decode_tensor(whole)
+    metadata(request.metadata)
+
+
+def rpc_info(data: bytes) -> None:
+    traits = parse_traits(data)
+    expect(isinstance(traits.version, str), "version")
+    expect(isinstance(traits.rolls_back, bool), "rolls_back")
+
+
+def server_record(data: bytes) -> None:
+    info = ServerInfo.from_value(unpack(data))
+    expect(ServerInfo.from_value(unpack(pack(info.to_value()))) == info, "round trip")
+
+
+TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
+    **{
+        "codec-" + kind.name.lower().replace("_", "-"): partial(_decompress, codec(kind))
+        for kind in CompressionType
+    },
+    "tensor": tensor,
+    "tensor-parts": parts,
+    "metadata": metadata,
+    "expert-request": expert_request,
+    "rpc-info": rpc_info,
+    "server-record": server_record,
+}
