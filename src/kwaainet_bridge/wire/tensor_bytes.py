@@ -100,6 +100,8 @@ def _read(data: memoryview) -> torch.Tensor:
 
 
 def _varint(data: memoryview, at: int, field: str) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # most numbers of a message are that short
+        return data[at], at + 1
     try:
         parsed = decode_uvarint(data, at)
     except RemoteError as e:
