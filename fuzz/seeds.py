@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from fuzz.net_targets import PROPOSED
 from fuzz.tensor_targets import codec_layout
+from kwaainet_bridge.compression import CompressionType, Encoded
+from kwaainet_bridge.compression.encoded import DTYPES
 from kwaainet_bridge.hivemind.dht import messages
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import StoreItem
@@ -107,12 +109,19 @@ def _tensors(golden: dict[str, Any]) -> Iterator[Seed]:
         wire = bytes.fromhex(vector["pb_hex"])
         message = Tensor.FromString(wire)
         yield "tensor", wire
+        yield "tensor-bytes", wire
+        dtype, kind = DTYPES[message.dtype], CompressionType(message.compression)
+        yield "encoded", Encoded(kind, dtype, tuple(message.size), message.buffer).to_bytes()
         yield (
             "codec-" + vector["type"].lower().replace("_", "-"),
             codec_layout(message.dtype, message.size, message.buffer),
         )
         yield "tensor-parts", _delimited(*(p.SerializeToString() for p in split_tensor(message, 256)))
         yield "tensor-parts", _delimited(wire, wire)
+    # numbers of two bytes: see the targets
+    yield "kwaai-blocks", bytes.fromhex("0040 0001 0002 0002 0003  003c 7f8101ff0040")
+    yield "kwaai-blocks", bytes.fromhex("0002 0002 0001 0003  003c0038 7f8101")
+    yield "kwaai-sparse", bytes.fromhex("0006 0001 0002 0002 0003  0500000000000000 0000803f")
 
 
 def _petals() -> Iterator[Seed]:

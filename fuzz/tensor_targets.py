@@ -10,7 +10,14 @@ from typing import Final
 import torch
 
 from fuzz.wire_targets import expect
-from kwaainet_bridge.compression import Codec, CompressionType, codec
+from kwaainet_bridge.compression import Codec, CompressionType, Encoded, codec, decode
+from kwaainet_bridge.compression.kwaai import (
+    QuantisedBlocks,
+    SparseValues,
+    dequantise_blocks,
+    quantise_blocks,
+    spread_out,
+)
 from kwaainet_bridge.errors import CompressionError, Refusal, RemoteError
 from kwaainet_bridge.hivemind.client.calls import parse_traits
 from kwaainet_bridge.hivemind.experts.records import ServerInfo
@@ -19,6 +26,7 @@ from kwaainet_bridge.rpc.streams import parse
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
 from kwaainet_bridge.wire.msgpack import pack, unpack
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, Tensor
+from kwaainet_bridge.wire.tensor_bytes import read_tensor, tensor_parts
 from kwaainet_bridge.wire.tensors import DTYPES, TensorJoiner, decode_tensor, encode_tensor, split_tensor
 
 _DTYPES: Final = tuple(DTYPES)
@@ -60,6 +68,62 @@ def tensor(data: bytes) -> None:
     message = parse(Tensor, data, "tensor")
     decoded = decode_tensor(message)
     _check_tensor(decoded, message.size, DTYPES[message.dtype], message.buffer)
+
+
+def tensor_bytes(data: bytes) -> None:
+    """Our own reader of the message: what both it and the protobuf library accept, they read alike."""
+    ours = read_tensor(data)
+    expect(torch.equal(_bits(read_tensor(b"".join(tensor_parts(ours)))), _bits(ours)), "round trip")
+    try:
+        theirs = decode_tensor(parse(Tensor, data, "tensor"))
+    except RemoteError:
+        return
+    expect((ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), "dtype or shape differ")
+    expect(ours.requires_grad == theirs.requires_grad, "requires_grad differs")
+    expect(torch.equal(_bits(ours), _bits(theirs)), "values differ")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def encoded(data: bytes) -> None:
+    read = Encoded.from_bytes(data)
+    _check_tensor(decode(read), read.shape, read.dtype, bytes(read.buffer))
+    expect(read.to_bytes() == data, "round trip")
+
+
+def kwaai_blocks(data: bytes) -> None:
+    """Numbers of two bytes each: block size, scales, dimensions; one byte: how many dimensions; codes, scales."""
+    size, scales, ndim = (int.from_bytes(data[i : i + 2], "big", signed=True) for i in (0, 2, 4))
+    ndim %= 20
+    shape = tuple(int.from_bytes(data[6 + 2 * i : 8 + 2 * i], "big", signed=True) for i in range(ndim))
+    rest = data[6 + 2 * ndim :]
+    cut = min(max(0, scales), len(rest) // 2) * 2
+    blocks = QuantisedBlocks(_tensor(rest[cut:], torch.int8), _tensor(rest[:cut], torch.float16), shape, size)
+    whole = dequantise_blocks(blocks)
+    _check_tensor(whole, shape, torch.float32, data)
+    with contextlib.suppress(CompressionError):  # magnitudes that float16 scales do not reach
+        again = quantise_blocks(whole, size)
+        expect(bool(torch.isfinite(dequantise_blocks(again)).all()), "values that are not finite")
+
+
+def kwaai_sparse(data: bytes) -> None:
+    """Two bytes each: original size, indices, dimensions; then shape, indices of eight bytes, values of four."""
+    original, kept, ndim = (int.from_bytes(data[i : i + 2], "big", signed=True) for i in (0, 2, 4))
+    ndim %= 20
+    shape = tuple(int.from_bytes(data[6 + 2 * i : 8 + 2 * i], "big", signed=True) for i in range(ndim))
+    rest = data[6 + 2 * ndim :]
+    cut = min(max(0, kept), len(rest) // 8) * 8
+    values = rest[cut : len(rest) - (len(rest) - cut) % 4]
+    sparse = SparseValues(_tensor(rest[:cut], torch.int64), _tensor(values, torch.float32), original, shape)
+    whole = spread_out(sparse)
+    expect(tuple(whole.shape) == shape, "shape")
+    expect(int(whole.count_nonzero()) <= cut // 8, "more values than came")
+
+
+def _tensor(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def parts(data: bytes) -> None:
@@ -126,7 +190,11 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         for kind in CompressionType
     },
     "tensor": tensor,
+    "tensor-bytes": tensor_bytes,
     "tensor-parts": parts,
+    "encoded": encoded,
+    "kwaai-blocks": kwaai_blocks,
+    "kwaai-sparse": kwaai_sparse,
     "metadata": metadata,
     "expert-request": expert_request,
     "rpc-info": rpc_info,
