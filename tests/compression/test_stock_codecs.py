@@ -22,6 +22,15 @@ SHAPES = [[1], [2], [3, 5], [1, 1, 64], [2, 3, 700], [4097], [3, 100_007]]
 DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums over large tensors are rounded by how many threads share them, and the stock side has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def ask_stock(requests: list[dict], folder: Path) -> list[str]:
     (folder / "requests").write_text(json.dumps(requests))
     script = Path(__file__).with_name("stock_codecs.py")

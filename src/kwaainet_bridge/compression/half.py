@@ -28,6 +28,7 @@ from kwaainet_bridge.compression.codec import (
 from kwaainet_bridge.errors import RemoteError
 
 _LARGEST: Final = torch.finfo(torch.float16).max
+_WIDE: Final = 1 << 14
 _SMALLEST_STD: Final = torch.finfo(torch.float32).eps
 
 
@@ -84,7 +85,10 @@ class MeanStd16(Codec):
         means, stds = torch.zeros(rows, 1), torch.full((rows, 1), _SMALLEST_STD)
         if scaled.numel():
             values = host_values(tensor).reshape(rows, width)
-            centered = torch.empty(min(rows, _rows_at_a_time(width)), width)
+            # torch's threads share a single wide row among them and so round its sums otherwise than those of one
+            # row of several: a piece of many rows must never be left as one such row
+            at_a_time = rows if width > _WIDE else _rows_at_a_time(width)
+            centered = torch.empty(min(rows, at_a_time), width)
             for tile in tiles(rows, len(centered)):
                 part = values[tile].to(torch.float32)
                 torch.mean(part, dim=-1, keepdim=True, out=means[tile])
