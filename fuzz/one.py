@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
+# atheris 3.0.0 never frees the result of an instrumented comparison of tensors. Encoding by table compares large
+# ones and is therefore left out of the instrumentation, though not of the run.
+
 HEADROOM_BYTES: Final = 1 << 30
 """Address space that a target may take beyond what the process has when it starts. tracemalloc does not see
 torch's memory; this makes a tensor sized by an unchecked number fail."""
@@ -25,7 +28,9 @@ def _limit_address_space() -> None:
 def main() -> None:
     import atheris  # type: ignore[import-untyped]  # it has no annotations
 
-    with atheris.instrument_imports(include=["kwaainet_bridge", "multiaddr", "base58"]):
+    with atheris.instrument_imports(
+        include=["kwaainet_bridge", "multiaddr", "base58"], exclude=["kwaainet_bridge.compression.lookup"]
+    ):
         from fuzz import limits
         from fuzz.targets import TARGETS
     import torch
