@@ -32,6 +32,9 @@ PEER_RECEIVE_BYTES: Final = 512 * MIB
 """Bytes of one peer's requests and unread answers in memory: eight concurrent training requests of 1024 tokens
 of hidden size 8192 with gradients, what a stock client makes of a large batch."""
 
+PEER_ALLOWANCE_BYTES: Final = 256 * KIB
+"""What every peer may have of that whatever others hold: DHT calls and one-token steps."""
+
 RECEIVE_BYTES: Final = 1024 * MIB
 """The same for all peers together. A peer that would exceed either is cut off, not the node."""
 
@@ -89,6 +92,15 @@ HANDSHAKE_SECONDS: Final = 10.0
 
 NEGOTIATION_SECONDS: Final = 10.0
 """An inbound stream that has not agreed on a protocol by then is reset."""
+
+MAX_HANDSHAKES: Final = 256
+"""Connections whose peer has not proved who it is. Beyond that new ones are refused until some have."""
+
+RESOLVER_THREADS: Final = 8
+"""Names of hosts that are looked up at one time."""
+
+SPARE_DESCRIPTORS: Final = 256
+"""File descriptors kept free of connections: files, listeners, and libraries."""
 
 MAX_CONNECTIONS: Final = 2000
 """Connections at one time, handshakes included; about 140 KiB each while idle."""
@@ -169,6 +181,9 @@ DHT_BUCKET_SIZE: Final = 20
 
 DHT_DEPTH_MODULO: Final = 5
 """A full bucket is split unless its depth is a multiple of this (Kademlia's b; stock: 5)."""
+
+DHT_HAND_OVER_SECONDS: Final = 600.0
+"""A peer that appears as a new node is handed records at most this often."""
 
 DHT_REPLICAS: Final = 5
 """Nodes that are asked to keep each record (stock: 5)."""

@@ -316,6 +316,23 @@ async def test_an_answer_stays_within_the_message_limit(autojump_clock: MockCloc
     assert all(len(result.nearest_node_ids) == 20 for result in results)
 
 
+async def test_a_key_asked_for_twice_is_refused(autojump_clock: MockClock, peer: Peer) -> None:
+    """A stranger would otherwise make one large record be packed hundreds of times."""
+    with pytest.raises(HandlerError, match="twice"):
+        await peer.find(KEY, DhtId(5), KEY)
+
+
+async def test_a_peer_that_is_new_again_and_again_is_handed_records_once(
+    autojump_clock: MockClock, peer: Peer
+) -> None:
+    assert await peer.store(StoreItem.of(KEY, None, pack("v"), LATER)) == [True]
+    for n in range(5):
+        info = pb.NodeInfo(node_id=DhtId(n + 1).to_bytes())
+        await peer.call(PING, pb.PingRequest(peer=info))
+        await trio.sleep(1)
+    assert len(peer.stored) <= 1
+
+
 async def test_a_newcomer_is_handed_the_records_it_should_keep(autojump_clock: MockClock, peer: Peer) -> None:
     record = dictionary([("a", pack(1), LATER), ("b", pack(2), LATER + 1)])
     items = [StoreItem.of(KEY, None, pack("v"), LATER), StoreItem.of_record(DhtId(3), record)]

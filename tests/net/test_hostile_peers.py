@@ -9,13 +9,16 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, StreamReset
-from kwaainet_bridge.net import Host, HostConfig, multistream, open_host
-from kwaainet_bridge.net.addresses import split_peer_address
+from kwaainet_bridge.net import Host, HostConfig, Stream, multistream, open_host
+from kwaainet_bridge.net.addresses import parse_binary_address, split_peer_address
 from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel, TcpSocket, secure_outbound
 from kwaainet_bridge.net.connections import YAMUX
+from kwaainet_bridge.net.identify import IDENTIFY
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.library import noise_transport
 from kwaainet_bridge.net.multistream import ByteChannel
@@ -269,3 +272,44 @@ async def test_another_identity_cannot_be_claimed(server: Host) -> None:
 
 async def echo_once(stream) -> None:
     await stream.write(await stream.read(1000))
+
+
+EVIL_ADDRESS = bytes.fromhex("2a2203dbbb03cb82")  # for which the address library raises a TypeError
+
+
+async def test_an_address_that_breaks_its_parser(server: Host) -> None:
+    """Said by a peer of itself; it must end neither the host nor the connection."""
+
+    async def introduce(stream: Stream) -> None:
+        message = b"\x12" + bytes([len(EVIL_ADDRESS)]) + EVIL_ADDRESS
+        await stream.write(bytes([len(message)]) + message)
+
+    async with open_host(HostConfig(Identity.generate("ed25519"), listen=())) as evil:
+        evil.unserve(IDENTIFY)
+        evil.serve(IDENTIFY, introduce)
+        await evil.connect(server.addresses()[0])
+        await server.wait_identified()
+        stream = await evil.open_stream(server.peer_id, "Echo.run")
+        await stream.write(b"on")
+        assert await stream.read(10) == b"on"
+        await stream.close()
+
+
+@given(st.binary(max_size=40))
+@example(EVIL_ADDRESS)
+def test_any_announced_address_is_one_or_none(data: bytes) -> None:
+    parse_binary_address(data)
+
+
+async def test_unproven_connections_are_bounded(client: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "MAX_HANDSHAKES", 3)
+    async with open_host(HostConfig(Identity.generate("ed25519"))) as host:
+        silent = [await tcp(host) for _ in range(3)]
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        late = await tcp(host)
+        with trio.fail_after(5):
+            assert await late.receive_some(10) == b""
+        for stream in silent:
+            await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await client.connect(host.addresses()[0])

@@ -123,7 +123,9 @@ async def test_two_hundred_streams_at_once(client: Host, stock: StockPeer) -> No
     async def one() -> None:
         try:
             answer = await call(client, stock.peer_id, 1000)
-        except StreamReset:  # the daemon resets about one in a thousand before its last byte, to its own kind too
+        except (
+            StreamReset
+        ):  # the daemon resets about one in a thousand before its last byte, to its own kind too
             answer = await call(client, stock.peer_id, 1000)
         assert answer == payload(1000)
 

@@ -24,6 +24,11 @@ _FAMILIES: Final = {
     "dns6": socket.AF_INET6,
 }
 _MAX_ADDRESS_CHARACTERS: Final = 512
+_MULTIADDR_ERRORS: Final = (
+    ValueError,
+    TypeError,
+    LookupError,
+)  # its own are ValueErrors; its varints raise others
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def parse_address(text: str) -> Address | None:
         raise RemoteError(f"address of {len(text)} characters is too long")
     try:
         return _from_parts([(p.name, value) for p, value in Multiaddr(text).items()])
-    except ValueError as e:  # what every error of multiaddr is
+    except _MULTIADDR_ERRORS as e:
         raise RemoteError(f"address {text!r} is malformed: {e}") from e
 
 
@@ -81,7 +86,7 @@ def parse_binary_address(data: bytes) -> Address | None:
         return None
     try:
         return parse_address(str(Multiaddr(data)))
-    except (ValueError, RemoteError, LookupError):
+    except (RemoteError, *_MULTIADDR_ERRORS):
         return None
 
 

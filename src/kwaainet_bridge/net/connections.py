@@ -117,8 +117,8 @@ class Connections:
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Secure, multiplex and run a stream that a peer opened; returns when the connection has ended."""
-        if self.count >= self._limit:
-            log.warning("refused a connection: %d are open", self.count)
+        if self.count >= self._limit or self._handshakes >= defaults.MAX_HANDSHAKES:
+            log.debug("refused a connection: %d are open, %d of them unproven", self.count, self._handshakes)
             return
         try:
             socket = TcpSocket(stream, initiator=False)
@@ -133,6 +133,8 @@ class Connections:
                 channel = secured
         except (NetworkError, RemoteError) as e:
             log.debug("inbound handshake with %s: %s", socket.get_remote_address(), e)
+        except Exception:
+            log.exception("inbound handshake with %s failed", socket.get_remote_address())
         finally:
             self._handshakes -= 1
         if channel is not None:
@@ -154,6 +156,8 @@ class Connections:
                 nursery.start_soon(self._greet, connection)
                 await connection.run()
                 nursery.cancel_scope.cancel()
+        except Exception:
+            log.exception("connection to %s failed", connection.remote)
         finally:
             log.debug("disconnected from %s: %s", connection.remote, connection.close_reason)
             self._count -= 1

@@ -53,6 +53,7 @@ class Dialer:
         self._nursery = nursery
         self._upgrade = upgrade
         self._attempts: dict[PeerId, _Attempt] = {}
+        self._resolvers = trio.CapacityLimiter(defaults.RESOLVER_THREADS)
 
     async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> YamuxConnection:
         """Connect to ``peer`` at the first of ``addresses`` that answers.
@@ -97,6 +98,9 @@ class Dialer:
             reason = f"the peer does not speak {progress.hop}"
         except (OSError, NetworkError, RemoteError) as e:
             reason = str(e) or type(e).__name__
+        except Exception as e:
+            log.exception("dialling %s failed", address)
+            reason = repr(e)
         else:
             if attempt.connection is None:
                 attempt.connection = connection
@@ -108,9 +112,11 @@ class Dialer:
     async def _connect(self, peer: PeerId, address: Address, progress: Progress) -> YamuxConnection:
         progress.hop = "dns" if address.protocol.startswith("dns") else "tcp"
         # The resolver of the system: it knows /etc/hosts, and literal addresses pass through it unchanged.
-        found = await trio.socket.getaddrinfo(
-            address.host, address.port, family=address.family, type=trio.socket.SOCK_STREAM
-        )
+        # Peers announce names too: slow name servers must not hold up all threads of the process.
+        async with self._resolvers:
+            found = await trio.socket.getaddrinfo(
+                address.host, address.port, family=address.family, type=trio.socket.SOCK_STREAM
+            )
         progress.hop = "tcp"
         failure: OSError | None = None
         for family, _, _, _, target in found:

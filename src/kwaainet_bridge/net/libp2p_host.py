@@ -280,6 +280,9 @@ class Libp2pHost(Host):
                     await stream.close()
         except (NetworkError, RemoteError, trio.TooSlowError) as e:
             log.debug("no identify from %s: %s", connection.remote, e)
+        except Exception:
+            # this runs on a stranger's behalf: whatever it says must not end the host
+            log.exception("identify of %s failed", connection.remote)
         finally:
             connection.identified.set()
 

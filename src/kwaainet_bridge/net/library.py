@@ -3,8 +3,9 @@
 py-libp2p contributes the noise handshake with its key and peer id types. Its host and swarm are not used:
 with release 0.8.1 one malformed stream ends them, 250 inbound connections in total fill them, they offer
 plaintext, try one address of a peer and then refuse that peer for a minute, and none of that can be
-switched off. Nothing of it is patched here either: the handshake is driven through its public interfaces,
-and the two attributes that those do not promise are named below.
+switched off. Nothing of it is patched either: the handshake is driven through its public interfaces, the
+two attributes that those do not promise are named below, and in its table of key readers the entry for RSA
+is ours.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import inspect
 
 import libp2p
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
-from libp2p.crypto.keys import KeyPair, PrivateKey
-from libp2p.crypto.rsa import RSAPrivateKey
+from libp2p.crypto.keys import KeyPair, KeyType, PrivateKey
+from libp2p.crypto.rsa import RSAPrivateKey, RSAPublicKey
+from libp2p.crypto.serialization import key_type_to_public_key_deserializer
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.security.noise.io import BaseNoiseMsgReadWriter
 from libp2p.security.noise.transport import Transport as NoiseTransport
@@ -23,6 +27,9 @@ from libp2p.security.secure_session import SecureSession
 from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.wire.pb import keys_pb2
+
+_MAX_RSA_KEY_BYTES = 1200  # one of 8192 bits takes 1062
+_MAX_RSA_EXPONENT_BITS = 64
 
 
 def check_library() -> None:
@@ -39,8 +46,23 @@ def check_library() -> None:
         )
 
 
+def _read_rsa_public_key(data: bytes) -> RSAPublicKey:
+    """Read a peer's RSA key. ValueError for anything but a SubjectPublicKeyInfo of ordinary size.
+
+    py-libp2p's own reader takes private keys too, and tests the primes of one before any signature is
+    checked: four kilobytes from a stranger stop it for seconds.
+    """
+    if len(data) > _MAX_RSA_KEY_BYTES:
+        raise ValueError(f"an RSA public key of {len(data)} bytes is too long")
+    key = load_der_public_key(data)
+    if not isinstance(key, rsa.RSAPublicKey) or key.public_numbers().e.bit_length() > _MAX_RSA_EXPONENT_BITS:
+        raise ValueError("not an ordinary RSA public key")
+    return RSAPublicKey.from_bytes(data)
+
+
 def noise_transport(identity: Identity) -> NoiseTransport:
     """Make the handshake of ``identity``, under a noise key of its own."""
+    key_type_to_public_key_deserializer[KeyType.RSA.value] = _read_rsa_public_key
     message = keys_pb2.PrivateKey.FromString(identity.serialized)
     if message.type == keys_pb2.ED25519:
         private_key: PrivateKey = Ed25519PrivateKey.from_bytes(message.data[:32])  # it wants the seed alone

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 _MAX_DATA_FRAME = 64 * 1024 - 12
 """Payload of one frame: what go-yamux sends, so that streams take turns at a fine grain."""
 
+_MERGED_CHUNK = 1024
+"""Chunks that together are no longer are kept as one."""
+
 _FAST_ROUND_TRIPS = 4
 """A window that empties within this many round trips is what limits the stream, so it is doubled (as
 go-yamux)."""
@@ -220,7 +223,10 @@ class YamuxStream(Stream):
     def deliver(self, data: bytes) -> None:
         """Keep payload for the reader."""
         if self.closed_at is None and not self._was_reset:
-            self._chunks.append(data)
+            if self._chunks and len(self._chunks[-1]) + len(data) <= _MERGED_CHUNK:
+                self._chunks[-1] += data  # a chunk of two bytes would take forty
+            else:
+                self._chunks.append(data)
             self._buffered += len(data)
             self._readable.set()
 

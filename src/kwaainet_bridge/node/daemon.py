@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
 import trio
 
-from kwaainet_bridge import __version__
+from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
@@ -61,6 +62,20 @@ async def run_node(
     state.enter(Phase.STOPPED)
 
 
+def _affordable_connections() -> int:
+    """As many connections as file descriptors allow, after raising their usual limit of 1024 if possible."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = defaults.MAX_CONNECTIONS + defaults.SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return defaults.MAX_CONNECTIONS
+    affordable = max(soft - defaults.SPARE_DESCRIPTORS, soft // 2)
+    log.warning("few file descriptors", connections=affordable, remedy=f"ulimit -n {wanted}")
+    return affordable
+
+
 async def _cancel_when_cancelled(work: trio.CancelScope) -> None:
     try:
         await trio.sleep_forever()
@@ -77,7 +92,12 @@ async def _run_host(
     *,
     on_started: Callable[[Contact], None],
 ) -> None:
-    host_config = HostConfig(identity=identity, listen=config.listen, announce=config.announce)
+    host_config = HostConfig(
+        identity=identity,
+        listen=config.listen,
+        announce=config.announce,
+        max_connections=_affordable_connections(),
+    )
     async with open_host(host_config) as host, trio.open_nursery() as services:
         contact = Contact(host.peer_id, host.addresses())
         log.info("listening", peer_id=str(host.peer_id), addresses=list(contact.addresses))

@@ -36,7 +36,10 @@ class ReceiveBudget:
 
     def change(self, peer: PeerId, count: int) -> None:
         """See :class:`Account`, which calls this."""
-        if count > 0 and (self._held[peer] + count > self._per_peer or self._total + count > self._in_all):
+        held = self._held[peer] + count
+        # a small allowance is everybody's, so that a few large peers cannot silence the rest
+        fits = held <= defaults.PEER_ALLOWANCE_BYTES or self._total + count <= self._in_all
+        if count > 0 and (held > self._per_peer or not fits):
             raise RemoteError(f"too many bytes of unanswered requests wait here: {self._held[peer]} of yours")
         self._held[peer] += count
         self._total += count

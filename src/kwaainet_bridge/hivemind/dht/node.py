@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _PENDING_CHORES = 64
 _CHORE_WORKERS = 4
+_REMEMBERED_HAND_OVERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class DhtNode:
         self._server = server
         self._replicas = replicas
         self._clock = clock
+        self._next_hand_over: dict[PeerId, float] = {}
         self._storage = LocalStorage(max_bytes=storage_bytes)
         self._cache = LocalStorage(max_bytes=cache_bytes, evict=True)
         self._chores, self._todo = trio.open_memory_channel[Callable[[], Awaitable[None]]](_PENDING_CHORES)
@@ -328,6 +330,12 @@ class DhtNode:
 
         Source of the rule: hivemind 1.1.12, ``dht/protocol.py``, ``update_routing_table``.
         """
+        now = trio.current_time()
+        if now < self._next_hand_over.get(newcomer.peer, -math.inf):
+            return  # a peer may call itself a new node as often as it likes
+        if len(self._next_hand_over) >= _REMEMBERED_HAND_OVERS:
+            self._next_hand_over = {peer: then for peer, then in self._next_hand_over.items() if then > now}
+        self._next_hand_over[newcomer.peer] = now + defaults.DHT_HAND_OVER_SECONDS
         items = []
         for key in self._storage.keys(now=self._clock()):
             await trio.lowlevel.checkpoint()
