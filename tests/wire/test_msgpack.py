@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import math
 import time
+import tracemalloc
 
 import msgpack
 import numpy as np
@@ -235,7 +236,7 @@ def deep_maps(n):
 def test_nesting(nest):
     unpack(nest(20))
     for depth in (100, 600, 1500, 10_000):
-        with pytest.raises(RemoteError, match="nested more than 64 deep"):
+        with pytest.raises(RemoteError, match="nested more than 64 deep|extensions in extensions make"):
             unpack(nest(depth))
 
 
@@ -244,8 +245,28 @@ def test_nested_dictionary_values():
     for _ in range(500):
         body = b"\x93\x00\x00\x91\x93" + packed + b"\xc4\x00\x00"
         packed = pack(msgpack.ExtType(0x50, body))
-    with pytest.raises(RemoteError, match="nested more than 64 deep"):
+    with pytest.raises(RemoteError, match="nested more than 64 deep|extensions in extensions make"):
         unpack(packed)
+
+
+def test_long_values_in_many_extensions_are_not_copied_for_each():
+    packed = pack(bytes(1 << 20))
+    depth = 0
+    tracemalloc.start()
+    try:
+        while depth < 7:
+            packed = pack(msgpack.ExtType(0x40, b"\x91" + packed))
+            depth += 1
+        unpack(packed)
+        while depth < 60:
+            packed = pack(msgpack.ExtType(0x40, b"\x91" + packed))
+            depth += 1
+        tracemalloc.reset_peak()
+        with pytest.raises(RemoteError, match="extensions in extensions make"):
+            unpack(packed)
+        assert tracemalloc.get_traced_memory()[1] < 3 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_limits():

@@ -34,6 +34,9 @@ _MAP_PREFIX: Final = {0xDE: 2, 0xDF: 4}
 _EXT_PREFIX: Final = {0xC7: 1, 0xC8: 2, 0xC9: 4}
 _EXT_LENGTH: Final = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 
+_COPIES: Final = 8
+_FREE_COPIES_BYTES: Final = 64 * 1024
+
 
 def check_bounds(
     data: bytes, *, nested_ext: frozenset[int], max_depth: int, max_items: int, name: str
@@ -43,10 +46,15 @@ def check_bounds(
     Containers and the extension types in ``nested_ext``, whose payload is one msgpack value, count as one
     level each; a scalar has depth 0. Items are counted over all containers, a map's pair as two. Raises
     RemoteError that begins with ``name``. It does not look into strings, nor into other extension types.
+
+    The library hands an extension's payload over as a copy, so that a long value within many extensions would
+    be held once for each: all payloads together may have 8 times the length of ``data``, or 64 KiB.
     """
     end = len(data)
     at = 0
     items = 0
+    copies = 0
+    max_copies = max(_COPIES * end, _FREE_COPIES_BYTES)
     missing = 1  # values of the open container that are still to come
     limit = end  # where the innermost open extension ends, and with it all within
     enclosing: list[tuple[int, int, bool]] = []  # (missing, limit) around it, and whether it is an extension
@@ -78,6 +86,9 @@ def check_bounds(
             if payload_at + size > limit:
                 raise RemoteError(f"{name}: cut short in the extension at byte {at}")
             if data[code_at] in nested_ext:
+                copies += size
+                if copies > max_copies:
+                    raise RemoteError(f"{name}: extensions in extensions make {copies} bytes of {end}")
                 enclosing.append((missing, limit, True))
                 missing, limit, at = 1, payload_at + size, payload_at
             else:
