@@ -17,18 +17,6 @@ from fuzz import limits, seeds
 from fuzz.targets import TARGETS
 from kwaainet_bridge.errors import RemoteError
 
-NOT_YET_REPAIRED = {"identify": "agents and protocols that are not UTF-8 come out as bytes"}
-
-
-def marks(name):
-    return (
-        [pytest.mark.xfail(reason=NOT_YET_REPAIRED[name], strict=False)] if name in NOT_YET_REPAIRED else []
-    )
-
-
-def names():
-    return [pytest.param(name, marks=marks(name)) for name in TARGETS]
-
 
 @pytest.fixture(autouse=True)
 def _no_tracing_afterwards():
@@ -57,7 +45,7 @@ def test_seeds(name, corpus):
     assert accepted > 0  # a corpus of nothing but refusals would lead the fuzzer nowhere
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", TARGETS)
 def test_cut_and_broken_seeds(name, corpus):
     for data in sorted(set(corpus[name]), key=len)[:8]:
         step = max(1, len(data) // 24)
@@ -66,7 +54,7 @@ def test_cut_and_broken_seeds(name, corpus):
             limits.check(TARGETS[name], data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", TARGETS)
 @QUICK
 @given(data=st.binary(max_size=200))
 def test_any_bytes(name, data):
@@ -74,7 +62,7 @@ def test_any_bytes(name, data):
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [pytest.param(n, p, id=f"{n}-{p.name}", marks=marks(n)) for n, p in seeds.regressions()]
+    ("name", "path"), [pytest.param(n, p, id=f"{n}-{p.name}") for n, p in seeds.regressions()]
 )
 def test_past_crashes(name, path):
     limits.check(TARGETS[name], path.read_bytes())

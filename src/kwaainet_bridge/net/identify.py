@@ -17,7 +17,7 @@ from kwaainet_bridge.defaults import (
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.net.addresses import Address, parse_binary_address
 from kwaainet_bridge.net.stream import Stream
-from kwaainet_bridge.wire.envelope import DelimitedDecoder
+from kwaainet_bridge.wire.envelope import DelimitedDecoder, text_of
 from kwaainet_bridge.wire.varint import encode_uvarint
 
 IDENTIFY = "/ipfs/id/1.0.0"
@@ -68,9 +68,10 @@ def decode_identify(body: bytes) -> PeerDescription:
     except DecodeError as e:
         raise RemoteError(f"identify: {e}") from e
     addresses = (parse_binary_address(a) for a in message.listen_addrs[:MAX_ADDRESSES_PER_PEER])
-    protocols = message.protocols[:MAX_PROTOCOLS_PER_PEER]
+    agent = text_of(message.agent_version, "identify: agent_version")
+    protocols = [text_of(p, "identify: protocols") for p in message.protocols[:MAX_PROTOCOLS_PER_PEER]]
     return PeerDescription(
-        agent=message.agent_version[:MAX_PROTOCOL_ID_BYTES],
+        agent=agent[:MAX_PROTOCOL_ID_BYTES],
         protocols=frozenset(p for p in protocols if len(p) <= MAX_PROTOCOL_ID_BYTES),
         addresses=tuple(a for a in addresses if a is not None and a.port),
     )

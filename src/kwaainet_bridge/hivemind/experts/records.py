@@ -79,7 +79,7 @@ class ServerInfo:
         if not isinstance(fields, dict):
             raise RemoteError("server record: the third item is not a map")
         if isinstance(state, bool) or state not in (0, 1, 2):
-            raise RemoteError(f"server record: state {state!r} is none of 0, 1, 2")
+            raise RemoteError(f"server record: state {state!r:.60} is none of 0, 1, 2")
         rates = {k: _rate(fields.get(k), k) for k in ("network_rps", "forward_rps", "inference_rps")}
         return cls(
             state=ServerState(state),
@@ -135,7 +135,7 @@ def _rate(value: Any, name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise RemoteError(f"server record: {name} {value!r} is no finite rate")
+        raise RemoteError(f"server record: {name} {value!r:.60} is no finite rate")
     return float(value)
 
 
@@ -143,7 +143,7 @@ def _count(value: Any, name: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RemoteError(f"server record: {name} {value!r} is no count")
+        raise RemoteError(f"server record: {name} {value!r:.60} is no count")
     return value
 
 
@@ -172,6 +172,6 @@ def _pings(value: Any) -> dict[PeerId, float]:
     for peer, rtt in value.items():
         # an unreachable neighbour is stored as infinity
         if isinstance(rtt, bool) or not isinstance(rtt, int | float) or not rtt >= 0:
-            raise RemoteError(f"server record: next_pings of {peer!r} is {rtt!r}")
+            raise RemoteError(f"server record: next_pings of {peer!r:.60} is {rtt!r:.60}")
         pings[PeerId.parse(str(peer))] = float(rtt)
     return pings
