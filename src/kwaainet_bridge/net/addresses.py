@@ -73,7 +73,7 @@ def parse_address(text: str) -> Address | None:
     try:
         return _from_parts([(p.name, value) for p, value in Multiaddr(text).items()])
     except _MULTIADDR_ERRORS as e:
-        raise RemoteError(f"address {text!r} is malformed: {e}") from e
+        raise RemoteError(f"address {text!r:.200} is malformed: {e!s:.200}") from e
 
 
 def parse_binary_address(data: bytes) -> Address | None:
