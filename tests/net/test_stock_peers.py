@@ -67,7 +67,7 @@ class StockPeer:
 def stock() -> Iterator[StockPeer]:
     """One stock peer for all tests that need no fresh one."""
     if not STOCK_PYTHON.exists():
-        pytest.skip("no stock environment: make peers")
+        pytest.fail("no stock environment: make peers")
     process = StockProcess()
     with process.process:
         yield StockPeer(process)
