@@ -6,7 +6,6 @@ from typing import Final
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
-GIB: Final = 1024 * MIB
 
 # --- rpc ------------------------------------------------------------------------------------------------
 
@@ -343,9 +342,6 @@ OFFLINE_STORE_SECONDS: Final = 10.0
 
 LISTEN_ADDRESSES: Final = ("/ip4/0.0.0.0/tcp/31330", "/ip6/::/tcp/31330")
 """Where a node listens unless told otherwise. 31330 is the port that Petals' documentation uses."""
-
-PRIVATE_LISTEN_ADDRESSES: Final = ("/ip4/127.0.0.1/tcp/0",)
-"""Where a client-only host listens: nowhere that others could reach."""
 
 NETWORK_MBPS: Final = 100.0
 """Assumed speed of the link, megabits per second, unless YAML states it (stock: the same)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import trio
 import trio.testing
@@ -13,6 +15,7 @@ from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 from kwaainet_bridge.net import HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.node import daemon
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.rpc import RpcClient, RpcServer
@@ -254,3 +257,22 @@ async def test_blocks_that_the_model_does_not_have(tmp_path):
 async def test_folder_without_a_model(tmp_path):
     config = node_config(tmp_path, "empty", model={"name": str(tmp_path), "dht_prefix": "x"})
     assert str(tmp_path) in await refused(config, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised_to", "connections"),
+    [
+        ((1024, 1_048_576), 2256, 2000),  # the usual ones
+        ((1024, resource.RLIM_INFINITY), 2256, 2000),
+        ((1024, 1024), 1024, 768),
+        ((256, 256), 256, 128),
+        ((65_536, 65_536), None, 2000),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 2000),
+    ],
+)
+def test_connections_leave_descriptors_for_the_rest(monkeypatch, limits, raised_to, connections):
+    changed = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _which, new: changed.append(new))
+    assert daemon._affordable_connections() == connections
+    assert changed == ([(raised_to, limits[1])] if raised_to else [])

@@ -2,8 +2,8 @@
 
 Rules of the stock peers that this side keeps (hivemind 1.1.12 and its daemon, observed):
 
-* A unary caller sends one envelope and then nothing. Any further byte or the end of its stream means that it
-  left, so the handler is cancelled.
+* A unary caller sends one envelope and then nothing. What comes together with it is ignored; any later byte,
+  or the end of its stream, means that it left, so the handler is cancelled.
 * An error in a unary handler is answered with ``repr(exception)``, one in a streaming handler with
   ``str(exception)``.
 * A streaming caller ends its requests by a frame, never by closing. Its close cancels the handler.

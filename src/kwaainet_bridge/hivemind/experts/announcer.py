@@ -59,7 +59,6 @@ class Announcer:
             raise ValueError("the records of a span name its blocks")
         self.info = info
         self.cache_tokens = cache_tokens
-        self.last_report: AnnounceReport | None = None
         self._dht = dht
         self.prefix = prefix
         self._uids = [block_uid(prefix, block) for block in range(info.start_block, info.end_block)]
@@ -99,7 +98,7 @@ class Announcer:
             items.append(Item(MODEL_REGISTRY_KEY, self._model, expiration, self.prefix))
         results = await self._dht.store_many(items)
         own = self._dht.peer_id
-        self.last_report = report = AnnounceReport(
+        report = AnnounceReport(
             state=state,
             records=len(items),
             acknowledged=sum(result.ok for result in results),
