@@ -108,15 +108,12 @@ class Blockwise8(Codec):
         codebook_at = _COUNTS_BYTES + 4 * blocks
         codes_at = codebook_at + _CODE_BYTES
         values = new_values(count, torch.float32)
-        looked_up = 0
-        if buffer[codebook_at:codes_at] == _code_bytes():  # nobody is known to send another
-            looked_up = count // 2 * 2
-            pairs = view_array(buffer, codes_at, count // 2, np.uint16)
-            look_up(_pairs(), pairs, values[:looked_up].view(torch.int64))
-        code = from_bytes(buffer, codebook_at, _CODES, torch.float32)
-        look_up(
-            code, view_array(buffer, codes_at + looked_up, count - looked_up, np.uint8), values[looked_up:]
-        )
+        codes = view_array(buffer, codes_at, count, np.uint8)
+        code_bytes = bytes(buffer[codebook_at:codes_at])
+        if code_bytes == _code_bytes() and not count % 2:  # nobody is known to send another codebook
+            look_up(_pairs(), codes.view(np.uint16), values.view(torch.int64))
+        else:
+            look_up(from_bytes(code_bytes, 0, _CODES, torch.float32), codes, values)
         whole = count // BLOCK
         values[: whole * BLOCK].view(-1, BLOCK).mul_(absmax[:whole, None])
         if whole < blocks:
@@ -130,25 +127,25 @@ class Blockwise8(Codec):
 
 def _quantise(values: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -> None:
     """Fill in the largest magnitude of each block and the code of each of the ``values``, all on one device."""
-    device, count = values.device, values.numel()
-    at_a_time = min(len(absmax), (TILE if device.type == "cpu" else _DEVICE_TILE) // BLOCK)
+    device = values.device
+    tile = TILE if device.type == "cpu" else _DEVICE_TILE
     table = _nearest().table(device)
-    scaled = torch.empty((at_a_time, BLOCK), dtype=torch.float32, device=device)
-    keys = torch.empty(at_a_time * BLOCK, dtype=torch.int32, device=device)
-    entries = torch.empty_like(keys)
-    for blocks in tiles(len(absmax), at_a_time):
-        start, stop = blocks.start * BLOCK, min(blocks.stop * BLOCK, count)
-        rows = blocks.stop - blocks.start
-        part, largest, used = values[start:stop].to(torch.float32), absmax[blocks], rows * BLOCK
-        if stop - start < used:
-            part = torch.nn.functional.pad(part, (0, used - (stop - start)))
-        part = part.view(rows, BLOCK)
-        quotients = scaled[:rows]
-        torch.amax(torch.abs(part, out=quotients), dim=1, out=largest)
-        torch.div(part, largest.where(largest > 0, 1.0)[:, None], out=quotients)
-        bits = quotients.view(-1).view(torch.int32)
-        found = torch.index_select(table, 0, cell_keys(bits, keys[:used]), out=entries[:used])
-        codes[start:stop] = found.add_(bits).bitwise_right_shift_(16).abs_()[: stop - start]
+    scratch = torch.empty(min(len(absmax) * BLOCK, tile), dtype=torch.float32, device=device)
+    keys, entries = torch.empty_like(scratch, dtype=torch.int32), torch.empty_like(scratch, dtype=torch.int32)
+    for part in tiles(len(values), tile):
+        floats = values[part].to(torch.float32)
+        if len(floats) % BLOCK:
+            floats = torch.nn.functional.pad(floats, (0, -len(floats) % BLOCK))
+        if len(floats) < len(scratch):
+            scratch, keys, entries = (reused[: len(floats)] for reused in (scratch, keys, entries))
+        by_block, scaled = floats.view(-1, BLOCK), scratch.view(-1, BLOCK)
+        largest = absmax[part.start // BLOCK :][: len(scaled)]
+        torch.amax(torch.abs(by_block, out=scaled), dim=1, out=largest)
+        torch.div(by_block, largest[:, None], out=scaled)  # in a block of zeros: NaN, which finds zero's code
+        bits = scratch.view(torch.int32)
+        found = torch.index_select(table, 0, cell_keys(bits, keys), out=entries)
+        found.add_(bits).bitwise_right_shift_(16).abs_()
+        codes[part] = found[: part.stop - part.start]
 
 
 def _blocks(count: int) -> int:

@@ -36,6 +36,8 @@ _CODES_AT: Final = _COUNT_BYTES + 4 * BUCKETS
 _RANGE_IN_SIGMAS: Final = 6
 _MIDDLE: Final = BUCKETS // 2
 _LEAST_CHUNK: Final = 100_000
+_WHOLE: Final = 3.0 * 2**22
+"""A float32 between this and twice as much has no bits for fractions."""
 
 
 class CodebookCodec(Codec):
@@ -94,14 +96,16 @@ class Uniform8(CodebookCodec):
         std = centered.norm() / math.sqrt(max(len(values) - 1, 1))
         if not (math.isfinite(mean) and math.isfinite(std)):
             self.refuse("tensors with values that are not finite or whose squares overflow float32")
-        per_bucket = (1 / (_RANGE_IN_SIGMAS * std / BUCKETS)).double()
+        per_bucket = 1 / (_RANGE_IN_SIGMAS * std / BUCKETS)
+        if per_bucket == math.inf:  # equal values, or as good as equal: torch's quantizer puts 0 * inf into the last
+            return torch.where(centered < 0, 0, BUCKETS - 1).to(torch.uint8)
         codes = torch.empty(len(values), dtype=torch.uint8)
+        middle = torch.tensor(float(_MIDDLE))
         for tile in tiles(len(values)):
-            # torch's own quantizer rounds centered * per_bucket + 128 to float32 once; float64 holds the product
-            # exactly. Of equal values per_bucket is infinite and the product NaN, which it puts into the last
-            # bucket.
-            position = centered[tile].double().mul_(per_bucket).add_(_MIDDLE).to(torch.float32)
-            codes[tile] = position.round_().clamp_(0, BUCKETS - 1).nan_to_num_(nan=BUCKETS - 1)
+            # fused, so rounded to float32 once, as in torch's own quantizer (deprecated) where processors can do that
+            position = torch.add(middle, centered[tile], alpha=per_bucket.item())
+            # to the nearest whole number, of two the even one, which is then in the lowest bits
+            codes[tile] = position.clamp_(0, BUCKETS - 1).add_(_WHOLE).view(torch.int32)
         return codes
 
 

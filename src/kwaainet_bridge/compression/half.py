@@ -50,10 +50,8 @@ class Float16(Codec):
         _require_plain_floats(self, tensor)
         values = host_values(tensor).reshape(-1)
         halves = new_values(values.numel(), torch.float16)
-        clamped = torch.empty(min(values.numel(), TILE))
         for tile in tiles(values.numel()):
-            part = values[tile].to(torch.float32)
-            halves[tile] = torch.clamp(part, -_LARGEST, _LARGEST, out=clamped[: len(part)])
+            halves[tile] = values[tile].to(torch.float32).clamp(-_LARGEST, _LARGEST)
         return [view_bytes(halves)]
 
     def decompress(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -88,14 +86,14 @@ class MeanStd16(Codec):
             # torch's threads share a single wide row among them and so round its sums otherwise than those of one
             # row of several: a piece of many rows must never be left as one such row
             at_a_time = rows if width > _WIDE else _rows_at_a_time(width)
-            centered = torch.empty(min(rows, at_a_time), width)
-            for tile in tiles(rows, len(centered)):
+            for tile in tiles(rows, at_a_time):
                 part = values[tile].to(torch.float32)
-                torch.mean(part, dim=-1, keepdim=True, out=means[tile])
-                part = torch.sub(part, means[tile], out=centered[: len(part)])
-                torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=stds[tile])
-                stds[tile].div_(math.sqrt(width)).clamp_min_(_SMALLEST_STD)
-                scaled.view(rows, width)[tile] = part.div_(stds[tile]).clamp_(-_LARGEST, _LARGEST)
+                mean = torch.mean(part, dim=-1, keepdim=True, out=means[tile])
+                centered = torch.sub(part, mean)
+                std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True, out=stds[tile])
+                std.div_(math.sqrt(width)).clamp_min_(_SMALLEST_STD)
+                # within the square root of the row's width, so within what float16 holds
+                scaled.view(rows, width)[tile] = centered.div_(std)
         return [view_bytes(scaled), view_bytes(means), view_bytes(stds)]
 
     def decompress(self, buffer: Buffer, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -123,11 +121,12 @@ class MeanStd16(Codec):
 def _widen(halves: Buffer, out: torch.Tensor) -> None:
     """Write the float16 values at the beginning of ``halves`` into ``out``, of any float dtype."""
     bits = view_array(halves, 0, out.numel(), np.int16)
-    piece = torch.empty(min(out.numel(), TILE), dtype=torch.int16)
+    piece = np.empty(min(out.numel(), TILE), np.int16)
+    aligned = torch.from_numpy(piece).view(torch.float16)
     for tile in tiles(out.numel()):
-        part = piece[: tile.stop - tile.start]
-        np.copyto(part.numpy(), bits[tile])
-        out[tile] = part.view(torch.float16)
+        length = tile.stop - tile.start
+        np.copyto(piece[:length], bits[tile])
+        out[tile] = aligned[:length]
 
 
 def _rows(shape: Sequence[int]) -> int:

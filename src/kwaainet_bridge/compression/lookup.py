@@ -20,12 +20,15 @@ _MANY: Final = 4
 
 
 def cell_keys(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The cell of each float32 whose bits are given as int32."""
+    """The cell of each float32 whose bits are given as int32, into ``out``, and that."""
+    if bits.device.type == "cpu":  # numpy shifts unsigned numbers, several times faster
+        np.right_shift(bits.numpy().view(np.uint32), 16, out=out.numpy().view(np.uint32))
+        return out
     return torch.bitwise_right_shift(bits, 16, out=out).bitwise_and_(CELLS - 1)
 
 
 class NearestCode:
-    """The nearest of 256 ascending float32 codes between -1 and 1, code 127 being zero; of two the lower one.
+    """The nearest of 256 ascending float32 codes between -1 and 1, of two the lower one; for NaN that of zero.
 
     No cell may hold more than one border between two codes. A table entry for a cell is made so that adding a
     value's own bits gives the code in the upper half of an int32: the lower half carries into it exactly when the
@@ -37,9 +40,10 @@ class NearestCode:
         self._codes = codes
         keys = torch.arange(CELLS, dtype=torch.int64)
         signed = torch.where(keys < CELLS // 2, keys, keys - CELLS)
-        first = self._search(_float(signed << 16))
+        starts = _float(signed << 16)
+        inside, nan = starts.abs() <= 1, starts.isnan()
+        first = torch.where(nan, self._search(torch.zeros(1)), self._search(starts))
         last = self._search(_float((signed << 16) + CELLS - 1))
-        inside = _float(signed << 16).abs() <= 1
         crossed = inside & (first != last)
         if ((last - first)[crossed].abs() != 1).any():
             raise ValueError("two borders in one cell")
@@ -52,7 +56,7 @@ class NearestCode:
         carry = torch.where(crossed, CELLS - low, 0)
         upper = torch.where(keys < CELLS // 2, first, -first)
         entries = ((upper - signed) << 16) + carry
-        self._entries = torch.where(inside, entries, 0).to(torch.int32)
+        self._entries = torch.where(inside | nan, entries, 0).to(torch.int32)
 
     def table(self, device: torch.device) -> torch.Tensor:
         """The entries by cell, int32, on ``device``."""
@@ -102,10 +106,13 @@ class Buckets:
 def look_up(table: torch.Tensor, keys: np.ndarray, out: torch.Tensor) -> None:
     """Write the value in ``table`` of each key into ``out``; keys are unsigned and may be read-only memory."""
     count = min(len(keys), TILE)
-    aligned, wide = np.empty(count, keys.dtype), torch.empty(count, dtype=torch.int32)
+    aligned, wide = np.empty(count, keys.dtype), np.empty(count, np.int32)
+    places = torch.from_numpy(wide)
     for tile in tiles(len(keys)):
-        part = slice(0, tile.stop - tile.start)
+        found, length = out[tile], tile.stop - tile.start
+        if length < count:
+            aligned, wide, places = aligned[:length], wide[:length], places[:length]
         # converting straight from an odd address is several times slower than this copy
-        np.copyto(aligned[part].view(np.uint8), keys[tile].view(np.uint8))
-        np.copyto(wide.numpy()[part], aligned[part])
-        torch.index_select(table, 0, wide[part], out=out[tile])
+        np.copyto(aligned.view(np.uint8), keys[tile].view(np.uint8))
+        np.copyto(wide, aligned)
+        torch.index_select(table, 0, places, out=found)
