@@ -97,7 +97,8 @@ class Uniform8(CodebookCodec):
         if not (math.isfinite(mean) and math.isfinite(std)):
             self.refuse("tensors with values that are not finite or whose squares overflow float32")
         per_bucket = 1 / (_RANGE_IN_SIGMAS * std / BUCKETS)
-        if per_bucket == math.inf:  # equal values, or as good as equal: torch's quantizer puts 0 * inf into the last
+        if per_bucket == math.inf:
+            # of values that are as good as equal; torch's quantizer puts 0 * inf into the last bucket
             return torch.where(centered < 0, 0, BUCKETS - 1).to(torch.uint8)
         codes = torch.empty(len(values), dtype=torch.uint8)
         middle = torch.tensor(float(_MIDDLE))
