@@ -167,6 +167,9 @@ KAD_IDLE_SECONDS: Final = 60.0
 MAX_KAD_MESSAGE_BYTES: Final = 256 * KIB
 """20 peers with 32 addresses each make about 30 KiB; stock daemons accept 4 MiB."""
 
+MAX_MEASURED_BYTES: Final = 16 * 1024 * MIB
+"""Bytes that one measurement of a connection's speed may send each way."""
+
 BOOTSTRAP_RETRY_SECONDS: Final = 2.0
 """Upper bound of the first random wait before an unreachable bootstrap address is tried again; it doubles."""
 

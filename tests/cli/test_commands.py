@@ -110,6 +110,33 @@ def test_generate_on_a_node_and_drain(node, tmp_path):
     assert any("as OFFLINE" in event for event in events)
 
 
+def test_ping(node):
+    done = call("ping", node.address, "--count", 2)
+    assert done.returncode == 0, done.stderr
+    labels = [line[:12].strip() for line in done.stdout.splitlines()]
+    assert labels == ["peer", "connected", "round trip", "call 1", "call 2", "median"]
+    told = json.loads(call("ping", node.address, "--json").stdout)
+    assert node.address.endswith(told["peer"])
+    assert told["muxer"] == "/yamux/1.0.0"
+    assert len(told["calls_ms"]) == 5
+
+    nobody = call("ping", f"/ip4/127.0.0.1/tcp/1/p2p/{told['peer']}")
+    assert nobody.returncode == 1
+    assert "(tcp)" in nobody.stderr
+
+    unmeasured = call("bench", "net", node.address)
+    assert unmeasured.returncode == 1
+    assert "does not serve" in unmeasured.stderr
+
+
+def test_bench_net():
+    told = json.loads(call("bench", "net", "--megabytes", 2, "--json").stdout)
+    assert told["megabytes"] == 2
+    assert told["up_mb_s"] > 0
+    assert told["down_mb_s"] > 0
+    assert call("bench", "net", "--serve", told["peer"]).returncode == 2
+
+
 def test_second_signal_ends_at_once(tmp_path):
     config = tmp_path / "node.yaml"
     config.write_text(

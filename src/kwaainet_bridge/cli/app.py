@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Work with configuration files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="Configuration file (YAML).", dir_okay=False)
@@ -204,6 +206,44 @@ def generate(
         show_route=show_route,
     )
     trio.run(generate_text, node_config, options)
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def ping(
+    address: Annotated[str, typer.Argument(help="Address that ends in /p2p/<peer id>.", metavar="ADDR")],
+    count: Annotated[int, typer.Option(min=1, help="Calls to time.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Connect to a peer and time calls to it, in milliseconds and in round trips of the connection."""
+    from kwaainet_bridge.cli.network import ping_peer
+
+    trio.run(ping_peer, address, count, as_json)
+
+
+@bench_app.command("net")
+def bench_net(
+    address: Annotated[
+        str | None, typer.Argument(help="What --serve printed on the other machine.", metavar="ADDR")
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Be the other machine, until Ctrl-C.")] = False,
+    listen: Annotated[
+        str, typer.Option(help="Where --serve listens.", metavar="ADDR")
+    ] = "/ip4/0.0.0.0/tcp/0",
+    megabytes: Annotated[int, typer.Option(min=1, max=16_384, help="To send each way.")] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a connection's throughput both ways; without ADDR that of two processes on this machine."""
+    from kwaainet_bridge.cli.network import measure_net, serve_net
+
+    if serve and address is not None:
+        raise ConfigError("--serve waits for others: give it no address to measure")
+    if serve:
+        trio.run(serve_net, listen)
+    else:
+        trio.run(measure_net, address, megabytes, as_json)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -31,6 +31,10 @@ class Connection(YamuxConnection):
     ``remote_address`` is the binary multiaddr it came from or goes to; ``identified`` is set once the
     peer has said who it is, or has failed to.
     """
+
+    security: Final = "/noise (X25519, ChaCha20-Poly1305, SHA-256)"
+    """The only one that is offered or accepted, with its only cipher."""
+    muxer: Final = YAMUX
 
     def __init__(
         self, channel: SecureChannel, *, initiator: bool, accept: Callable[[YamuxStream], None]
