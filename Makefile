@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 FUZZ_JOBS ?= 1
 
-.PHONY: run test test-fast test-interop lint format proto bench fuzz drift peers setup clean
+.PHONY: run test test-fast test-interop lint format proto bench bench-net fuzz drift peers setup clean
 
 run: $(VENV)/.runtime
 	$(BIN)/kwaainet-bridge demo
@@ -39,6 +39,9 @@ proto: setup
 
 bench: setup peers
 	$(BIN)/python -m bench.side_by_side
+
+bench-net: setup peers
+	$(BIN)/python -m bench.net
 
 drift: setup peers
 	PEERS_PYTHON='$(PEERS_PYTHON)' $(BIN)/python scripts/drift.py $(DRIFT)
