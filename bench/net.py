@@ -3,8 +3,9 @@
 ``python -m bench.net`` alternates the pairings of client and server, so that a machine that slows down slows all,
 and prints medians and their ratios to stock→stock as a table and as JSON. ``a→b`` is client a and server b. Servers
 and clients are processes of their own (a stock one has a daemon besides), started once and idle unless measured.
-``cpu`` is user and system time of a client's and a server's processes together, per call; it strays less than wall
-time does.
+``ratio`` is that of the medians, ``lowest`` and ``highest`` those of single pairs, ``best ratio`` that of the best
+values. ``cpu`` is user and system time of the client's and the server's processes, daemons included, per call; it
+strays less than wall time does. ``of cipher`` is the share of what one core encrypts.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class Row:
     legs: tuple[Leg, ...] = tuple(LEGS.values())
     far: bool = False
     """Through the delaying proxy; the unit is its round trip."""
+    cpu: bool = True
+    """Whether CPU time per call means something."""
 
 
 def median_ms(answer: Answer) -> float:
@@ -95,7 +98,12 @@ def megabytes_per_second(answer: Answer) -> float:
 
 
 def busy_over_idle(answer: Answer) -> float:
-    return p99(answer["busy"]) / p99(answer["idle"])
+    busy, idle = busy_parts(answer).values()
+    return busy / idle
+
+
+def busy_parts(answer: Answer) -> dict[str, float]:
+    return {f"{name} p99 ms": p99(answer[name]) * 1e3 for name in ("busy", "idle")}
 
 
 def p99(values: list[float]) -> float:
@@ -115,6 +123,7 @@ ROWS = [
             lambda answer: statistics.median(answer["seconds"]),
             IN_ONE_ROUND_TRIP,
             far=True,
+            cpu=False,
         )
         for name, size in (("1k", KIB), ("64k", 64 * KIB), ("192k", 192 * KIB))
     ),
@@ -155,6 +164,7 @@ ROWS = [
         busy_over_idle,
         {OURS: Target(3.0, absolute=True)},
         legs=(OURS, BASE),
+        cpu=False,
     ),
 ]
 GROUPS = ("rtt", "call", "parallel", "step", "bulk", "busy")
@@ -170,12 +180,13 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement. CPU in ms per call."""
+    """One measurement. CPU in ms per call; ``parts`` are what the value is made of, by name and unit."""
 
     value: float
     client_cpu: float
     server_cpu: float
     failed: int
+    parts: dict[str, float]
 
 
 class Side:
@@ -215,8 +226,6 @@ class Bench:
         arguments = row.arguments | {"name": far(leg.server) if row.far else "near", "peer": server.peer}
         if warm_up:
             arguments["count"] = max(arguments["count"] // WARM_UP_SHARE, 1)
-            if row.do == "parallel":
-                arguments["count"] = row.arguments["count"] // WARM_UP_SHARE
         before = client.cpu_seconds(), server.cpu_seconds()
         answer = client.driver.ask(row.do, within=WITHIN, **arguments)
         after = client.cpu_seconds(), server.cpu_seconds()
@@ -230,7 +239,8 @@ class Bench:
                     f"{row.name} {leg}: {value:.2f} RTT: the peers found a way around the proxy"
                 )
         cpu = [(b - a) * 1e3 / answer["calls"] for a, b in zip(before, after, strict=True)]
-        return Sample(value, *cpu, answer["failed"])
+        parts = busy_parts(answer) if row.do == "busy" else {}
+        return Sample(value, *cpu, answer["failed"], parts)
 
     def cipher(self) -> float:
         """MB/s of raw ChaCha20-Poly1305 on one core."""
@@ -324,27 +334,38 @@ class Found:
         return self.median(row, leg, "client_cpu") + self.median(row, leg, "server_cpu")
 
     def result(self, row: Row, leg: Leg) -> dict[str, Any]:
+        samples, beside = self.samples[row.name, str(leg)], self.samples[row.name, str(BASE)]
         value, base = self.median(row, leg), self.median(row, BASE)
-        pairs = zip(self.samples[row.name, str(leg)], self.samples[row.name, str(BASE)], strict=True)
-        ratios = sorted(sample.value / beside.value for sample, beside in pairs)
-        of_cipher = value / statistics.median(self.cipher) if row.name == "bulk" else None
-        return {
+        ratios = [sample.value / other.value for sample, other in zip(samples, beside, strict=True)]
+        best = min if row.better == "lower" else max
+        best_value, best_base = (best(sample.value for sample in of) for of in (samples, beside))
+        result = {
             "row": row.name,
             "leg": str(leg),
             "median": value,
             "unit": row.unit,
             "better": row.better,
             "ratio": value / base,
-            "lowest": ratios[0],
-            "highest": ratios[-1],
+            "lowest": min(ratios),
+            "highest": max(ratios),
             **judgement(row, leg, value, base),
-            "cpu ms": self.cpu(row, leg),
-            "client ms": self.median(row, leg, "client_cpu"),
-            "server ms": self.median(row, leg, "server_cpu"),
-            "cpu ratio": self.cpu(row, leg) / self.cpu(row, BASE),
-            "of cipher": of_cipher,
-            "failed": sum(sample.failed for sample in self.samples[row.name, str(leg)]),
+            "best": best_value,
+            "best ratio": best_value / best_base,
         }
+        if row.cpu:
+            result |= {
+                "cpu ms": self.cpu(row, leg),
+                "client ms": self.median(row, leg, "client_cpu"),
+                "server ms": self.median(row, leg, "server_cpu"),
+                "cpu ratio": self.cpu(row, leg) / self.cpu(row, BASE),
+            }
+        if row.do == "bulk":
+            result["of cipher"] = value / statistics.median(self.cipher)
+        for name in samples[0].parts:
+            result[name] = statistics.median(sample.parts[name] for sample in samples)
+        if failed := sum(sample.failed for sample in samples):
+            result["failed"] = failed
+        return result
 
 
 def judgement(row: Row, leg: Leg, value: float, base: float) -> dict[str, Any]:
@@ -379,8 +400,8 @@ def cell(value: object) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    columns = list(results[0])
-    lines = [columns, *([cell(result[column]) for column in columns] for result in results)]
+    columns = list(dict.fromkeys(column for result in results for column in result))
+    lines = [columns, *([cell(result.get(column)) for column in columns] for result in results)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
 

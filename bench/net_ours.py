@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import cProfile
 import io
-import math
 import os
 import pstats
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from typing import Any
 
 import trio
@@ -59,14 +59,14 @@ async def echo_steps(call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
 
 async def sink(stream: Stream) -> None:
     """Read a length of 8 bytes and as many bytes, answer with one."""
-    missing = 0
     received = b""
-    while len(received) < 8:
-        received += await stream.read(PIECE_BYTES)
+    while len(received) < 8 and (data := await stream.read(PIECE_BYTES)):
+        received += data
     missing = int.from_bytes(received[:8], "big") - len(received[8:])
-    while missing:
-        missing -= len(await stream.read(PIECE_BYTES)) or math.inf
-    await stream.write(b"k")
+    while missing and (data := await stream.read(PIECE_BYTES)):
+        missing -= len(data)
+    if not missing:
+        await stream.write(b"k")
     await stream.wait_ended()  # a stock daemon may reset what is closed before it was read
 
 
@@ -81,6 +81,12 @@ async def transfer(host: Host, peer: PeerId, payload: bytes) -> float:
     await stream.close()
     check(answer == b"k", "the transfer was cut short")
     return seconds
+
+
+@cache
+def payload_of(size: int) -> bytes:
+    """Made once, by the warm-up: random bytes cost as much as sending them."""
+    return os.urandom(size)
 
 
 def check(condition: bool, text: str) -> None:
@@ -127,7 +133,7 @@ class Commands:
     async def _calls(self, name: str, peer: str, size: int, count: int) -> tuple[list[float], int]:
         client = RpcClient(self._hosts[name])
         remote = PeerId.parse(peer)
-        request = ExpertRequest(metadata=os.urandom(size))
+        request = ExpertRequest(metadata=payload_of(size))
         seconds: list[float] = []
         failed = 0
         for _ in range(count):
@@ -142,7 +148,7 @@ class Commands:
         return seconds, failed
 
     async def step(self, name: str, peer: str, size: int, count: int) -> Answer:
-        request = ExpertRequest(metadata=os.urandom(size))
+        request = ExpertRequest(metadata=payload_of(size))
         async with self._steps(name, peer) as stream:
             seconds = [await one_step(stream, request) for _ in range(count)]
         return {"seconds": seconds, "calls": count, "failed": 0}
@@ -159,14 +165,14 @@ class Commands:
                 raise ValueError("an answer too many")
 
     async def bulk(self, name: str, peer: str, size: int, count: int) -> Answer:
-        payload = os.urandom(size)
+        payload = payload_of(size)
         remote = PeerId.parse(peer)
         seconds = [await transfer(self._hosts[name], remote, payload) for _ in range(count)]
         return {"seconds": seconds, "calls": count, "failed": 0}
 
     async def busy(self, name: str, peer: str, size: int, count: int, bulk: int) -> Answer:
-        request = ExpertRequest(metadata=os.urandom(size))
-        payload = os.urandom(bulk)
+        request = ExpertRequest(metadata=payload_of(size))
+        payload = payload_of(bulk)
         busy: list[float] = []
         over = False
 
