@@ -19,7 +19,17 @@ def by_search(values: torch.Tensor) -> torch.Tensor:
     return below + ((values - code[above]).abs() < (values - code[below]).abs())
 
 
-def test_nearest_code_in_every_cell():
+def find_by_numpy(values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    _nearest().find(values, out, scratch)
+
+
+def find_by_torch(values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    """What is done on a GPU, here."""
+    _nearest()._find_on_device(values.view(torch.int32), out, *scratch)
+
+
+@pytest.mark.parametrize("find", [find_by_numpy, find_by_torch])
+def test_nearest_code_in_every_cell(find):
     """The rule is monotone, so a cell is right if its ends are and both sides of each of the 255 borders."""
     keys = torch.arange(CELLS)
     bits = (torch.where(keys < CELLS // 2, keys, keys - CELLS) << 16)[:, None] + torch.tensor(
@@ -30,10 +40,15 @@ def test_nearest_code_in_every_cell():
     bits = torch.cat([bits.reshape(-1), (middles[:, None] + torch.arange(-40, 41)).reshape(-1)])
     values = float_of(bits)
     values = values[values.abs() <= 1]
-    bits = values.view(torch.int32)
-    found = (_nearest().table(values.device)[(bits >> 16) & 0xFFFF] + bits) >> 16
-    assert torch.equal(found.abs(), by_search(values).int())
-    assert found.abs().unique().tolist() == list(range(256))
+    found = torch.empty(len(values), dtype=torch.uint8)
+    find(values, found, torch.empty((2, len(values)), dtype=torch.int32))
+    assert torch.equal(found.int(), by_search(values).int())
+    assert found.unique().tolist() == list(range(256))
+
+    nans = torch.tensor([0x7FC00000, -0x400000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    assert nans.isnan().all()
+    find(nans, found[:4], torch.empty((2, 4), dtype=torch.int32))
+    assert found[:4].tolist() == [codebook().tolist().index(0.0)] * 4
 
 
 def test_blockwise_codes_of_a_million_values():

@@ -26,7 +26,7 @@ from kwaainet_bridge.compression.codec import (
     view_array,
     view_bytes,
 )
-from kwaainet_bridge.compression.lookup import NearestCode, cell_keys, look_up
+from kwaainet_bridge.compression.lookup import NearestCode, look_up
 from kwaainet_bridge.errors import RemoteError
 
 BLOCK: Final = 4096
@@ -104,7 +104,7 @@ class Blockwise8(Codec):
             raise RemoteError(f"buffer announces {announced_blocks} blocks, {count} values make {blocks}")
         if announced_codes != _CODES:
             raise RemoteError(f"buffer announces a codebook of {announced_codes} entries, not {_CODES}")
-        absmax = from_bytes(buffer, _COUNTS_BYTES, blocks, torch.float32)
+        absmax = view_array(buffer, _COUNTS_BYTES, blocks, np.float32)
         codebook_at = _COUNTS_BYTES + 4 * blocks
         codes_at = codebook_at + _CODE_BYTES
         values = new_values(count, torch.float32)
@@ -115,10 +115,11 @@ class Blockwise8(Codec):
         else:
             look_up(from_bytes(code_bytes, 0, _CODES, torch.float32), codes, values)
         whole = count // BLOCK
-        values[: whole * BLOCK].view(-1, BLOCK).mul_(absmax[:whole, None])
+        by_block = values[: whole * BLOCK].view(whole, BLOCK)
+        by_block.mul_(torch.from_numpy(absmax[:whole, None].copy()))
         if whole < blocks:
-            values[whole * BLOCK :].mul_(absmax[-1])
-        return values.to(dtype).reshape(tuple(shape))
+            values.numpy()[whole * BLOCK :] *= absmax[whole]
+        return values.to(dtype).view(tuple(shape))
 
     def size(self, shape: Sequence[int], dtype: torch.dtype) -> int:  # noqa: ARG002 - the same for all
         count = elements(shape)
@@ -129,23 +130,22 @@ def _quantise(values: torch.Tensor, absmax: torch.Tensor, codes: torch.Tensor) -
     """Fill in the largest magnitude of each block and the code of each of the ``values``, all on one device."""
     device = values.device
     tile = TILE if device.type == "cpu" else _DEVICE_TILE
-    table = _nearest().table(device)
-    scratch = torch.empty(min(len(absmax) * BLOCK, tile), dtype=torch.float32, device=device)
-    keys, entries = torch.empty_like(scratch, dtype=torch.int32), torch.empty_like(scratch, dtype=torch.int32)
+    size = min(len(absmax) * BLOCK, tile)
+    scaled = torch.empty(size, dtype=torch.float32, device=device)
+    scratch = torch.empty((2, size), dtype=torch.int32, device=device)
     for part in tiles(len(values), tile):
         floats = values[part].to(torch.float32)
         if len(floats) % BLOCK:
             floats = torch.nn.functional.pad(floats, (0, -len(floats) % BLOCK))
-        if len(floats) < len(scratch):
-            scratch, keys, entries = (reused[: len(floats)] for reused in (scratch, keys, entries))
-        by_block, scaled = floats.view(-1, BLOCK), scratch.view(-1, BLOCK)
-        largest = absmax[part.start // BLOCK :][: len(scaled)]
-        torch.amax(torch.abs(by_block, out=scaled), dim=1, out=largest)
-        torch.div(by_block, largest[:, None], out=scaled)  # in a block of zeros: NaN, which finds zero's code
-        bits = scratch.view(torch.int32)
-        found = torch.index_select(table, 0, cell_keys(bits, keys), out=entries)
-        found.add_(bits).bitwise_right_shift_(16).abs_()
-        codes[part] = found[: part.stop - part.start]
+        if len(floats) < size:
+            scaled, scratch = scaled[: len(floats)], scratch[:, : len(floats)]
+        by_block, quotients = floats.view(-1, BLOCK), scaled.view(-1, BLOCK)
+        largest = absmax[part.start // BLOCK :][: len(by_block)]
+        torch.amax(torch.abs(by_block, out=quotients), dim=1, out=largest)
+        torch.div(
+            by_block, largest[:, None], out=quotients
+        )  # in a block of zeros: NaN, which finds zero's code
+        _nearest().find(scaled, codes[part], scratch)
 
 
 def _blocks(count: int) -> int:

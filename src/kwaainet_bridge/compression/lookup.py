@@ -19,12 +19,10 @@ CELLS: Final = 1 << 16
 _MANY: Final = 4
 
 
-def cell_keys(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The cell of each float32 whose bits are given as int32, into ``out``, and that."""
-    if bits.device.type == "cpu":  # numpy shifts unsigned numbers, several times faster
-        np.right_shift(bits.numpy().view(np.uint32), 16, out=out.numpy().view(np.uint32))
-        return out
-    return torch.bitwise_right_shift(bits, 16, out=out).bitwise_and_(CELLS - 1)
+def _cells(bits: np.ndarray, out: np.ndarray) -> torch.Tensor:
+    """The cell of each float32 whose bits are given as int32, in ``out`` (int32)."""
+    np.right_shift(bits.view(np.uint32), 16, out=out.view(np.uint32))
+    return torch.from_numpy(out)
 
 
 class NearestCode:
@@ -58,9 +56,26 @@ class NearestCode:
         entries = ((upper - signed) << 16) + carry
         self._entries = torch.where(inside | nan, entries, 0).to(torch.int32)
 
-    def table(self, device: torch.device) -> torch.Tensor:
-        """The entries by cell, int32, on ``device``."""
-        return self._entries if device.type == "cpu" else _on_device(self._entries, device)
+    def find(self, values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Write the codes of the first float32 ``values`` into ``out``, uint8, as many as it has.
+
+        ``scratch`` is int32, two rows as long as ``values``. All are on one device.
+        """
+        keys, entries = scratch
+        if values.device.type == "cpu":  # numpy's calls on integers are several times faster than torch's
+            bits, found = values.numpy().view(np.int32), entries.numpy()
+            torch.index_select(self._entries, 0, _cells(bits, keys.numpy()), out=entries)
+            np.abs(np.right_shift(np.add(found, bits, out=found), 16, out=found), out=found)
+            np.copyto(out.numpy(), found[: len(out)], casting="unsafe")
+        else:
+            self._find_on_device(values.view(torch.int32), out, keys, entries)
+
+    def _find_on_device(
+        self, bits: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, entries: torch.Tensor
+    ) -> None:
+        torch.bitwise_right_shift(bits, 16, out=keys).bitwise_and_(CELLS - 1)
+        torch.index_select(_on_device(self._entries, bits.device), 0, keys, out=entries)
+        out.copy_(entries.add_(bits).bitwise_right_shift_(16).abs_()[: len(out)])
 
     def _search(self, values: torch.Tensor) -> torch.Tensor:
         """The rule itself, in float32: the code at or below, unless the next one is strictly nearer."""
@@ -96,8 +111,8 @@ class Buckets:
         """For finite float32 ``values`` of one dimension, as int32."""
         if self._most > _MANY:
             return torch.bucketize(values, self._borders, out_int32=True)
-        bits = values.view(torch.int32)
-        counts = self._first.index_select(0, cell_keys(bits, torch.empty_like(bits)))
+        bits = values.numpy().view(np.int32)
+        counts = self._first.index_select(0, _cells(bits, np.empty_like(bits)))
         for _ in range(self._most):
             counts += values > self._ends.index_select(0, counts)
         return counts
