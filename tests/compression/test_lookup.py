@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from kwaainet_bridge.compression import codec
-from kwaainet_bridge.compression.blockwise import _nearest, codebook
+from kwaainet_bridge.compression.blockwise import _nearest, _quantise, _quantise_on_device, codebook
 from kwaainet_bridge.compression.lookup import CELLS, Buckets
 
 
@@ -19,13 +20,17 @@ def by_search(values: torch.Tensor) -> torch.Tensor:
     return below + ((values - code[above]).abs() < (values - code[below]).abs())
 
 
-def find_by_numpy(values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
-    _nearest().find(values, out, scratch)
+def find_by_numpy(values: torch.Tensor) -> torch.Tensor:
+    out, scratch = np.empty(len(values), np.uint8), np.empty((2, len(values)), np.int32)
+    _nearest().find(values.numpy(), out, *scratch)
+    return torch.from_numpy(out)
 
 
-def find_by_torch(values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+def find_by_torch(values: torch.Tensor) -> torch.Tensor:
     """What is done on a GPU, here."""
-    _nearest()._find_on_device(values.view(torch.int32), out, *scratch)
+    out = torch.empty(len(values), dtype=torch.uint8)
+    _nearest().find_on_device(values, out)
+    return out
 
 
 @pytest.mark.parametrize("find", [find_by_numpy, find_by_torch])
@@ -40,15 +45,13 @@ def test_nearest_code_in_every_cell(find):
     bits = torch.cat([bits.reshape(-1), (middles[:, None] + torch.arange(-40, 41)).reshape(-1)])
     values = float_of(bits)
     values = values[values.abs() <= 1]
-    found = torch.empty(len(values), dtype=torch.uint8)
-    find(values, found, torch.empty((2, len(values)), dtype=torch.int32))
+    found = find(values)
     assert torch.equal(found.int(), by_search(values).int())
     assert found.unique().tolist() == list(range(256))
 
     nans = torch.tensor([0x7FC00000, -0x400000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     assert nans.isnan().all()
-    find(nans, found[:4], torch.empty((2, 4), dtype=torch.int32))
-    assert found[:4].tolist() == [codebook().tolist().index(0.0)] * 4
+    assert find(nans).tolist() == [codebook().tolist().index(0.0)] * 4
 
 
 def test_blockwise_codes_of_a_million_values():
@@ -59,6 +62,15 @@ def test_blockwise_codes_of_a_million_values():
         expected = by_search((blocks / blocks.abs().amax(1, keepdim=True)).reshape(-1)).to(torch.uint8)
         data = codec(5).compress(values)
         assert data[-len(values) :] == expected.numpy().tobytes()
+
+
+@pytest.mark.parametrize("count", [1, 4096, 4097, (1 << 18) + 5])
+def test_blocks_are_quantised_alike_on_the_cpu_and_on_a_device(count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    values[: count // 3] = 0
+    absmax, codes = _quantise_on_device(values)
+    for ours, theirs in zip(_quantise(values), (absmax, codes), strict=True):
+        assert ours.tobytes() == theirs.numpy().tobytes()
 
 
 @pytest.mark.parametrize(

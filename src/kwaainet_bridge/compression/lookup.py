@@ -56,25 +56,21 @@ class NearestCode:
         entries = ((upper - signed) << 16) + carry
         self._entries = torch.where(inside | nan, entries, 0).to(torch.int32)
 
-    def find(self, values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+    def find(self, values: np.ndarray, out: np.ndarray, keys: np.ndarray, entries: np.ndarray) -> None:
         """Write the codes of the first float32 ``values`` into ``out``, uint8, as many as it has.
 
-        ``scratch`` is int32, two rows as long as ``values``. All are on one device.
+        ``keys`` and ``entries`` are int32, as long as ``values``, and hold nothing of use before or after.
         """
-        keys, entries = scratch
-        if values.device.type == "cpu":  # numpy's calls on integers are several times faster than torch's
-            bits, found = values.numpy().view(np.int32), entries.numpy()
-            torch.index_select(self._entries, 0, _cells(bits, keys.numpy()), out=entries)
-            np.abs(np.right_shift(np.add(found, bits, out=found), 16, out=found), out=found)
-            np.copyto(out.numpy(), found[: len(out)], casting="unsafe")
-        else:
-            self._find_on_device(values.view(torch.int32), out, keys, entries)
+        bits = values.view(np.int32)
+        torch.index_select(self._entries, 0, _cells(bits, keys), out=torch.from_numpy(entries))
+        np.abs(np.right_shift(np.add(entries, bits, out=entries), 16, out=entries), out=entries)
+        np.copyto(out, entries[: len(out)], casting="unsafe")
 
-    def _find_on_device(
-        self, bits: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, entries: torch.Tensor
-    ) -> None:
-        torch.bitwise_right_shift(bits, 16, out=keys).bitwise_and_(CELLS - 1)
-        torch.index_select(_on_device(self._entries, bits.device), 0, keys, out=entries)
+    def find_on_device(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        """``find`` for tensors on one device, with torch's kernels."""
+        bits = values.view(torch.int32)
+        keys = bits.bitwise_right_shift(16).bitwise_and_(CELLS - 1)
+        entries = _on_device(self._entries, values.device).index_select(0, keys)
         out.copy_(entries.add_(bits).bitwise_right_shift_(16).abs_()[: len(out)])
 
     def _search(self, values: torch.Tensor) -> torch.Tensor:
