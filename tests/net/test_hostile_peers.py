@@ -191,6 +191,7 @@ async def test_a_stream_without_a_proposal_is_reset(server: Host, monkeypatch) -
     monkeypatch.setattr(defaults, "NEGOTIATION_SECONDS", 0.05)
     async with muxed(server) as connection:
         stream = await connection.open_stream()
+        stream.announce()
         with pytest.raises(StreamReset):
             await stream.read(100)
 

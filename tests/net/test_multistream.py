@@ -81,7 +81,14 @@ async def test_a_peer_that_waits_for_each_answer() -> None:
 async def test_unknown_proposals_get_na() -> None:
     channel = Channel(HEADER + b"\x03ls\n\x04\xff\xfe\xfd\n\x04x.y\n\x04a.b\n")
     await multistream.answer(channel, serve("a.b"))
-    assert channel.sent == [HEADER + b"\x03na\n" * 3 + b"\x04a.b\n"]
+    assert b"".join(channel.sent) == HEADER + b"\x03na\n" * 3 + b"\x04a.b\n"
+
+
+async def test_na_is_sent_before_a_payload_that_is_no_proposal() -> None:
+    channel = Channel(HEADER + b"\x04x.y\n\xff\xff\xff\x7f")
+    with pytest.raises(RemoteError):
+        await multistream.answer(channel, serve("a.b"))
+    assert channel.sent == [HEADER + b"\x03na\n"]
 
 
 async def test_too_many_proposals() -> None:

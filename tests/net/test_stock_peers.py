@@ -21,6 +21,8 @@ from kwaainet_bridge.errors import PeerUnreachable, ProtocolNotSupported, Stream
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.ping import ping
+from kwaainet_bridge.rpc import RpcClient, unary
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.peer_id import PeerId
 
 pytestmark = pytest.mark.interop
@@ -107,6 +109,26 @@ async def call(host: Host, peer: PeerId, size: int) -> bytes:
 async def test_we_dial_and_call(client: Host, stock: StockPeer, size: int) -> None:
     assert await client.connect(stock.address) == stock.peer_id
     assert await call(client, stock.peer_id, size) == payload(size)
+
+
+@pytest.mark.parametrize("size", [5, 192 << 10, 1 << 20])
+async def test_we_call_without_waiting_for_consent(client: Host, stock: StockPeer, size: int) -> None:
+    await client.connect(stock.address)
+    await client.wait_identified()
+    for _ in range(3):
+        assert await call(client, stock.peer_id, size) == payload(size)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 192 << 10, 1 << 20])
+async def test_their_refusal_of_a_protocol_that_we_took_for_served(
+    client: Host, stock: StockPeer, size: int
+) -> None:
+    await client.connect(stock.address)
+    client.connections.find(stock.peer_id).agreed.add("Nope.rpc")
+    method = unary("Nope.rpc", ExpertRequest, ExpertResponse)
+    with pytest.raises(ProtocolNotSupported, match=r"Nope\.rpc"):
+        await RpcClient(client).call(stock.peer_id, method, ExpertRequest(metadata=bytes(size)), timeout=10)
+    assert await call(client, stock.peer_id, 5) == payload(5)
 
 
 @pytest.mark.parametrize("size", [5, 1 << 20])

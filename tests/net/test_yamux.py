@@ -56,6 +56,7 @@ async def test_more_than_any_window_both_ways() -> None:
     payload = bytes(range(256)) * (5 << 12)  # 5 MiB
     async with connected() as (client, _, accepted):
         stream = await client.open_stream()
+        stream.announce()
         served = await accepted.receive()
 
         async def echo() -> None:
@@ -101,6 +102,7 @@ async def test_a_reader_that_sleeps_for_an_hour(autojump_clock) -> None:
     """D4: a stalled reader is no error, however long it stalls."""
     async with connected() as (client, _, accepted):
         stream = await client.open_stream()
+        stream.announce()
         served = await accepted.receive()
         payload = bytes(3 * INITIAL_WINDOW)
         async with trio.open_nursery() as nursery:
@@ -125,6 +127,7 @@ async def test_a_cancelled_write_harms_no_other_stream() -> None:
 async def test_a_cancelled_read_loses_nothing() -> None:
     async with connected() as (client, _, accepted):
         stream = await client.open_stream()
+        stream.announce()
         served = await accepted.receive()
         with trio.move_on_after(0.01):
             await served.read(10)
@@ -135,6 +138,7 @@ async def test_a_cancelled_read_loses_nothing() -> None:
 async def test_reset_reaches_the_peer() -> None:
     async with connected() as (client, _, accepted):
         stream = await client.open_stream()
+        stream.announce()
         served = await accepted.receive()
         await stream.reset()
         with pytest.raises(StreamReset):
@@ -161,6 +165,7 @@ async def test_after_close() -> None:
 async def test_a_connection_that_closes_ends_its_streams() -> None:
     async with connected() as (client, server, accepted):
         stream = await client.open_stream()
+        stream.announce()
         served = await accepted.receive()
         await served.write(b"last words")
         await server.close()
@@ -182,6 +187,7 @@ async def test_windows_grow_within_the_budget_and_give_it_back(monkeypatch, budg
     monkeypatch.setattr(defaults, "WINDOW_GROWTH_BYTES", budget)
     async with connected() as (client, server, accepted):
         stream = await client.open_stream()
+        stream.announce()
         served = await accepted.receive()
         await server.ping()
         server.round_trip_seconds = 1.0  # a distant peer: any window empties within four round trips
@@ -202,6 +208,7 @@ async def test_data_before_a_reset_is_delivered() -> None:
     """D8: stock daemons end some finished streams with RST."""
     async with against_script(initiator=True) as (connection, peer, _):
         stream = await connection.open_stream()
+        stream.announce()
         syn = await peer.expect(WINDOW_UPDATE, SYN)
         await peer.send(DATA, ACK, syn.stream_id, 6, b"answer")
         await peer.send(WINDOW_UPDATE, RST, syn.stream_id, 0)
@@ -216,6 +223,7 @@ async def test_data_before_a_reset_is_delivered() -> None:
 async def test_a_reset_after_the_end_is_an_end() -> None:
     async with against_script(initiator=True) as (connection, peer, _):
         stream = await connection.open_stream()
+        stream.announce()
         syn = await peer.expect(WINDOW_UPDATE, SYN)
         await peer.send(DATA, FIN, syn.stream_id, 3, b"end")
         await peer.send(WINDOW_UPDATE, RST, syn.stream_id, 0)
@@ -315,6 +323,7 @@ async def test_a_write_waits_for_the_window() -> None:
 async def test_a_peer_that_closed_and_reads_no_more(autojump_clock) -> None:
     async with against_script(initiator=True) as (connection, peer, _):
         stream = await connection.open_stream()
+        stream.announce()
         await peer.expect(WINDOW_UPDATE, SYN)
         await peer.send(WINDOW_UPDATE, ACK | FIN, stream.stream_id, 0)
         with pytest.raises(StreamReset, match="reads no more"):

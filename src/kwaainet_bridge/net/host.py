@@ -51,8 +51,9 @@ class Host(abc.ABC):
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
         """Open a stream that speaks ``protocol``, dialling or looking up the peer if need be.
 
-        Raises PeerUnreachable, ProtocolNotSupported or StreamReset. Has no deadline beyond those of dialling:
-        the caller brings one. Cancelled: no stream stays open.
+        Raises PeerUnreachable, ProtocolNotSupported or StreamReset. A peer that is known to serve ``protocol``
+        is not waited for; should it refuse after all, the first read raises these. Has no deadline beyond
+        those of dialling: the caller brings one. Cancelled: no stream stays open.
         """
 
     @abc.abstractmethod

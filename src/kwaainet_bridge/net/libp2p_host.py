@@ -13,7 +13,6 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import (
     NetworkError,
     PeerUnreachable,
-    ProtocolNotSupported,
     RemoteError,
 )
 from kwaainet_bridge.net import multistream
@@ -211,18 +210,24 @@ class Libp2pHost(Host):
 
     async def _negotiate(self, connection: YamuxConnection, protocol: str) -> Stream:
         stream = await connection.open_stream()
-        try:
-            await multistream.propose(stream, protocol)
-        except ProtocolNotSupported as e:
-            raise ProtocolNotSupported(f"{stream.remote} does not serve {protocol}") from e
-        except RemoteError as e:
-            raise PeerUnreachable(f"{stream.remote}: {protocol}: {e}", hop="protocol") from e
-        else:
-            stream.protocol = protocol
-            return stream
-        finally:
-            if not stream.protocol:
+        stream.propose(protocol)
+        if not self._serves(connection, protocol):
+            try:
+                await stream.agreed()
+            except BaseException:
                 stream.reset_now()
+                raise
+            connection.agreed.add(protocol)
+        return stream
+
+    def _serves(self, connection: YamuxConnection, protocol: str) -> bool:
+        """Whether ``protocol`` can be spoken without waiting for consent, as stock daemons do it too.
+
+        Never a guess: a peer that does not know the protocol reads the payload as the next proposal. Daemons
+        reset the stream then; an unmodified py-libp2p host can end.
+        """
+        described = self._described.get(connection.remote)
+        return protocol in connection.agreed or (described is not None and protocol in described.protocols)
 
     # --- protocols
 

@@ -1,8 +1,9 @@
 """Agreeing on a protocol: multistream-select 1.0, for sockets, secured channels and streams alike.
 
 Each message is a varint length, the text and a newline. The dialling side sends the header and its
-proposal in one write and then reads both answers; the listening side accepts any mixture of that and of
-one message at a time, and a payload that follows in the same packet. Source:
+proposal in one write and then reads both answers, at once (:func:`propose`) or, on a stream whose peer is
+known to serve the protocol, after its first payload (:class:`Proposal`). The listening side accepts any
+mixture of that and of one message at a time, and a payload that follows in the same packet. Source:
 multiformats/multistream-select; go-multistream v0.5.0 as in hivemind 1.1.12's p2pd.
 """
 
@@ -17,10 +18,12 @@ from kwaainet_bridge.wire.varint import decode_uvarint, encode_uvarint
 
 T = TypeVar("T")
 
-_HEADER = b"/multistream/1.0.0"
+_HEADER = b"\x13/multistream/1.0.0\n"  # as it is on the wire
 _NOT_AVAILABLE = b"na"
 _READ_BYTES = 4096
 _LENGTH_BYTES = 3  # a longer length is over the limit whatever its value
+
+ENDED_EARLY = "the peer closed before a protocol was agreed"
 
 
 class ByteChannel(Protocol):
@@ -40,55 +43,56 @@ def _message(text: bytes) -> bytes:
     return encode_uvarint(len(text) + 1) + text + b"\n"
 
 
-class _Reader:
-    def __init__(self, channel: ByteChannel) -> None:
-        self._channel = channel
-        self._buffer = b""
+def _split(buffer: bytes) -> tuple[bytes, bytes] | None:
+    """Cut the first message off ``buffer`` if it is complete: its text, and what follows it."""
+    prefix = decode_uvarint(buffer, max_bytes=_LENGTH_BYTES)
+    if prefix is None:
+        return None
+    length, start = prefix
+    if not 1 <= length <= MAX_PROTOCOL_ID_BYTES:
+        raise RemoteError(f"multistream: message of {length} bytes (limit {MAX_PROTOCOL_ID_BYTES})")
+    end = start + length
+    if len(buffer) < end:
+        return None
+    if buffer[end - 1 : end] != b"\n":
+        raise RemoteError("multistream: message does not end in a newline")
+    return buffer[start : end - 1], buffer[end:]
 
-    async def next(self) -> bytes:
-        while True:
-            message = self.take()
-            if message is not None:
-                return message
-            await self._receive()
 
-    async def _receive(self) -> None:
-        data = await self._channel.receive_some(_READ_BYTES)
-        if not data:
-            raise StreamReset("the peer closed before a protocol was agreed")
-        self._buffer += data
+def _without_header(buffer: bytes) -> bytes | None:
+    """What follows the header, or None while it is not complete."""
+    # Checked as it arrives: what speaks another protocol altogether may wait for us to answer first.
+    if buffer.startswith(_HEADER):
+        return buffer[len(_HEADER) :]
+    if not _HEADER.startswith(buffer):
+        raise RemoteError(f"multistream: the peer speaks something else: {buffer[:32]!r}")
+    return None
 
-    def take(self) -> bytes | None:
-        """Take the next message if it is complete already."""
-        prefix = decode_uvarint(self._buffer, max_bytes=_LENGTH_BYTES)
-        if prefix is None:
+
+class Proposal:
+    """One proposed protocol and the peer's answer, without I/O."""
+
+    def __init__(self, protocol: str) -> None:
+        self.protocol = protocol
+        self.opening = _HEADER + _message(protocol.encode())
+        """What the proposing side sends first."""
+        self._answer = b""
+
+    def feed(self, data: bytes) -> bytes | None:
+        """Take what has arrived; return what follows the peer's consent, or None while that is not complete.
+
+        Raises ProtocolNotSupported or, if it is no answer at all, RemoteError.
+        """
+        self._answer += data
+        rest = _without_header(self._answer)
+        if rest is None or (message := _split(rest)) is None:
             return None
-        length, start = prefix
-        if not 1 <= length <= MAX_PROTOCOL_ID_BYTES:
-            raise RemoteError(f"multistream: message of {length} bytes (limit {MAX_PROTOCOL_ID_BYTES})")
-        end = start + length
-        if len(self._buffer) < end:
-            return None
-        message = self._buffer[start:end]
-        if message[-1:] != b"\n":
-            raise RemoteError("multistream: message does not end in a newline")
-        self._buffer = self._buffer[end:]
-        return message[:-1]
-
-    def release(self) -> None:
-        """Give what follows the negotiation back to the channel."""
-        if self._buffer:
-            self._channel.unread(self._buffer)
-            self._buffer = b""
-
-    async def expect_header(self) -> None:
-        # Checked as it arrives: what speaks another protocol altogether may wait for us to answer first.
-        header = _message(_HEADER)
-        while not self._buffer.startswith(header):
-            if self._buffer and not header.startswith(self._buffer):
-                raise RemoteError(f"multistream: the peer speaks something else: {self._buffer[:32]!r}")
-            await self._receive()
-        self._buffer = self._buffer[len(header) :]
+        answer, rest = message
+        if answer == _NOT_AVAILABLE:
+            raise ProtocolNotSupported(f"the peer does not serve {self.protocol}")
+        if answer != self.protocol.encode():
+            raise RemoteError(f"multistream: proposed {self.protocol}, the peer answered {answer[:64]!r}")
+        return rest
 
 
 async def propose(channel: ByteChannel, protocol: str) -> None:
@@ -97,16 +101,20 @@ async def propose(channel: ByteChannel, protocol: str) -> None:
     Raises ProtocolNotSupported if it does not, RemoteError on a malformed answer, StreamReset if the
     channel ends. Cancelled: the channel is of no further use.
     """
-    wanted = protocol.encode()
-    await channel.send_all(_message(_HEADER) + _message(wanted))
-    reader = _Reader(channel)
-    await reader.expect_header()
-    answer = await reader.next()
-    if answer == _NOT_AVAILABLE:
-        raise ProtocolNotSupported(f"the peer does not serve {protocol}")
-    if answer != wanted:
-        raise RemoteError(f"multistream: proposed {protocol}, the peer answered {answer[:64]!r}")
-    reader.release()
+    proposal = Proposal(protocol)
+    await channel.send_all(proposal.opening)
+    rest = None
+    while rest is None:
+        rest = proposal.feed(await _receive(channel))
+    if rest:
+        channel.unread(rest)
+
+
+async def _receive(channel: ByteChannel) -> bytes:
+    data = await channel.receive_some(_READ_BYTES)
+    if not data:
+        raise StreamReset(ENDED_EARLY)
+    return data
 
 
 async def answer(channel: ByteChannel, find: Callable[[str], T | None]) -> tuple[str, T]:
@@ -116,23 +124,27 @@ async def answer(channel: ByteChannel, find: Callable[[str], T | None]) -> tuple
     Raises RemoteError on malformed messages or too many proposals, StreamReset if the channel ends first.
     The caller brings the deadline.
     """
-    reader = _Reader(channel)
-    await reader.expect_header()
+    buffer = await _receive(channel)
+    while (rest := _without_header(buffer)) is None:
+        buffer += await _receive(channel)
     # Most dialling sides have sent their first proposal with the header: then one write answers both.
-    reply = _message(_HEADER)
+    reply = _HEADER
     for _ in range(MAX_PROTOCOL_PROPOSALS):
-        proposal = reader.take()
-        if proposal is None:
+        while (message := _split(rest)) is None:
             if reply:
                 await channel.send_all(reply)
-            reply = b""
-            proposal = await reader.next()
+                reply = b""
+            rest += await _receive(channel)
+        proposal, rest = message
         found = _look_up(proposal, find)
         if found is not None:
             await channel.send_all(reply + _message(proposal))
-            reader.release()
+            if rest:
+                channel.unread(rest)
             return found
-        reply += _message(_NOT_AVAILABLE)
+        # At once: what follows may be the payload of a peer that does not wait, and that ends the negotiation.
+        await channel.send_all(reply + _message(_NOT_AVAILABLE))
+        reply = b""
     raise RemoteError(f"multistream: {MAX_PROTOCOL_PROPOSALS} proposals and none of them is served here")
 
 

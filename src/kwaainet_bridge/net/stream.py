@@ -8,7 +8,7 @@ from kwaainet_bridge.wire.peer_id import PeerId
 
 
 class Stream(abc.ABC):
-    """One negotiated, bidirectional stream of bytes to an authenticated peer.
+    """One bidirectional stream of bytes to an authenticated peer.
 
     A stream has one reader and one writer task at most. Reading and writing may go on at the same time.
     """

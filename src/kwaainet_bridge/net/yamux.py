@@ -77,6 +77,8 @@ class YamuxConnection:
         self.round_trip_seconds = 0.0
         """The shortest round trip measured so far; 0 before the first."""
         self.close_reason = ""
+        self.agreed: set[str] = set()
+        """Protocols that the peer has agreed to speak on a stream of ours."""
 
         self._channel = channel
         self._accept = accept
@@ -197,8 +199,8 @@ class YamuxConnection:
     # --- streams
 
     async def open_stream(self) -> YamuxStream:
-        """Open a stream. Waits while 256 others are not accepted yet. StreamReset if the connection is
-        closed.
+        """Open a stream; the peer hears of it with the first bytes on it. Waits while 256 others are not
+        accepted yet. StreamReset if the connection is closed.
 
         Cancelled: no stream is opened.
         """
@@ -211,7 +213,6 @@ class YamuxConnection:
         stream = YamuxStream(self, self._next_id, outbound=True)
         self._next_id += 2
         self._streams[stream.stream_id] = stream
-        stream.announce()
         return stream
 
     def forget(self, stream: YamuxStream) -> None:

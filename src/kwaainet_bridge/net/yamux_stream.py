@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import trio
 
 from kwaainet_bridge.defaults import ABANDONED_WRITE_SECONDS, MAX_STREAM_WINDOW_BYTES
-from kwaainet_bridge.errors import RemoteError, StreamClosed, StreamReset
+from kwaainet_bridge.errors import (
+    PeerUnreachable,
+    ProtocolNotSupported,
+    RemoteError,
+    StreamClosed,
+    StreamReset,
+)
+from kwaainet_bridge.net.multistream import ENDED_EARLY, Proposal
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.net.yamux_frames import (
     ACK,
@@ -31,6 +38,9 @@ _MAX_DATA_FRAME = 64 * 1024 - 12
 _MERGED_CHUNK = 1024
 """Chunks that together are no longer are kept as one."""
 
+_ANSWER_BYTES = 4096
+"""One read of the answer to a proposal, which may come in one packet with what follows it."""
+
 _FAST_ROUND_TRIPS = 4
 """A window that empties within this many round trips is what limits the stream, so it is doubled (as
 go-yamux)."""
@@ -39,7 +49,8 @@ go-yamux)."""
 class YamuxStream(Stream):
     """A stream of a :class:`YamuxConnection`; made by it only.
 
-    ``protocol`` is empty until one was agreed on.
+    ``protocol`` is empty until one was proposed or agreed on. The peer hears of an outbound stream with the
+    first bytes on it.
     """
 
     def __init__(self, connection: YamuxConnection, stream_id: int, *, outbound: bool) -> None:
@@ -52,6 +63,8 @@ class YamuxStream(Stream):
         self.closed_at: float | None = None  # when this side closed, in the trio clock's seconds
 
         self._announced = False
+        self._opening = b""  # a proposal that leaves with the first write
+        self._proposal: Proposal | None = None  # one that the peer has not answered yet
         self._unread = b""
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
@@ -67,6 +80,54 @@ class YamuxStream(Stream):
         self._writable = trio.Event()
         self._ended = trio.Event()
 
+    # --- agreeing on a protocol
+
+    def propose(self, protocol: str) -> None:
+        """Propose ``protocol`` with the first write, or before the first read or the close, whichever comes
+        first.
+
+        The first read checks the answer: it raises ProtocolNotSupported if the peer refuses, PeerUnreachable
+        if it speaks no multistream, and the stream is then reset.
+        """
+        self.protocol = protocol
+        self._proposal = Proposal(protocol)
+        self._opening = self._proposal.opening
+
+    async def agreed(self) -> None:
+        """Wait for the peer's answer to :meth:`propose`; raises as the first read would.
+
+        Cancelled: nothing is lost.
+        """
+        self._send_opening()
+        while self._proposal is not None:
+            data = await self._read(_ANSWER_BYTES)
+            if not data:
+                raise StreamReset(f"{self.remote}: {self.protocol}: {ENDED_EARLY}")
+            self._take_answer(data)
+
+    def _send_opening(self) -> None:
+        # Outside the write's waits for credit and room: a new stream has credit, and this is the size of a header.
+        if self._opening:
+            opening, self._opening = self._opening, b""
+            self._send_credit -= len(opening)
+            self._send(DATA, 0, len(opening), memoryview(opening))
+
+    def _take_answer(self, data: bytes) -> None:
+        proposal, self._proposal = self._proposal, None
+        assert proposal is not None
+        try:
+            rest = proposal.feed(data)
+        except ProtocolNotSupported as e:
+            self.reset_now()
+            raise ProtocolNotSupported(f"{self.remote} does not serve {self.protocol}") from e
+        except RemoteError as e:
+            self.reset_now()
+            raise PeerUnreachable(f"{self.remote}: {self.protocol}: {e}", hop="protocol") from e
+        if rest is None:
+            self._proposal = proposal
+        elif rest:
+            self.unread(rest)
+
     # --- the user's side
 
     async def receive_some(self, max_bytes: int) -> bytes:
@@ -74,6 +135,11 @@ class YamuxStream(Stream):
         return await self.read(max_bytes)
 
     async def read(self, max_bytes: int) -> bytes:
+        if self._proposal is not None:
+            await self.agreed()
+        return await self._read(max_bytes)
+
+    async def _read(self, max_bytes: int) -> bytes:
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             if self.closed_at is not None:
@@ -130,12 +196,16 @@ class YamuxStream(Stream):
 
     async def write(self, data: bytes) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
+        if self._opening:
+            data, self._opening = self._opening + data, b""
         # The queue holds on to what it is given: a caller may reuse a bytearray.
         view = memoryview(data if isinstance(data, bytes) else bytes(data))
         while True:
             if self._finished:
                 raise StreamClosed("write after close")
             if self._was_reset:
+                if self._proposal is not None and self._chunks:
+                    self._take_answer(b"".join(self._chunks))  # a peer that refuses resets at the payload
                 raise StreamReset(f"{self.remote} or the connection to it reset the stream")
             if not view:
                 return
@@ -181,6 +251,7 @@ class YamuxStream(Stream):
         if not self._finished:
             self._finished = True
             if not self._was_reset:
+                self._send_opening()
                 self._send(WINDOW_UPDATE, FIN, 0)
             self._writable.set()
             self._forget_if_over()
@@ -195,7 +266,7 @@ class YamuxStream(Stream):
         self.closed_at = trio.current_time() if self.closed_at is None else self.closed_at
         self._chunks.clear()
         self._buffered = 0
-        if not over:
+        if not over and (self._announced or not self.outbound):  # else the peer never hears of it
             self._send(WINDOW_UPDATE, RST, 0)
         self.end()
 
@@ -207,7 +278,7 @@ class YamuxStream(Stream):
         return self._window - INITIAL_WINDOW
 
     def announce(self) -> None:
-        """Send our SYN or ACK."""
+        """Send our SYN or ACK now, without data."""
         self._send(WINDOW_UPDATE, 0, 0)
 
     def expect(self, length: int) -> None:
