@@ -260,6 +260,10 @@ async def test_streams_beyond_the_limit_are_reset() -> None:
         assert len(accepted) == defaults.MAX_INBOUND_STREAMS
         await accepted[0].reset()
         await peer.send(WINDOW_UPDATE, SYN, 9999, 0)
+        while len(accepted) == defaults.MAX_INBOUND_STREAMS:
+            await trio.testing.wait_all_tasks_blocked()
+        accepted[-1].announce()
+        await peer.expect(WINDOW_UPDATE, ACK | RST)
         assert (await peer.expect(WINDOW_UPDATE, ACK)).stream_id == 9999
         assert connection.usable
 
@@ -333,9 +337,10 @@ async def test_a_peer_that_closed_and_reads_no_more(autojump_clock) -> None:
 async def test_what_arrives_after_close_is_dropped_and_then_refused() -> None:
     async with against_script(initiator=False) as (connection, peer, accepted):
         await peer.send(WINDOW_UPDATE, SYN, 1, 0)
-        await peer.expect(WINDOW_UPDATE, ACK)
+        while not accepted:
+            await trio.testing.wait_all_tasks_blocked()
         await accepted[0].close()
-        await peer.expect(WINDOW_UPDATE, FIN)
+        await peer.expect(WINDOW_UPDATE, ACK | FIN)
         await peer.send(DATA, 0, 1, INITIAL_WINDOW, bytes(INITIAL_WINDOW))
         await peer.expect(WINDOW_UPDATE, RST)
         assert connection.open_streams == 0

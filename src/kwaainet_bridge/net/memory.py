@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -25,10 +25,14 @@ class _Pipe:
         self.reset = False
         self.abandoned = False  # the reader left: writes are swallowed, as they are after a remote close
         self.changed = trio.Event()
+        self.watcher: Callable[[], object] | None = None  # the reader's
 
     def notify(self) -> None:
         self.changed.set()
         self.changed = trio.Event()
+        if self.watcher is not None and (self.buffer or self.finished or self.reset):
+            notify, self.watcher = self.watcher, None
+            notify()
 
 
 class MemoryStream(Stream):
@@ -79,6 +83,10 @@ class MemoryStream(Stream):
         await trio.lowlevel.checkpoint()
         while not (self._in.finished or self._in.reset):
             await self._in.changed.wait()
+
+    def watch(self, notify: Callable[[], object] | None) -> None:
+        self._in.watcher = notify
+        self._in.notify()
 
     async def close(self) -> None:
         self._closed = True

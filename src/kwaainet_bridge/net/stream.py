@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -36,6 +37,14 @@ class Stream(abc.ABC):
     @abc.abstractmethod
     async def wait_ended(self) -> None:
         """Return once the peer has finished or reset the stream, whatever is still unread."""
+
+    @abc.abstractmethod
+    def watch(self, notify: Callable[[], object] | None) -> None:
+        """Call ``notify`` once, as soon as there is anything to read: data, the end or a reset; at once if there
+        is. It takes the place of the last one; None withdraws that.
+
+        For whoever would otherwise keep a task in :meth:`read` just to notice that the peer has left.
+        """
 
     @abc.abstractmethod
     async def close(self) -> None:

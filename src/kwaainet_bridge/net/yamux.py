@@ -1,9 +1,10 @@
 """Yamux: many streams over one secured connection.
 
 One task reads and one writes. Frames that streams queue while a write is under way leave together in the next
-one. A stream waits for its peer's window without a limit of its own; an overrun window, a frame out of
-order or a peer that never reads ends the connection. Source: hashicorp/yamux spec.md; go-yamux v4.0.1 in
-hivemind 1.1.12's p2pd.
+one, of which each stream has a bounded share: so they take turns. SYN and ACK travel on the first frame that a
+stream has to send anyway. A stream waits for its peer's window without a limit of its own; an overrun window, a
+frame out of order or a peer that never reads ends the connection. Source: hashicorp/yamux spec.md; go-yamux
+v4.0.1 in hivemind 1.1.12's p2pd.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class Channel(Protocol):
 class YamuxConnection:
     """The streams of one connection to ``remote``.
 
-    ``accept`` is called, without waiting, with each stream that the peer opens. :meth:`run` must be
-    running for anything to happen; when it returns the connection is closed and every stream has ended.
+    ``accept`` is called, without waiting, with each stream that the peer opens, and has to see to it that
+    something is sent on it or that it is reset: go-yamux closes a connection that leaves a stream without an
+    ACK for 75 s. :meth:`run` must be running for anything to happen; when it returns the connection is closed
+    and every stream has ended.
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class YamuxConnection:
         self._queue: list[bytes | memoryview] = []
         self._queued = 0
         self._queue_filled = trio.Event()
+        self.write_round = 0
+        """How many writes have taken the queue; streams count their shares of the next one by it."""
         self._room = trio.Event()  # set, and replaced, whenever the queue goes out
         self._idle = trio.Event()  # set while nothing is queued or being written
 
@@ -204,7 +209,10 @@ class YamuxConnection:
 
         Cancelled: no stream is opened.
         """
-        await self._unacknowledged.acquire()
+        try:
+            self._unacknowledged.acquire_nowait()  # without giving way: what was queued just now leaves with this
+        except trio.WouldBlock:
+            await self._unacknowledged.acquire()
         if not self.usable or self._next_id > _MAX_STREAM_ID:
             self._unacknowledged.release()
             raise StreamReset(
@@ -282,6 +290,7 @@ class YamuxConnection:
                 data = b"".join(self._queue)
                 self._queue.clear()
                 self._queued = 0
+                self.write_round += 1
                 self._room.set()
                 self._room = trio.Event()
                 await self._channel.send_all(data)
@@ -361,6 +370,5 @@ class YamuxConnection:
         stream = YamuxStream(self, stream_id, outbound=False)
         self._streams[stream_id] = stream
         self._inbound += 1
-        stream.announce()
         self._accept(stream)
         return stream

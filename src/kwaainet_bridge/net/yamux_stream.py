@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
 
-from kwaainet_bridge.defaults import ABANDONED_WRITE_SECONDS, MAX_STREAM_WINDOW_BYTES
+from kwaainet_bridge.defaults import ABANDONED_WRITE_SECONDS, MAX_STREAM_WINDOW_BYTES, STREAM_SHARE_BYTES
 from kwaainet_bridge.errors import (
     PeerUnreachable,
     ProtocolNotSupported,
@@ -22,6 +23,7 @@ from kwaainet_bridge.net.yamux_frames import (
     ACK,
     DATA,
     FIN,
+    HEADER_BYTES,
     INITIAL_WINDOW,
     MAX_WINDOW,
     RST,
@@ -32,8 +34,8 @@ from kwaainet_bridge.net.yamux_frames import (
 if TYPE_CHECKING:
     from kwaainet_bridge.net.yamux import YamuxConnection
 
-_MAX_DATA_FRAME = 64 * 1024 - 12
-"""Payload of one frame: what go-yamux sends, so that streams take turns at a fine grain."""
+_MAX_DATA_FRAME = 65519 - HEADER_BYTES
+"""Payload of one frame: with its header it fills one noise message. go-yamux sends as much."""
 
 _MERGED_CHUNK = 1024
 """Chunks that together are no longer are kept as one."""
@@ -72,11 +74,14 @@ class YamuxStream(Stream):
         self._credit = INITIAL_WINDOW  # what the peer may still send
         self._granted_at = -math.inf
         self._send_credit = INITIAL_WINDOW  # what we may still send
+        self._round = 0  # of the connection's writes, the one that our latest data leaves with
+        self._share = 0  # bytes of ours in it
 
         self._finished = False  # we sent FIN
         self._peer_finished = False
         self._was_reset = False  # by either side, or by the end of the connection
         self._readable = trio.Event()
+        self._watcher: Callable[[], object] | None = None
         self._writable = trio.Event()
         self._ended = trio.Event()
 
@@ -209,13 +214,16 @@ class YamuxStream(Stream):
                 raise StreamReset(f"{self.remote} or the connection to it reset the stream")
             if not view:
                 return
-            if self.connection.congested:
+            if self._round != self.connection.write_round:
+                self._round, self._share = self.connection.write_round, 0
+            if self.connection.congested or self._share >= STREAM_SHARE_BYTES:
                 await self.connection.wait_for_room()
             elif not self._send_credit:
                 await self._wait_for_credit()
             else:
                 size = min(len(view), self._send_credit, _MAX_DATA_FRAME)
                 self._send_credit -= size
+                self._share += size
                 self._send(DATA, 0, size, view[:size])
                 view = view[size:]
 
@@ -232,12 +240,22 @@ class YamuxStream(Stream):
     async def wait_ended(self) -> None:
         await self._ended.wait()
 
+    def watch(self, notify: Callable[[], object] | None) -> None:
+        self._watcher = notify
+        if self._unread or self._chunks or self._ended.is_set():
+            self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        self._readable.set()
+        if self._watcher is not None:
+            notify, self._watcher = self._watcher, None
+            notify()
+
     async def close(self) -> None:
-        await trio.lowlevel.cancel_shielded_checkpoint()
         self.close_now()
 
     def close_now(self) -> None:
-        """:meth:`close` without a checkpoint."""
+        """:meth:`close`, which waits for nothing."""
         self.finish()
         if self.closed_at is None:
             self.closed_at = trio.current_time()
@@ -257,11 +275,10 @@ class YamuxStream(Stream):
             self._forget_if_over()
 
     async def reset(self) -> None:
-        await trio.lowlevel.cancel_shielded_checkpoint()
         self.reset_now()
 
     def reset_now(self) -> None:
-        """:meth:`reset` without a checkpoint."""
+        """:meth:`reset`, which waits for nothing."""
         over = self._was_reset or (self._finished and self._peer_finished)
         self.closed_at = trio.current_time() if self.closed_at is None else self.closed_at
         self._chunks.clear()
@@ -299,7 +316,7 @@ class YamuxStream(Stream):
             else:
                 self._chunks.append(data)
             self._buffered += len(data)
-            self._readable.set()
+            self._wake_reader()
 
     def add_send_credit(self, increment: int) -> None:
         """Take the peer's window update."""
@@ -312,7 +329,7 @@ class YamuxStream(Stream):
         """Take the peer's FIN: reads end after what has arrived."""
         self._peer_finished = True
         self._ended.set()
-        self._readable.set()
+        self._wake_reader()
         self._writable.set()
         self._forget_if_over()
 
@@ -326,7 +343,7 @@ class YamuxStream(Stream):
         if not (self._finished and self._peer_finished):
             self._was_reset = True
         self._ended.set()
-        self._readable.set()
+        self._wake_reader()
         self._writable.set()
         self.connection.forget(self)
 

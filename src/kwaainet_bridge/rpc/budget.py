@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +21,7 @@ class ReceiveBudget:
     ) -> None:
         self._per_peer = per_peer
         self._in_all = in_all
-        self._held: Counter[PeerId] = Counter()
+        self._held: dict[PeerId, int] = {}
         self._total = 0
 
     @contextmanager
@@ -36,14 +35,16 @@ class ReceiveBudget:
 
     def change(self, peer: PeerId, count: int) -> None:
         """See :class:`Account`, which calls this."""
-        held = self._held[peer] + count
+        before = self._held.get(peer, 0)
+        held = before + count
         # a small allowance is everybody's, so that a few large peers cannot silence the rest
         fits = held <= defaults.PEER_ALLOWANCE_BYTES or self._total + count <= self._in_all
         if count > 0 and (held > self._per_peer or not fits):
-            raise RemoteError(f"too many bytes of unanswered requests wait here: {self._held[peer]} of yours")
-        self._held[peer] += count
+            raise RemoteError(f"too many bytes of unanswered requests wait here: {before} of yours")
         self._total += count
-        if not self._held[peer]:
+        if held:
+            self._held[peer] = held
+        elif before:
             del self._held[peer]
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Generic
 
 import trio
@@ -22,15 +23,31 @@ from kwaainet_bridge.wire.peer_id import PeerId
 
 def _new_call_id() -> bytes:
     """16 random bytes: stock daemons mix up two calls of one id, whoever made them."""
-    return uuid.uuid4().bytes
+    return os.urandom(envelope.CALL_ID_BYTES)
 
 
-@contextmanager
-def _deadline(seconds: float, method: str, peer: PeerId) -> Iterator[None]:
-    with trio.move_on_after(seconds) as scope:
-        yield
-    if scope.cancelled_caught:
-        raise DeadlineExceeded(f"{method} at {peer}: no answer within {seconds:g} s")
+class _Deadline:
+    """A ``with`` block that ends in DeadlineExceeded after ``seconds``. Without a limit it costs nothing: a scope
+    takes a twentieth of a small step's time."""
+
+    def __init__(self, seconds: float, method: str, peer: PeerId) -> None:
+        self._scope = None if seconds == math.inf else trio.move_on_after(seconds)
+        self._what = (method, peer, seconds)
+
+    def __enter__(self) -> None:
+        if self._scope is not None:
+            self._scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if self._scope is None:
+            return None
+        handled = self._scope.__exit__(kind, error, trace)
+        if self._scope.cancelled_caught:
+            method, peer, seconds = self._what
+            raise DeadlineExceeded(f"{method} at {peer}: no answer within {seconds:g} s")
+        return handled
 
 
 class RpcClient:
@@ -52,7 +69,7 @@ class RpcClient:
         length = envelope.body_length(message)
         if length > defaults.MAX_UNARY_BYTES:
             raise ValueError(f"{name}: a request of {length} bytes needs the streaming call")
-        with _deadline(timeout, name, peer):
+        with _Deadline(timeout, name, peer):
             stream = await self._host.open_stream(peer, name)
             try:
                 await stream.write(message)
@@ -77,7 +94,7 @@ class RpcClient:
         Leaving the block normally closes the stream, after what was sent; leaving it by an exception or
         cancellation resets it. Both cancel a handler that is still running.
         """
-        with _deadline(open_timeout, method.name, peer):
+        with _Deadline(open_timeout, method.name, peer):
             stream = await self._host.open_stream(peer, method.name)
         try:
             yield ClientStream(stream, method)
@@ -103,12 +120,12 @@ class ClientStream(Generic[Req, Res]):
 
     async def send(self, request: Req, *, timeout: float = math.inf) -> None:
         """Send one request; waits while the peer's window is full. Raises StreamReset, DeadlineExceeded."""
-        with _deadline(timeout, self._method.name, self.peer):
+        with _Deadline(timeout, self._method.name, self.peer):
             await self._stream.write(frames.encode_message(request.SerializeToString()))
 
     async def end(self, *, timeout: float = math.inf) -> None:
         """Tell the peer that no more requests follow. The stream stays open for its responses."""
-        with _deadline(timeout, self._method.name, self.peer):
+        with _Deadline(timeout, self._method.name, self.peer):
             await self._stream.write(frames.encode_end())
 
     async def receive(self, *, timeout: float = math.inf) -> Res:
@@ -118,7 +135,7 @@ class ClientStream(Generic[Req, Res]):
         the stream ends inside a message or holds something else, DeadlineExceeded. Cancelled: nothing is
         lost.
         """
-        with _deadline(timeout, self._method.name, self.peer):
+        with _Deadline(timeout, self._method.name, self.peer):
             try:
                 frame = await self._reader.next()
             except StreamReset:

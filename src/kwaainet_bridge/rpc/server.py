@@ -12,8 +12,8 @@ Rules of the stock peers that this side keeps (hivemind 1.1.12 and its daemon, o
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -186,28 +186,29 @@ async def _serve_unary(
     budget: ReceiveBudget,
 ) -> None:
     context = CallContext(stream.remote, method.name)
-    with budget.account(stream.remote) as account:
-        with trio.move_on_after(defaults.FIRST_REQUEST_SECONDS) as waiting:
-            body = await read_delimited(stream, defaults.MAX_UNARY_BYTES, on_read=account.add)
-        if waiting.cancelled_caught:
-            raise StreamClosed(f"{method.name}: {stream.remote} sent no request")
+    failure = "sent no request"
+    # one scope for all three waits: scopes and tasks are what a small call costs
+    with budget.account(stream.remote) as account, trio.CancelScope() as scope:
+        scope.deadline = trio.current_time() + defaults.FIRST_REQUEST_SECONDS
+        body = await read_delimited(stream, defaults.MAX_UNARY_BYTES, on_read=account.add)
+        scope.deadline = math.inf
         call = envelope.decode_call(body)
         if call.protocol != method.name:
             raise RemoteError(f"{method.name}: the envelope names {call.protocol[:100]!r}")
-        answer = b""  # stays empty when the caller leaves
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_departure, stream, nursery.cancel_scope)
-            try:
-                response = await handler(parse(method.request, call.data, method.name), context)
-                answer = _encode_answer(call.call_id, response.SerializeToString())
-            except Exception as e:
-                answer = envelope.encode_error(call.call_id, _error_texts(e, context)[0])
-            nursery.cancel_scope.cancel()
-        if not answer:
-            await stream.reset()
-            return
+        failure = "left"
+        stream.watch(scope.cancel)  # its end, its reset and a further byte all mean that
+        try:
+            response = await handler(parse(method.request, call.data, method.name), context)
+            answer = _encode_answer(call.call_id, response.SerializeToString())
+        except Exception as e:
+            answer = envelope.encode_error(call.call_id, _error_texts(e, context)[0])
+        stream.watch(None)
         account.add(len(answer))  # a caller that does not read its answer holds it in memory
-        await _write(stream, answer)
+        failure = "reads nothing of its answer"
+        scope.deadline = trio.current_time() + defaults.SEND_SECONDS
+        await stream.write(answer)
+    if scope.cancelled_caught:
+        raise StreamClosed(f"{stream.remote} {failure}")
 
 
 def _encode_answer(call_id: bytes, body: bytes) -> bytes:
@@ -215,13 +216,6 @@ def _encode_answer(call_id: bytes, body: bytes) -> bytes:
     if envelope.body_length(answer) > defaults.MAX_UNARY_BYTES:
         raise Refusal(f"response of {len(body)} bytes exceeds the message size limit: use the streaming call")
     return answer
-
-
-async def _cancel_on_departure(stream: Stream, scope: trio.CancelScope) -> None:
-    """Cancel the handler when the caller ends, resets or writes on: all three mean that it left."""
-    with contextlib.suppress(NetworkError):
-        await stream.read(1)
-    scope.cancel()
 
 
 async def _serve_stream(
