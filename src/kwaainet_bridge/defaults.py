@@ -128,9 +128,9 @@ WINDOW_GROWTH_BYTES: Final = 64 * MIB
 SEND_QUEUE_BYTES: Final = MIB
 """Bytes of one connection that wait for the socket before writers wait too."""
 
-STREAM_SHARE_BYTES: Final = 64 * KIB
+STREAM_SHARE_BYTES: Final = 128 * KIB
 """A stream that has put this much into one write of its connection waits for the next, so that a step of another
-stream is behind a frame or two of a transfer. Larger shares gain no speed and delay that step."""
+stream is behind two shares of a transfer at most. Also the longest data frame. Larger shares gain no speed."""
 
 UNREAD_CONTROL_BYTES: Final = 4 * MIB
 """A peer that provokes answers (pings, resets) and reads none of them is dropped at this much queued."""

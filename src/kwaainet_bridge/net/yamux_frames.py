@@ -30,6 +30,8 @@ INITIAL_WINDOW: Final = 256 * 1024
 
 MAX_WINDOW: Final = (1 << 32) - 1
 
+_VIEWED_BYTES = 16 * 1024
+
 _HEADER = struct.Struct("!BBHII")
 HEADER_BYTES: Final = _HEADER.size
 
@@ -46,13 +48,19 @@ class Header(NamedTuple):
 class Payload(NamedTuple):
     """Some of a data frame's payload; ``remaining`` bytes of it are still to come."""
 
-    data: bytes
+    data: bytes | memoryview
     remaining: int
 
 
 def encode_header(type_: int, flags: int, stream_id: int, length: int) -> bytes:
     """Encode a header; for data frames the caller sends ``length`` bytes of payload behind it."""
     return _HEADER.pack(0, type_, flags, stream_id, length)
+
+
+def _cut(data: bytes, start: int, end: int) -> bytes | memoryview:
+    """A piece of ``data``: a view of it where that saves a copy and does not keep much more than itself alive."""
+    size = end - start
+    return memoryview(data)[start:end] if size >= _VIEWED_BYTES and 2 * size >= len(data) else data[start:end]
 
 
 class FrameParser:
@@ -72,7 +80,7 @@ class FrameParser:
         offset, end = 0, len(data)
         while offset < end:
             if self._remaining:
-                piece = data[offset : offset + self._remaining]
+                piece = _cut(data, offset, min(end, offset + self._remaining))
                 offset += len(piece)
                 self._remaining -= len(piece)
                 events.append(Payload(piece, self._remaining))

@@ -23,7 +23,6 @@ from kwaainet_bridge.net.yamux_frames import (
     ACK,
     DATA,
     FIN,
-    HEADER_BYTES,
     INITIAL_WINDOW,
     MAX_WINDOW,
     RST,
@@ -33,9 +32,6 @@ from kwaainet_bridge.net.yamux_frames import (
 
 if TYPE_CHECKING:
     from kwaainet_bridge.net.yamux import YamuxConnection
-
-_MAX_DATA_FRAME = 65519 - HEADER_BYTES
-"""Payload of one frame: with its header it fills one noise message. go-yamux sends as much."""
 
 _MERGED_CHUNK = 1024
 """Chunks that together are no longer are kept as one."""
@@ -68,7 +64,7 @@ class YamuxStream(Stream):
         self._opening = b""  # a proposal that leaves with the first write
         self._proposal: Proposal | None = None  # one that the peer has not answered yet
         self._unread = b""
-        self._chunks: deque[bytes] = deque()
+        self._chunks: deque[bytes | memoryview] = deque()
         self._buffered = 0
         self._window = INITIAL_WINDOW
         self._credit = INITIAL_WINDOW  # what the peer may still send
@@ -166,16 +162,17 @@ class YamuxStream(Stream):
         self._unread = data + self._unread
 
     def _take(self, max_bytes: int) -> bytes:
-        parts: list[bytes] = []
+        parts: list[bytes | memoryview] = []
         wanted = max_bytes
         while self._chunks and wanted:
             chunk = self._chunks.popleft()
             if len(chunk) > wanted:
-                self._chunks.appendleft(chunk[wanted:])
-                chunk = chunk[:wanted]
+                view = memoryview(chunk)
+                self._chunks.appendleft(view[wanted:])
+                chunk = view[:wanted]
             parts.append(chunk)
             wanted -= len(chunk)
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        data = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
         self._buffered -= len(data)
         self._grant()
         return data
@@ -221,7 +218,7 @@ class YamuxStream(Stream):
             elif not self._send_credit:
                 await self._wait_for_credit()
             else:
-                size = min(len(view), self._send_credit, _MAX_DATA_FRAME)
+                size = min(len(view), self._send_credit, STREAM_SHARE_BYTES - self._share)
                 self._send_credit -= size
                 self._share += size
                 self._send(DATA, 0, size, view[:size])
@@ -308,11 +305,11 @@ class YamuxStream(Stream):
         if self.closed_at is not None and not self._credit:
             self.reset_now()  # nobody reads any more, and a peer that still writes would wait for ever
 
-    def deliver(self, data: bytes) -> None:
+    def deliver(self, data: bytes | memoryview) -> None:
         """Keep payload for the reader."""
         if self.closed_at is None and not self._was_reset:
             if self._chunks and len(self._chunks[-1]) + len(data) <= _MERGED_CHUNK:
-                self._chunks[-1] += data  # a chunk of two bytes would take forty
+                self._chunks[-1] = b"".join((self._chunks[-1], data))  # a chunk of two bytes would take forty
             else:
                 self._chunks.append(data)
             self._buffered += len(data)
