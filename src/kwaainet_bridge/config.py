@@ -79,6 +79,9 @@ Bootstrap = Annotated[
 ]
 
 
+Positive = Annotated[int, Field(gt=0)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -130,11 +133,11 @@ class ModelConfig(_Section):
     """A torch device: ``cpu``, ``cuda``, ``cuda:1``."""
     cache_tokens: Annotated[int, Field(ge=defaults.MIN_CACHE_TOKENS)] = defaults.CACHE_TOKENS
     """Size of the KV cache: tokens of one sequence through all served blocks."""
-    max_length: Annotated[int, Field(gt=0)] = defaults.MAX_LENGTH
+    max_length: Positive = defaults.MAX_LENGTH
     """Longest session, in tokens."""
-    max_batch_tokens: Annotated[int, Field(gt=0)] = defaults.MAX_BATCH_TOKENS
+    max_batch_tokens: Positive = defaults.MAX_BATCH_TOKENS
     """Most tokens (batch x length) in one request."""
-    threads: Annotated[int, Field(gt=0)] | None = None
+    threads: Positive | None = None
     """Threads of torch; left out: as many as cores."""
     compression: Literal[
         "NONE", "MEANSTD_16BIT", "FLOAT16", "QUANTILE_8BIT", "UNIFORM_8BIT", "BLOCKWISE_8BIT"
@@ -169,6 +172,30 @@ class ModelConfig(_Section):
         return range(int(first), int(end))
 
 
+class LimitsConfig(_Section):
+    """How much the node takes on; see :class:`kwaainet_bridge.net.limits.Limits`."""
+
+    connections: Positive = defaults.MAX_CONNECTIONS
+    """Connections at one time. Beyond it an idle one makes room, or the new one is refused."""
+    connections_high: Positive | None = None
+    """Above this many, idle connections are closed. Left out: 80 % of ``connections``."""
+    connections_low: Positive | None = None
+    """How many are left then. Left out: 60 % of ``connections``."""
+    connections_per_address: Positive = defaults.MAX_CONNECTIONS_PER_ADDRESS
+    """Inbound connections from one public IPv4 address or IPv6 /64."""
+
+    @model_validator(mode="after")
+    def _check_watermarks(self) -> LimitsConfig:
+        low, high = self.connections_low, self.connections_high
+        if high is not None and high > self.connections:
+            raise ValueError(f"connections_high ({high}) exceeds connections ({self.connections}): lower it")
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"connections_low ({low}) exceeds connections_high ({high}): lower it")
+        if low is not None and low > self.connections:
+            raise ValueError(f"connections_low ({low}) exceeds connections ({self.connections}): lower it")
+        return self
+
+
 class LogConfig(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "text", "json"] = "auto"
@@ -188,6 +215,7 @@ class NodeConfig(_Section):
     """What to serve; left out: nothing, the node is a bootstrap peer."""
     drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS
     """How long running sessions may go on after SIGTERM."""
+    limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -287,7 +315,7 @@ def _explain(errors: Iterable[Any]) -> Iterator[str]:
         message = " or ".join([first, *(other.removeprefix(_EXPECTED) for other in others)])
         found = alternatives[0].get("input")
         shown = (
-            "" if "unknown key" in message or isinstance(found, dict | NodeConfig) else f" (found {found!r})"
+            "" if "unknown key" in message or isinstance(found, dict | BaseModel) else f" (found {found!r})"
         )
         yield f"{'.'.join(location) or 'configuration'}: {message}{shown}"
 

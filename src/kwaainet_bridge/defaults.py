@@ -95,17 +95,50 @@ NEGOTIATION_SECONDS: Final = 10.0
 MAX_HANDSHAKES: Final = 256
 """Connections whose peer has not proved who it is. Beyond that new ones are refused until some have."""
 
+MAX_HANDSHAKES_PER_ADDRESS: Final = 16
+"""Those of one public IPv4 address or IPv6 /64. A handshake takes 10 ms, and 10 s at most."""
+
+OVERFLOW_HANDSHAKES: Final = 64
+"""Handshakes beyond MAX_CONNECTIONS: idle connections make room only for peers that have proved who they are."""
+
 RESOLVER_THREADS: Final = 8
 """Names of hosts that are looked up at one time."""
 
-SPARE_DESCRIPTORS: Final = 256
-"""File descriptors kept free of connections: files, listeners, and libraries."""
+SPARE_DESCRIPTORS: Final = 256 + OVERFLOW_HANDSHAKES
+"""File descriptors kept free of connections: files, listeners, libraries, and handshakes of a full host."""
 
 MAX_CONNECTIONS: Final = 2000
 """Connections at one time, handshakes included; about 140 KiB each while idle."""
 
+HIGH_CONNECTIONS_SHARE: Final = 0.8
+"""High watermark as a share of the connections allowed: the rest is for bursts, which end within the grace period."""
+
+LOW_CONNECTIONS_SHARE: Final = 0.6
+"""Low watermark: far enough below the high one that idle connections are closed in batches, not one by one."""
+
+CONNECTION_GRACE_SECONDS: Final = 30.0
+"""A younger connection is not closed for being idle: identify and a first call take a few round trips, and a
+peer that was asked to dial back some seconds more."""
+
+MAX_CONNECTIONS_PER_ADDRESS: Final = 64
+"""Inbound connections from one public IPv4 address or IPv6 /64. A university's or carrier's NAT hides dozens
+of volunteers; 31 addresses are needed to fill a host."""
+
+TEND_SECONDS: Final = 1.0
+"""How often connections that are to be closed are looked at, while there are any."""
+
+RETIREMENT_SECONDS: Final = 1.0
+"""Between asking a peer to open no more streams and closing: a stream that crosses the request on its way is
+served. Longer would leave stock daemons with a connection that they choose and cannot use."""
+
+SURPLUS_SECONDS: Final = 5.0
+"""A second connection to one peer is closed when unused for this long, by the side with the smaller peer id."""
+
+SURPLUS_OF_OTHERS_SECONDS: Final = 30.0
+"""The same by the other side, which lets the first decide: stock daemons never close any."""
+
 MAX_CONNECTIONS_PER_PEER: Final = 8
-"""A peer that restarts leaves dead connections for a while; beyond this the oldest is closed."""
+"""A peer that restarts leaves dead connections for a while; beyond this the oldest idle one is closed."""
 
 MAX_PROTOCOL_ID_BYTES: Final = 1024
 """A multistream message. Hivemind's longest are a run id and a class name."""

@@ -54,6 +54,19 @@ def test_presets_expand():
             "model:\n  blocks: 4:8",
             'model.blocks: write it as "first:end" in quotes, for example "0:4" (found 248)',
         ),
+        (
+            "limits: {connections: 100, connections_high: 200}",
+            "limits: connections_high (200) exceeds connections (100): lower it",
+        ),
+        (
+            "limits: {connections_high: 200, connections_low: 300}",
+            "limits: connections_low (300) exceeds connections_high (200): lower it",
+        ),
+        (
+            "limits: {connections: 100, connections_low: 300}",
+            "limits: connections_low (300) exceeds connections (100): lower it",
+        ),
+        ("limits: {connections: 0}", "limits.connections: Input should be greater than 0 (found 0)"),
         ("model: {dtype: int8}", "model.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         (
             "model: {dht_prefix: a.b}",

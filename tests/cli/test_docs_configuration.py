@@ -27,9 +27,13 @@ WORDS = {
     "model.dht_prefix": "derived",
     "model.threads": "torch's choice",
     "model.public_name": "none",
+    "limits.connections_high": "80 %",
+    "limits.connections_low": "60 %",
 }
 VALUES_OF_WORDS = {"none": (None, ()), "off": (None,), "all": (None,), "derived": (None,)} | {
     "torch's choice": (None,),
+    "80 %": (None,),
+    "60 %": (None,),
     "preset `kwaainet-public`": (PRESETS["kwaainet-public"],),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import trio
@@ -25,6 +26,7 @@ class PretendHost:
         self.attempts: list[tuple[float, str]] = []
         self.unreachable: set[str] = set()
         self.dropped = trio.Event()
+        self.protected: Counter[PeerId] = Counter()
 
     async def connect(self, text: str) -> PeerId:
         self.attempts.append((trio.current_time(), text))
@@ -35,6 +37,14 @@ class PretendHost:
 
     async def wait_disconnected(self, peer: PeerId) -> None:  # noqa: ARG002 - of the interface
         await self.dropped.wait()
+
+    def protect(self, peer: PeerId, tag: str) -> None:
+        assert tag == "bootstrap"
+        self.protected[peer] += 1
+
+    def unprotect(self, peer: PeerId, tag: str) -> None:
+        assert tag == "bootstrap"
+        self.protected[peer] -= 1
 
 
 async def run_for(seconds: float, host: PretendHost, *addresses: str) -> list[BootstrapEvent]:
@@ -85,6 +95,19 @@ async def test_a_peer_that_drops_at_once_is_tried_ever_less_often(autojump_clock
     host.dropped.set()
     await run_for(3600, host, address(ONE))
     assert len(host.attempts) < 60
+
+
+async def test_peers_are_protected_while_they_are_kept(autojump_clock) -> None:
+    host = PretendHost()
+    during = Counter()
+
+    def look(_: BootstrapEvent) -> None:
+        during.update(host.protected)
+
+    with trio.move_on_after(0.1):
+        await keep_bootstrapped(host, [address(ONE)], on_event=look)
+    assert during == {ONE: 1}
+    assert not +host.protected
 
 
 async def test_own_address_is_left_out(autojump_clock) -> None:

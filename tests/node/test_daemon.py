@@ -262,9 +262,9 @@ async def test_folder_without_a_model(tmp_path):
 @pytest.mark.parametrize(
     ("limits", "raised_to", "connections"),
     [
-        ((1024, 1_048_576), 2256, 2000),  # the usual ones
-        ((1024, resource.RLIM_INFINITY), 2256, 2000),
-        ((1024, 1024), 1024, 768),
+        ((1024, 1_048_576), 2320, 2000),  # the usual ones
+        ((1024, resource.RLIM_INFINITY), 2320, 2000),
+        ((1024, 1024), 1024, 704),
         ((256, 256), 256, 128),
         ((65_536, 65_536), None, 2000),
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 2000),
@@ -274,5 +274,5 @@ def test_connections_leave_descriptors_for_the_rest(monkeypatch, limits, raised_
     changed = []
     monkeypatch.setattr(resource, "getrlimit", lambda _which: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _which, new: changed.append(new))
-    assert daemon._affordable_connections() == connections
+    assert daemon._affordable_connections(2000) == connections
     assert changed == ([(raised_to, limits[1])] if raised_to else [])

@@ -15,6 +15,7 @@ from kwaainet_bridge.net.addresses import split_peer_address
 from kwaainet_bridge.wire.peer_id import PeerId
 
 _MAX_DOUBLINGS = 32  # far beyond any cap; keeps the power finite
+_TAG = "bootstrap"
 
 
 class Connector(Protocol):
@@ -27,6 +28,12 @@ class Connector(Protocol):
 
     async def wait_disconnected(self, peer: PeerId) -> None:
         """Return once no connection to ``peer`` is open."""
+
+    def protect(self, peer: PeerId, tag: str) -> None:
+        """Keep connections to ``peer``."""
+
+    def unprotect(self, peer: PeerId, tag: str) -> None:
+        """Undo :meth:`protect`."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ async def keep_bootstrapped(
 
     After each failure, and after each connection lost, the wait is random between zero and a bound that
     doubles from ``first_retry`` to ``max_retry`` seconds; a connection that outlives the bound starts it
-    anew. The host's own address is left out. Returns when there is nothing to keep. Raises ConfigError
-    for a malformed address.
+    anew. Connections to these peers are protected meanwhile. The host's own address is left out. Returns
+    when there is nothing to keep. Raises ConfigError for a malformed address.
     """
     rng = random.Random() if rng is None else rng
     keepers = [
@@ -97,6 +104,13 @@ class _Keeper:
     max_retry: float
 
     async def run(self) -> None:
+        self.host.protect(self.peer, _TAG)
+        try:
+            await self._keep()
+        finally:
+            self.host.unprotect(self.peer, _TAG)
+
+    async def _keep(self) -> None:
         attempts = 0
         while True:
             bound = min(self.max_retry, self.first_retry * 2 ** min(attempts, _MAX_DOUBLINGS))

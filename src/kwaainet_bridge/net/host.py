@@ -33,6 +33,17 @@ class Host(abc.ABC):
         """Return once no connection to ``peer`` is open, at once if there is none."""
 
     @abc.abstractmethod
+    def protect(self, peer: PeerId, tag: str) -> None:
+        """Keep connections to ``peer`` open when this host closes idle ones. ``tag`` names the reason.
+
+        Lasts until :meth:`unprotect` was called as often for the same tag. Connects to nobody.
+        """
+
+    @abc.abstractmethod
+    def unprotect(self, peer: PeerId, tag: str) -> None:
+        """Undo one :meth:`protect`. ValueError if there was none."""
+
+    @abc.abstractmethod
     def known_addresses(self, peer: PeerId) -> list[str]:
         """Where ``peer`` may be dialled, as far as this host was told, by the peer itself too."""
 

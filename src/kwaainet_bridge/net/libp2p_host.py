@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import trio
 
@@ -38,6 +39,7 @@ from kwaainet_bridge.net.identify import (
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.kademlia import KAD, Kademlia
 from kwaainet_bridge.net.library import check_library, noise_transport
+from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.listener import FamilyUnavailable, accept, bind
 from kwaainet_bridge.net.ping import PING, answer_pings
 from kwaainet_bridge.net.stream import Stream
@@ -46,6 +48,9 @@ from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
+
+HOUSEKEEPING: Final = frozenset({IDENTIFY, IDENTIFY_PUSH, KAD, PING})
+"""Protocols that every libp2p node speaks unasked: a connection with no other stream is idle."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class HostConfig:
     identity: Identity
     listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
     announce: Sequence[str] = field(default=())
-    max_connections: int = defaults.MAX_CONNECTIONS
+    limits: Limits = field(default=Limits())
 
 
 @asynccontextmanager
@@ -85,6 +90,7 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
         own = announce or reachable_forms(address for _, address in bound)
         async with trio.open_nursery() as nursery:
             host = Libp2pHost(config, own, nursery)
+            nursery.start_soon(host.connections.tend)
             listening = trio.CancelScope()
             if bound:
                 listeners = [listener for listener, _ in bound]
@@ -118,11 +124,13 @@ class Libp2pHost(Host):
         self.peer_id = config.identity.peer_id
         self.connections = Connections(
             nursery,
+            config.identity.peer_id,
             noise_transport(config.identity),
             accept=self._accept,
             greet=self._ask_who,
             gone=self._forget,
-            limit=config.max_connections,
+            limits=config.limits,
+            housekeeping=HOUSEKEEPING,
         )
         self._identity = config.identity
         self._own = tuple(own)
@@ -149,6 +157,12 @@ class Libp2pHost(Host):
     async def wait_disconnected(self, peer: PeerId) -> None:
         """Return once no connection to ``peer`` is open; at once if there is none."""
         await self.connections.wait_disconnected(peer)
+
+    def protect(self, peer: PeerId, tag: str) -> None:
+        self.connections.protect(peer, tag)
+
+    def unprotect(self, peer: PeerId, tag: str) -> None:
+        self.connections.unprotect(peer, tag)
 
     def add_addresses(self, peer: PeerId, addresses: Sequence[str]) -> None:
         self._book.add(peer, [a for a in map(parse_address, addresses) if a is not None])

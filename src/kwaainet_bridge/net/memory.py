@@ -9,6 +9,7 @@ import trio
 
 from kwaainet_bridge.errors import PeerUnreachable, ProtocolNotSupported, StreamClosed, StreamReset
 from kwaainet_bridge.net.host import Host, StreamHandler
+from kwaainet_bridge.net.pruning import Protection
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -142,6 +143,7 @@ class MemoryHost(Host):
         self.peer_id = peer_id
         self._network = network
         self._handlers: dict[str, StreamHandler] = {}
+        self._protection = Protection()
 
     def addresses(self) -> list[str]:
         return [f"/memory/0/p2p/{self.peer_id}"]
@@ -153,6 +155,12 @@ class MemoryHost(Host):
         await trio.lowlevel.checkpoint()
         while peer in self.connected_peers():
             await self._network.changed.wait()
+
+    def protect(self, peer: PeerId, tag: str) -> None:
+        self._protection.add(peer, tag)
+
+    def unprotect(self, peer: PeerId, tag: str) -> None:
+        self._protection.remove(peer, tag)
 
     def known_addresses(self, peer: PeerId) -> list[str]:
         return [f"/memory/0/p2p/{peer}"]

@@ -11,11 +11,12 @@ import structlog
 import trio
 
 from kwaainet_bridge import __version__, defaults
-from kwaainet_bridge.config import NodeConfig
+from kwaainet_bridge.config import LimitsConfig, NodeConfig
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
+from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.petals import ModelService
 from kwaainet_bridge.node.probe import dial_back
@@ -62,18 +63,28 @@ async def run_node(
     state.enter(Phase.STOPPED)
 
 
-def _affordable_connections() -> int:
-    """As many connections as file descriptors allow, after raising their usual limit of 1024 if possible."""
+def _affordable_connections(connections: int) -> int:
+    """``connections``, or as many as file descriptors allow, after raising their usual limit of 1024 if
+    possible."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = defaults.MAX_CONNECTIONS + defaults.SPARE_DESCRIPTORS
+    wanted = connections + defaults.SPARE_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return defaults.MAX_CONNECTIONS
+        return connections
     affordable = max(soft - defaults.SPARE_DESCRIPTORS, soft // 2)
     log.warning("few file descriptors", connections=affordable, remedy=f"ulimit -n {wanted}")
     return affordable
+
+
+def _limits(config: LimitsConfig) -> Limits:
+    return Limits(
+        connections=_affordable_connections(config.connections),
+        connections_high=config.connections_high,
+        connections_low=config.connections_low,
+        connections_per_address=config.connections_per_address,
+    )
 
 
 async def _cancel_when_cancelled(work: trio.CancelScope) -> None:
@@ -96,7 +107,7 @@ async def _run_host(
         identity=identity,
         listen=config.listen,
         announce=config.announce,
-        max_connections=_affordable_connections(),
+        limits=_limits(config.limits),
     )
     async with open_host(host_config) as host, trio.open_nursery() as services:
         contact = Contact(host.peer_id, host.addresses())

@@ -1,0 +1,36 @@
+"""How much one host takes on, from everybody together and from each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kwaainet_bridge import defaults
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a host holds at one time.
+
+    ``connections`` is hard: beyond it an idle connection makes room, or the new one is refused. Above
+    ``high`` idle connections are closed until ``low`` are left; both default to shares of ``connections`` and
+    never exceed it.
+    """
+
+    connections: int = defaults.MAX_CONNECTIONS
+    connections_high: int | None = None
+    connections_low: int | None = None
+    connections_per_address: int = defaults.MAX_CONNECTIONS_PER_ADDRESS
+
+    @property
+    def high(self) -> int:
+        """Connections above which idle ones are closed."""
+        if self.connections_high is None:
+            return int(self.connections * defaults.HIGH_CONNECTIONS_SHARE)
+        return min(self.connections_high, self.connections)
+
+    @property
+    def low(self) -> int:
+        """Connections that are left then."""
+        if self.connections_low is None:
+            return min(int(self.connections * defaults.LOW_CONNECTIONS_SHARE), self.high)
+        return min(self.connections_low, self.high)
