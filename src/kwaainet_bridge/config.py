@@ -184,6 +184,13 @@ class LimitsConfig(_Section):
     connections_per_address: Positive = defaults.MAX_CONNECTIONS_PER_ADDRESS
     """Inbound connections from one public IPv4 address or IPv6 /64."""
 
+    streams: Positive = defaults.MAX_STREAMS
+    """Streams opened by peers that are served at one time."""
+    streams_per_peer: Positive = defaults.MAX_STREAMS_PER_PEER
+    """The same of one peer."""
+    stream_buffers_mib: Positive = defaults.STREAM_BUFFER_BYTES // defaults.MIB
+    """MiB that peers may have on its way to streams that are not read, 256 KiB for each stream included."""
+
     @model_validator(mode="after")
     def _check_watermarks(self) -> LimitsConfig:
         low, high = self.connections_low, self.connections_high

@@ -146,8 +146,26 @@ MAX_PROTOCOL_ID_BYTES: Final = 1024
 MAX_PROTOCOL_PROPOSALS: Final = 32
 """Protocols that one peer may propose on one stream."""
 
+MAX_STREAMS: Final = 4096
+"""Streams opened by peers that are served at one time, their initial windows being all of STREAM_BUFFER_BYTES.
+A task and its stream take some 10 KiB."""
+
+MAX_STREAMS_PER_PEER: Final = 512
+"""The same of one peer. Stock daemons open no more than 256 that are not accepted yet."""
+
+MAX_STREAMS_PER_PROTOCOL: Final = 2048
+"""The same of one protocol, so that a slow handler does not stand in the way of other protocols."""
+
+MAX_STREAMS_PER_PROTOCOL_AND_PEER: Final = 256
+"""The same of one protocol and peer: as many as MAX_SESSIONS_PER_PEER."""
+
+STREAM_BUFFER_BYTES: Final = 1024 * MIB
+"""What peers may have on its way to streams of theirs that are not read: 256 KiB for each, and what windows have
+grown by. Most of it is a promise that is never called in."""
+
 MAX_INBOUND_STREAMS: Final = 1024
-"""Streams that one peer may hold open on one connection; further ones are reset."""
+"""Streams that one peer may hold open on one connection, those that have been served included; further ones
+are reset."""
 
 MAX_UNACKNOWLEDGED_STREAMS: Final = 256
 """Streams opened but not yet accepted: go-yamux resets those beyond its accept backlog of 256."""

@@ -9,21 +9,23 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 import trio.testing
+from echo_protocol import echo
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import StreamReset
-from kwaainet_bridge.net import Host, HostConfig, Stream, multistream, open_host
+from kwaainet_bridge.errors import NetworkError, StreamReset
+from kwaainet_bridge.net import Host, HostConfig, Libp2pHost, Stream, multistream, open_host
 from kwaainet_bridge.net.addresses import parse_binary_address, split_peer_address
 from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel, TcpSocket, secure_outbound
 from kwaainet_bridge.net.connections import YAMUX
-from kwaainet_bridge.net.identify import IDENTIFY
+from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.library import noise_transport
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.multistream import ByteChannel
 from kwaainet_bridge.net.yamux import YamuxConnection
+from kwaainet_bridge.net.yamux_frames import DATA, INITIAL_WINDOW, SYN, WINDOW_UPDATE, encode_header
 
 HEADER = b"\x13/multistream/1.0.0\n"
 
@@ -301,3 +303,101 @@ async def test_unproven_connections_are_bounded(client: Host, monkeypatch: pytes
             await stream.aclose()
         await trio.testing.wait_all_tasks_blocked(0.05)
         await client.connect(host.addresses()[0])
+
+
+# --- one peer's excess is not the others' trouble
+
+
+@asynccontextmanager
+async def limited_server(**limits: int) -> AsyncIterator[Libp2pHost]:
+    config = HostConfig(Identity.generate("ed25519"), limits=Limits(**limits))
+    async with open_host(config) as host:
+        host.serve("Echo.run", echo)
+        yield host
+        close_sockets()
+
+
+async def test_streams_without_end(client: Host) -> None:
+    async with limited_server(streams=100) as server, muxed(server) as connection:
+        for _ in range(3 * defaults.MAX_UNACKNOWLEDGED_STREAMS):
+            stream = await connection.open_stream()
+            await stream.write(HEADER)
+        await connection.ping()
+        assert server._inbound.running <= 51
+        assert server._memory.used <= 51 * INITIAL_WINDOW
+        await assert_serves(server, client)
+
+
+async def test_streams_that_are_reset_as_soon_as_they_are_open(client: Host) -> None:
+    async with limited_server(streams=100) as server, muxed(server) as connection:
+        for _ in range(2000):
+            stream = await connection.open_stream()
+            await stream.write(HEADER)
+            await stream.reset()
+        await connection.ping()
+        await assert_serves(server, client)
+        with trio.fail_after(5):
+            while server._inbound.running > 1:  # the friend's
+                await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+@pytest.mark.parametrize("length", [INITIAL_WINDOW + 1, (1 << 32) - 1])
+async def test_frames_that_claim_too_much(client: Host, length: int) -> None:
+    async with limited_server() as server:
+        channel = await secured(server, Identity.generate("ed25519"))
+        await channel.send_all(encode_header(WINDOW_UPDATE, SYN, 1, 0) + encode_header(DATA, 0, 1, length))
+        await assert_closes(channel)
+        await assert_serves(server, client)
+
+
+async def test_a_peer_that_never_grants_window(client: Host) -> None:
+    """It asks for echoes and reads none: handlers wait, within the budget, and nobody else does."""
+    buffers = 8 * defaults.MIB
+    async with limited_server(streams=20, buffer_bytes=buffers) as server, muxed(server) as connection:
+        for _ in range(15):
+            stream = await connection.open_stream()
+            with contextlib.suppress(NetworkError):
+                await multistream.propose(stream, "Echo.run")
+                with trio.move_on_after(0.02):
+                    await stream.write(bytes(2 * INITIAL_WINDOW))
+        assert 1 < server._inbound.running <= 11
+        [theirs] = server.connections
+        held = sum(stream._buffered for stream in theirs._streams.values())
+        assert held <= server._memory.used <= buffers // 2
+        await assert_serves(server, client)
+
+
+async def test_trickles(client: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then, in each phase of a connection, gets nobody past a deadline."""
+    monkeypatch.setattr(defaults, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(defaults, "NEGOTIATION_SECONDS", 0.2)
+
+    async def trickle(channel: ByteChannel) -> None:
+        with trio.fail_after(5), contextlib.suppress(NetworkError):
+            for byte in HEADER * 100:
+                await channel.send_all(bytes([byte]))
+                await trio.sleep(0.05)
+            pytest.fail("nobody ended it")
+
+    async with limited_server() as server, muxed(server) as connection, trio.open_nursery() as nursery:
+        nursery.start_soon(trickle, TcpSocket(await tcp(server), initiator=True))
+        nursery.start_soon(trickle, await connection.open_stream())
+        push = await connection.open_stream()
+        await multistream.propose(push, IDENTIFY_PUSH)
+        await push.write(b"\xff\x7f")
+        nursery.start_soon(trickle, push)
+        await assert_serves(server, client)
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert server._memory.used == 0
+
+
+async def test_a_connection_that_trickles_frames(client: Host) -> None:
+    """The session goes on, at the price of a connection, and is no trouble to others."""
+    async with limited_server() as server:
+        channel = await secured(server, Identity.generate("ed25519"))
+        for byte in encode_header(WINDOW_UPDATE, SYN, 1, 0) + encode_header(DATA, 0, 1, 100):
+            await channel.send_all(bytes([byte]))
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        await assert_serves(server, client)
+        assert server._memory.used <= 3 * INITIAL_WINDOW
+        channel.abort()

@@ -14,11 +14,12 @@ from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
 from kwaainet_bridge.net.channel import SecureChannel, TcpSocket, secure_inbound, secure_outbound
 from kwaainet_bridge.net.dialer import Progress
+from kwaainet_bridge.net.fair_pool import FairPool, Share
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.origins import Origins, origin_of
 from kwaainet_bridge.net.pruning import Protection, expendable, preferred
 from kwaainet_bridge.net.yamux import YamuxConnection
-from kwaainet_bridge.net.yamux_frames import GO_AWAY, NORMAL_TERMINATION
+from kwaainet_bridge.net.yamux_frames import GO_AWAY, INITIAL_WINDOW, NORMAL_TERMINATION
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -47,15 +48,20 @@ class Connection(YamuxConnection):
         channel: SecureChannel,
         *,
         initiator: bool,
-        accept: Callable[[YamuxStream], None],
+        accept: Callable[[Connection, YamuxStream], None],
+        memory: Share,
         housekeeping: AbstractSet[str] = frozenset(),
         origin: str | None = None,
     ) -> None:
-        super().__init__(channel, channel.remote, initiator=initiator, accept=accept)
+        super().__init__(
+            channel, channel.remote, initiator=initiator, accept=lambda stream: accept(self, stream)
+        )
         self.identified = trio.Event()
         self.remote_address = bytes(channel.socket.get_transport_addresses()[0].to_bytes())
         self.origin = origin
         self.retired_at: float | None = None
+        self._memory = memory
+        self._promised: set[YamuxStream] = set()
         self._housekeeping = housekeeping
         self._used_at = self.opened_at
 
@@ -87,7 +93,35 @@ class Connection(YamuxConnection):
     def forget(self, stream: YamuxStream) -> None:
         if self._is_use(stream):
             self._used_at = trio.current_time()
+        known = self._streams.get(stream.stream_id) is stream
         super().forget(stream)
+        if known and stream not in self._promised:
+            self._memory.release(stream.window_growth)
+
+    def reserve_window(self, growth: int) -> bool:
+        """Take ``growth`` bytes from the connection's budget and from the host's."""
+        if not self._memory.reserve(growth):
+            return False
+        if super().reserve_window(growth):
+            return True
+        self._memory.release(growth)
+        return False
+
+    def promise_window(self, stream: YamuxStream) -> bool:
+        """Reserve memory for an inbound stream, until :meth:`withdraw_window`; False if there is none."""
+        if not self._memory.reserve(INITIAL_WINDOW):
+            return False
+        self._promised.add(stream)
+        return True
+
+    def withdraw_window(self, stream: YamuxStream) -> None:
+        """Give the memory back: what arrives for ``stream`` from now on is not kept.
+
+        A peer's reset does not do that, since what came before can still be read.
+        """
+        self._promised.discard(stream)
+        over = self._streams.get(stream.stream_id) is not stream
+        self._memory.release(INITIAL_WINDOW + (stream.window_growth if over else 0))
 
     def _is_use(self, stream: YamuxStream) -> bool:
         if not stream.protocol:
@@ -98,9 +132,10 @@ class Connection(YamuxConnection):
 class Connections:
     """Upgrades TCP streams to yamux connections and runs them.
 
-    ``accept`` is given each inbound stream. ``greet`` runs beside each new connection, and is cancelled
-    when that ends; ``gone`` is told of a peer whose last connection ended. A connection counts against
-    the limit from the first byte of its handshake until it ends. :meth:`tend` must be running.
+    ``accept`` is given each inbound stream with its connection; the windows of streams are reserved from
+    ``memory``. ``greet`` runs beside each new connection, and is cancelled when that ends; ``gone`` is told of
+    a peer whose last connection ended. A connection counts against the limit from the first byte of its
+    handshake until it ends. :meth:`tend` must be running.
     """
 
     def __init__(
@@ -109,10 +144,11 @@ class Connections:
         own: PeerId,
         noise: NoiseTransport,
         *,
-        accept: Callable[[YamuxStream], None],
+        accept: Callable[[Connection, YamuxStream], None],
         greet: Callable[[Connection], Awaitable[None]],
         gone: Callable[[PeerId], None],
         limits: Limits,
+        memory: FairPool,
         housekeeping: AbstractSet[str] = frozenset(),
     ) -> None:
         self._nursery = nursery
@@ -122,6 +158,7 @@ class Connections:
         self._greet = greet
         self._gone = gone
         self._limits = limits
+        self._memory = memory
         self._housekeeping = housekeeping
         self._handshakes = 0
         self._count = 0
@@ -247,6 +284,7 @@ class Connections:
             channel,
             initiator=initiator,
             accept=self._accept,
+            memory=self._memory.share(channel.remote),
             housekeeping=self._housekeeping,
             origin=origin,
         )

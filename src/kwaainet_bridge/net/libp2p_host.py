@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -28,6 +28,7 @@ from kwaainet_bridge.net.addresses import (
 )
 from kwaainet_bridge.net.connections import Connection, Connections
 from kwaainet_bridge.net.dialer import Dialer
+from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.host import Host, StreamHandler
 from kwaainet_bridge.net.identify import (
     IDENTIFY,
@@ -37,6 +38,7 @@ from kwaainet_bridge.net.identify import (
     read_identify,
 )
 from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.net.inbound_streams import InboundStreams, limited
 from kwaainet_bridge.net.kademlia import KAD, Kademlia
 from kwaainet_bridge.net.library import check_library, noise_transport
 from kwaainet_bridge.net.limits import Limits
@@ -122,6 +124,7 @@ class Libp2pHost(Host):
 
     def __init__(self, config: HostConfig, own: Sequence[Address], nursery: trio.Nursery) -> None:
         self.peer_id = config.identity.peer_id
+        self._memory = FairPool(config.limits.buffer_bytes)
         self.connections = Connections(
             nursery,
             config.identity.peer_id,
@@ -130,6 +133,7 @@ class Libp2pHost(Host):
             greet=self._ask_who,
             gone=self._forget,
             limits=config.limits,
+            memory=self._memory,
             housekeeping=HOUSEKEEPING,
         )
         self._identity = config.identity
@@ -138,13 +142,13 @@ class Libp2pHost(Host):
         self._dialer = Dialer(nursery, self.connections.upgrade_outbound)
         self._book = AddressBook()
         self._described: dict[PeerId, PeerDescription] = {}
+        self._inbound = InboundStreams(config.limits)
         self._kademlia = Kademlia(self)
-        self._handlers: dict[str, StreamHandler] = {
-            IDENTIFY: self._identify,
-            IDENTIFY_PUSH: self._take_push,
-            KAD: self._kademlia.serve,
-            PING: answer_pings,
-        }
+        self._handlers: dict[str, StreamHandler] = {}
+        self.serve(IDENTIFY, self._identify)
+        self.serve(IDENTIFY_PUSH, self._take_push)
+        self.serve(KAD, self._kademlia.serve)
+        self.serve(PING, answer_pings)
 
     # --- peers
 
@@ -248,13 +252,23 @@ class Libp2pHost(Host):
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         if protocol in self._handlers:
             raise ValueError(f"{protocol} is served already")
-        self._handlers[protocol] = handler
+        self._handlers[protocol] = limited(handler)
 
     def unserve(self, protocol: str) -> None:
         self._handlers.pop(protocol, None)
 
-    def _accept(self, stream: YamuxStream) -> None:
-        self._nursery.start_soon(self._serve_stream, stream)
+    def _accept(self, connection: Connection, stream: YamuxStream) -> None:
+        ended = self._inbound.begin(connection, stream)
+        if ended is None:
+            stream.reset_now()
+        else:
+            self._nursery.start_soon(self._serve_counted, stream, ended)
+
+    async def _serve_counted(self, stream: YamuxStream, ended: Callable[[], None]) -> None:
+        try:
+            await self._serve_stream(stream)
+        finally:
+            ended()
 
     async def _serve_stream(self, stream: YamuxStream) -> None:
         # Whatever a peer sends, or a handler raises, ends here and touches no other stream.
@@ -284,10 +298,17 @@ class Libp2pHost(Host):
     async def _identify(self, stream: Stream) -> None:
         connection = self.connections.find(stream.remote)
         observed = connection.remote_address if connection is not None else b""
-        await stream.write(encode_identify(self._identity.public_key, self._own, self._handlers, observed))
+        said = encode_identify(self._identity.public_key, self._own, self._handlers, observed)
+        with trio.move_on_after(defaults.NEGOTIATION_SECONDS) as waiting:
+            await stream.write(said)
+        if waiting.cancelled_caught:
+            await stream.reset()
 
     async def _take_push(self, stream: Stream) -> None:
-        self._describe(stream.remote, await read_identify(stream))
+        with trio.move_on_after(defaults.NEGOTIATION_SECONDS) as waiting:
+            self._describe(stream.remote, await read_identify(stream))
+        if waiting.cancelled_caught:
+            await stream.reset()
 
     async def _ask_who(self, connection: Connection) -> None:
         try:

@@ -13,13 +13,18 @@ class Limits:
 
     ``connections`` is hard: beyond it an idle connection makes room, or the new one is refused. Above
     ``high`` idle connections are closed until ``low`` are left; both default to shares of ``connections`` and
-    never exceed it.
+    never exceed it. ``streams`` are those that peers open, counted until their handlers have ended;
+    ``buffer_bytes`` is what peers may have on its way to streams that do not read. No peer gets more of
+    either than is free.
     """
 
     connections: int = defaults.MAX_CONNECTIONS
     connections_high: int | None = None
     connections_low: int | None = None
     connections_per_address: int = defaults.MAX_CONNECTIONS_PER_ADDRESS
+    streams: int = defaults.MAX_STREAMS
+    streams_per_peer: int = defaults.MAX_STREAMS_PER_PEER
+    buffer_bytes: int = defaults.STREAM_BUFFER_BYTES
 
     @property
     def high(self) -> int:

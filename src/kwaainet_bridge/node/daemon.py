@@ -84,6 +84,9 @@ def _limits(config: LimitsConfig) -> Limits:
         connections_high=config.connections_high,
         connections_low=config.connections_low,
         connections_per_address=config.connections_per_address,
+        streams=config.streams,
+        streams_per_peer=config.streams_per_peer,
+        buffer_bytes=config.stream_buffers_mib * defaults.MIB,
     )
 
 
