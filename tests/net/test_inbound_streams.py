@@ -160,9 +160,10 @@ async def test_windows_grow_within_the_budget_and_give_it_back(
 
 async def test_what_a_reset_leaves_unread_stays_reserved(client: Host) -> None:
     """Until the handler has ended: it may still read it."""
-    go_on = trio.Event()
+    began, go_on = trio.Event(), trio.Event()
 
     async def late(stream: Stream) -> None:
+        began.set()
         await go_on.wait()
         assert await stream.read(10) == b"early"
 
@@ -174,6 +175,7 @@ async def test_what_a_reset_leaves_unread_stays_reserved(client: Host) -> None:
         await until(lambda: server._inbound.running == 0)
         stream = await client.open_stream(server.peer_id, "Late.run")
         await stream.write(b"early")
+        await began.wait()
         await stream.reset()
         [connection] = server.connections
         await until(lambda: connection.open_streams == 0)
@@ -203,8 +205,10 @@ async def test_handlers_count_until_they_end(client: Host) -> None:
                 stream = await client.open_stream(server.peer_id, "Slow.run")
             except StreamReset:
                 continue
+            await stream.write(b"x")
+            [connection] = client.connections
+            await connection.ping()  # it has come, and its handler begins
             await stream.reset()
-        [connection] = client.connections
         await connection.ping()
         assert most == 5
         go_on.set()
