@@ -1,12 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from echo_protocol import echo
+from raw_sockets import close_all
 
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
+
+
+@pytest.fixture(autouse=True)
+def no_socket_stays_open() -> Iterator[None]:
+    yield
+    close_all()
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import trio
 import trio.testing
+from raw_sockets import take
 
-from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel, TcpSocket
+from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel
 from kwaainet_bridge.wire.peer_id import PeerId
 
 PEER = PeerId(b"\x12\x20" + bytes(32))
@@ -44,7 +45,7 @@ def channel(stream: trio.SocketStream) -> SecureChannel:
         cipher_state_decrypt=SimpleNamespace(decrypt_with_ad=decrypt),
     )
     session = SimpleNamespace(noise_state=SimpleNamespace(noise_protocol=ciphers))
-    return SecureChannel(TcpSocket(stream, initiator=True), PEER, session)
+    return SecureChannel(take(stream, initiator=True), PEER, session)
 
 
 async def receive(secure: SecureChannel, size: int) -> bytes:

@@ -281,7 +281,7 @@ async def dial_each_other(one: Libp2pHost, two: Libp2pHost) -> None:
 def same(ours: YamuxConnection, theirs: YamuxConnection) -> bool:
     """Whether these are the two ends of one connection."""
     ours, theirs = ours._channel.socket, theirs._channel.socket
-    return ours.get_remote_address() == theirs._stream.socket.getsockname()[:2]
+    return ours.get_remote_address() == theirs._socket.getsockname()[:2]
 
 
 @pytest.mark.parametrize("attempt", range(3))

@@ -8,11 +8,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
+from raw_sockets import take
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import PeerUnreachable, StreamReset
 from kwaainet_bridge.net import Host, HostConfig, multistream, open_host
-from kwaainet_bridge.net.channel import TcpSocket, secure_inbound
+from kwaainet_bridge.net.channel import secure_inbound
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.library import noise_transport
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -118,7 +119,7 @@ async def test_hop_yamux(client: Host) -> None:
     identity = Identity.generate("ed25519")
 
     async def no_muxer(stream: trio.SocketStream) -> None:
-        channel = await secure_inbound(TcpSocket(stream, initiator=False), noise_transport(identity))
+        channel = await secure_inbound(take(stream, initiator=False), noise_transport(identity))
         with contextlib.suppress(StreamReset):
             await multistream.answer(channel, lambda _: None)
 

@@ -12,12 +12,13 @@ import trio.testing
 from echo_protocol import echo
 from hypothesis import example, given
 from hypothesis import strategies as st
+from raw_sockets import take
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, StreamReset
 from kwaainet_bridge.net import Host, HostConfig, Libp2pHost, Stream, multistream, open_host
 from kwaainet_bridge.net.addresses import parse_binary_address, split_peer_address
-from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel, TcpSocket, secure_outbound
+from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel, secure_outbound
 from kwaainet_bridge.net.connections import YAMUX
 from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH
 from kwaainet_bridge.net.identity import Identity
@@ -58,7 +59,7 @@ async def tcp(host: Host) -> trio.SocketStream:
 
 async def secured(host: Host, identity: Identity) -> SecureChannel:
     """Connect and agree on yamux, and no further."""
-    socket = TcpSocket(await tcp(host), initiator=True)
+    socket = take(await tcp(host), initiator=True)
     channel = await secure_outbound(socket, noise_transport(identity), host.peer_id)
     await multistream.propose(channel, YAMUX)
     return channel
@@ -216,7 +217,7 @@ async def test_garbage_instead_of_noise_messages(server: Host, client: Host) -> 
     "sent", [b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n", HEADER + b"\x07/noise\n" + b"\x00\x04abcd"]
 )
 async def test_garbage_on_tcp(server: Host, client: Host, sent: bytes) -> None:
-    socket = TcpSocket(await tcp(server), initiator=True)
+    socket = take(await tcp(server), initiator=True)
     await socket.send_all(sent)
     await assert_closes(socket)
     await assert_serves(server, client)
@@ -226,7 +227,7 @@ async def test_garbage_on_tcp(server: Host, client: Host, sent: bytes) -> None:
 
 
 async def test_only_noise_is_offered(server: Host) -> None:
-    socket = TcpSocket(await tcp(server), initiator=True)
+    socket = take(await tcp(server), initiator=True)
     protocols = (b"/tls/1.0.0", b"/plaintext/2.0.0", b"/plaintext/1.0.0", b"/secio/1.0.0", b"ls", b"/noise")
     await socket.send_all(HEADER + b"".join(bytes([len(p) + 1]) + p + b"\n" for p in protocols))
     answer = b""
@@ -254,7 +255,7 @@ async def test_another_identity_cannot_be_claimed(server: Host) -> None:
             return claimed
 
     transport.libp2p_privkey = Forged(transport.libp2p_privkey)
-    socket = TcpSocket(await tcp(server), initiator=True)
+    socket = take(await tcp(server), initiator=True)
     channel = await secure_outbound(socket, transport, server.peer_id)  # our half is done before theirs
     await assert_closes(channel)
     assert server.connected_peers() == []
@@ -380,7 +381,7 @@ async def test_trickles(client: Host, monkeypatch: pytest.MonkeyPatch) -> None:
             pytest.fail("nobody ended it")
 
     async with limited_server() as server, muxed(server) as connection, trio.open_nursery() as nursery:
-        nursery.start_soon(trickle, TcpSocket(await tcp(server), initiator=True))
+        nursery.start_soon(trickle, take(await tcp(server), initiator=True))
         nursery.start_soon(trickle, await connection.open_stream())
         push = await connection.open_stream()
         await multistream.propose(push, IDENTIFY_PUSH)

@@ -12,8 +12,8 @@ connections no memory, and small ones no allocation.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Awaitable
+import socket
+from collections.abc import Awaitable, Callable
 
 import trio
 from libp2p.abc import ConnectionType, IRawConnection, ISecureConn, ISecureTransport
@@ -41,28 +41,37 @@ class ConnectionLost(NetworkError):
 
 
 class TcpSocket(IRawConnection):  # type: ignore[misc]  # libp2p is not followed by the type checker
-    """A TCP stream as py-libp2p's handshake and the protocol negotiation want it."""
+    """A TCP connection as py-libp2p's handshake, the protocol negotiation and the channel want it.
+
+    It takes the socket out of ``stream``, which is then closed: trio's own yields to other tasks at each call, ready
+    or not. Raises OSError if the other side has gone already.
+    """
 
     def __init__(self, stream: trio.SocketStream, *, initiator: bool) -> None:
         self.is_initiator = initiator
-        self._stream = stream
         self._unread = b""
-        self._remote: tuple[str, int] = stream.socket.getpeername()[:2]
+        try:
+            self._remote: tuple[str, int] = stream.socket.getpeername()[:2]
+        except OSError:
+            stream.socket.close()
+            raise
+        family, kind, number = stream.socket.family, stream.socket.type, stream.socket.proto
+        self._socket = socket.socket(family, kind, number, fileno=stream.socket.detach())
+        self._socket.setblocking(False)
 
     async def receive_some(self, max_bytes: int) -> bytes:
+        """Return at least one byte, or ``b""`` at the end. Cancelled: nothing is lost."""
         if self._unread:
             data, self._unread = self._unread[:max_bytes], self._unread[max_bytes:]
             return data
-        try:
-            return bytes(await self._stream.receive_some(max_bytes))
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
-            raise ConnectionLost(f"TCP: {e.__cause__ or e}") from e
-
-    async def send_all(self, data: bytes) -> None:
-        try:
-            await self._stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as e:
-            raise ConnectionLost(f"TCP: {e.__cause__ or e}") from e
+        while True:
+            await self.wait_readable()
+            try:
+                return self._socket.recv(max_bytes)
+            except BlockingIOError:
+                continue
+            except OSError as e:
+                raise self._lost(e) from e
 
     def unread(self, data: bytes) -> None:
         self._unread = data + self._unread
@@ -74,43 +83,49 @@ class TcpSocket(IRawConnection):  # type: ignore[misc]  # libp2p is not followed
 
     async def wait_readable(self) -> None:
         """Return when :meth:`receive_into` has something, be it the end."""
-        try:
-            await trio.lowlevel.wait_readable(self._fileno())
-        except trio.ClosedResourceError as e:
-            raise ConnectionLost("TCP: closed here") from e
+        await self._wait(trio.lowlevel.wait_readable)
 
     def receive_into(self, buffer: memoryview) -> int | None:
         """Fill ``buffer`` as far as bytes have arrived; their number, 0 at the end, None if there are none."""
         try:
-            return os.readv(self._fileno(), [buffer])
+            return self._socket.recv_into(buffer)
         except BlockingIOError:
             return None
         except OSError as e:
-            raise ConnectionLost(f"TCP: {e}") from e
+            raise self._lost(e) from e
 
-    async def send_now(self, data: bytes) -> None:
-        """:meth:`send_all` that yields to other tasks only if the kernel's buffer is full."""
+    async def send_all(self, data: bytes) -> None:
+        """Send ``data``; yields to other tasks only while the kernel's buffer is full.
+
+        Cancelled: an unknown part was sent.
+        """
         view = memoryview(data)
         while view:
             try:
-                view = view[os.write(self._fileno(), view) :]
+                view = view[self._socket.send(view) :]
             except BlockingIOError:
-                try:
-                    await trio.lowlevel.wait_writable(self._fileno())
-                except trio.ClosedResourceError as e:
-                    raise ConnectionLost("TCP: closed here") from e
+                await self._wait(trio.lowlevel.wait_writable)
             except OSError as e:
-                raise ConnectionLost(f"TCP: {e}") from e
+                raise self._lost(e) from e
 
-    def _fileno(self) -> int:
-        number = self._stream.socket.fileno()
+    def _lost(self, error: OSError | None = None) -> ConnectionLost:
+        return ConnectionLost(f"TCP: {error}" if error and self._socket.fileno() >= 0 else "TCP: closed here")
+
+    async def _wait(self, until: Callable[[int], Awaitable[None]]) -> None:
+        number = self._socket.fileno()
         if number < 0:
-            raise ConnectionLost("TCP: closed here")
-        return number
+            raise self._lost()
+        try:
+            await until(number)
+        except trio.ClosedResourceError as e:
+            raise self._lost() from e
 
     def abort(self) -> None:
         """Close the socket at once; what the kernel has accepted is still sent."""
-        self._stream.socket.close()
+        number = self._socket.fileno()
+        if number >= 0:
+            trio.lowlevel.notify_closing(number)
+            self._socket.close()
 
     # py-libp2p's names for the same
 
@@ -223,7 +238,7 @@ class SecureChannel:
             piece = view[start : start + MAX_PLAINTEXT_LENGTH]
             parts.append((len(piece) + _TAG_BYTES).to_bytes(_LENGTH_BYTES, "big"))
             parts.append(self._encrypt(None, piece))
-        await self.socket.send_now(b"".join(parts))
+        await self.socket.send_all(b"".join(parts))
 
 
 async def secure_outbound(socket: TcpSocket, transport: ISecureTransport, peer: PeerId) -> SecureChannel:

@@ -211,16 +211,16 @@ class Connections:
         Raises RemoteError or a NetworkError with ``progress.hop`` at the hop that failed; the stream is then
         closed, as it is when cancelled.
         """
+        progress.hop = "noise"
+        socket = TcpSocket(stream, initiator=True)
         self._handshakes += 1
         try:
-            progress.hop = "noise"
-            socket = TcpSocket(stream, initiator=True)
             channel = await secure_outbound(socket, self._noise, peer)
             progress.hop = "yamux"
             await multistream.propose(channel, YAMUX)
             self._demand_room()
         except BaseException:
-            stream.socket.close()
+            socket.abort()
             raise
         finally:
             self._handshakes -= 1
@@ -235,6 +235,12 @@ class Connections:
             socket = TcpSocket(stream, initiator=False)
         except OSError:  # the peer has gone already
             return
+        try:
+            await self._serve(socket)
+        finally:
+            socket.abort()
+
+    async def _serve(self, socket: TcpSocket) -> None:
         # What has no session yet is closed without a word: saying one would take the handshake.
         if (
             self._handshakes >= defaults.MAX_HANDSHAKES

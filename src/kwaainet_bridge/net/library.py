@@ -4,8 +4,8 @@ py-libp2p contributes the noise handshake with its key and peer id types. Its ho
 with release 0.8.1 one malformed stream ends them, 250 inbound connections in total fill them, they offer
 plaintext, try one address of a peer and then refuse that peer for a minute, and none of that can be
 switched off. Nothing of it is patched either: the handshake is driven through its public interfaces, the
-two attributes that those do not promise are named below, and in its table of key readers the entry for RSA
-is ours.
+attributes of its session and of the noise library below it that those do not promise are named in the check,
+and in its table of key readers the entry for RSA is ours.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.security.noise.io import BaseNoiseMsgReadWriter
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.security.secure_session import SecureSession
+from noise.connection import NoiseConnection
+from noise.state import CipherState
 
 from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.wire.pb import keys_pb2
 
+_NOISE_PROTOCOL = b"Noise_XX_25519_ChaChaPoly_SHA256"
 _MAX_RSA_KEY_BYTES = 1200  # one of 8192 bits takes 1062
 _MAX_RSA_EXPONENT_BITS = 64
 
@@ -40,6 +43,15 @@ def check_library() -> None:
         missing.append("SecureSession.conn")
     if "noise_state" not in inspect.get_annotations(BaseNoiseMsgReadWriter):
         missing.append("BaseNoiseMsgReadWriter.noise_state")
+    noise = NoiseConnection.from_name(_NOISE_PROTOCOL)
+    if not hasattr(noise, "noise_protocol"):
+        missing.append("NoiseConnection.noise_protocol")
+    elif not all(
+        hasattr(noise.noise_protocol, name) for name in ("cipher_state_encrypt", "cipher_state_decrypt")
+    ):
+        missing.append("NoiseProtocol.cipher_state_*")
+    if not all(hasattr(CipherState, name) for name in ("encrypt_with_ad", "decrypt_with_ad")):
+        missing.append("CipherState.*_with_ad")
     if missing:
         raise ConfigError(
             f"libp2p {libp2p.__version__} has no {' and no '.join(missing)}: install the pinned version (0.8.1)"
