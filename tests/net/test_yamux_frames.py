@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import pytest
@@ -31,30 +30,37 @@ SESSION = (
 )  # fmt: skip
 
 
-def collect(pieces: list[bytes]) -> tuple[list[Header], bytes]:
+def outcome(pieces: list[bytes]) -> tuple[list[Header], bytes, str]:
+    """The headers, the payload, and the text of the error that ends them, if one does."""
     parser = FrameParser()
     headers, payload = [], b""
-    for piece in pieces:
-        for event in parser.feed(piece):
-            if isinstance(event, Payload):
-                payload += event.data
-            else:
-                headers.append(event)
-    return headers, payload
+    try:
+        for piece in pieces:
+            for event in parser.feed(piece):
+                if isinstance(event, Payload):
+                    payload += event.data
+                else:
+                    headers.append(event)
+    except RemoteError as e:
+        return headers, payload, str(e)
+    return headers, payload, ""
+
+
+def cut(data: bytes, positions: list[int]) -> list[bytes]:
+    edges = sorted({0, *(min(p, len(data)) for p in positions), len(data)})
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 EXPECTED = [Header(WINDOW_UPDATE, SYN, 1, 0), Header(DATA, FIN, 1, 5), Header(PING, SYN, 0, 7)]
 
 
 def test_whole() -> None:
-    assert collect([SESSION]) == (EXPECTED, b"hello")
+    assert outcome([SESSION]) == (EXPECTED, b"hello", "")
 
 
 @given(st.lists(st.integers(0, len(SESSION)), max_size=20))
 def test_in_pieces(cuts: list[int]) -> None:
-    edges = sorted({0, *cuts, len(SESSION)})
-    pieces = [SESSION[a:b] for a, b in itertools.pairwise(edges)]
-    assert collect(pieces) == (EXPECTED, b"hello")
+    assert outcome(cut(SESSION, cuts)) == (EXPECTED, b"hello", "")
 
 
 def test_encoding() -> None:
@@ -63,15 +69,17 @@ def test_encoding() -> None:
 
 def test_payload_tells_what_remains() -> None:
     parser = FrameParser()
-    parser.feed(encode_header(DATA, 0, 1, 5))
-    assert parser.feed(b"he") == [Payload(b"he", 3)]
-    assert parser.feed(b"llo") == [Payload(b"llo", 0)]
+    assert list(parser.feed(encode_header(DATA, 0, 1, 5))) == [Header(DATA, 0, 1, 5)]
+    assert list(parser.feed(b"he")) == [Payload(b"he", 3)]
+    assert list(parser.feed(b"llo")) == [Payload(b"llo", 0)]
 
 
-@given(st.binary(max_size=200))
-def test_garbage_parses_or_is_refused(data: bytes) -> None:
-    with contextlib.suppress(RemoteError):  # and nothing else
-        collect([data])
+@given(st.binary(max_size=200), st.lists(st.integers(0, 250), max_size=20))
+def test_any_bytes_end_the_same_however_cut(junk: bytes, cuts: list[int]) -> None:
+    data = SESSION + junk
+    whole = outcome([data])
+    assert whole[0][: len(EXPECTED)] == EXPECTED
+    assert outcome(cut(data, cuts)) == whole
 
 
 @pytest.mark.parametrize(
@@ -79,4 +87,8 @@ def test_garbage_parses_or_is_refused(data: bytes) -> None:
 )
 def test_unknown(frame: bytes, text: str) -> None:
     with pytest.raises(RemoteError, match=text):
-        FrameParser().feed(frame)
+        list(FrameParser().feed(frame))
+
+
+def test_frames_before_bad_bytes_are_delivered_first() -> None:
+    assert outcome([SESSION + b"\x01" * 12]) == (EXPECTED, b"hello", "yamux: version 1")

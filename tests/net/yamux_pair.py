@@ -57,7 +57,7 @@ class Peer:
             data = await self.stream.receive_some(65536)
             if not data:
                 return None
-            self.events = self.parser.feed(bytes(data))
+            self.events = list(self.parser.feed(bytes(data)))
         return self.events.pop(0)
 
     async def expect(self, type_: int, flags: int = 0) -> Header:

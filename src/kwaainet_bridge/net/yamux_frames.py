@@ -8,6 +8,7 @@ the reason of leaving. Source: hashicorp/yamux spec.md; go-yamux v4.0.1.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from kwaainet_bridge.errors import RemoteError
@@ -74,16 +75,18 @@ class FrameParser:
         self._header = b""
         self._remaining = 0
 
-    def feed(self, data: bytes) -> list[Header | Payload]:
-        """Parse ``data``. Raises RemoteError on an unknown version or frame type."""
-        events: list[Header | Payload] = []
+    def feed(self, data: bytes) -> Iterator[Header | Payload]:
+        """Parse ``data``, which must be iterated over to its end.
+
+        Raises RemoteError on an unknown version or frame type, behind whatever precedes it.
+        """
         offset, end = 0, len(data)
         while offset < end:
             if self._remaining:
                 piece = _cut(data, offset, min(end, offset + self._remaining))
                 offset += len(piece)
                 self._remaining -= len(piece)
-                events.append(Payload(piece, self._remaining))
+                yield Payload(piece, self._remaining)
                 continue
             if self._header or end - offset < HEADER_BYTES:
                 missing = HEADER_BYTES - len(self._header)
@@ -102,5 +105,4 @@ class FrameParser:
                 raise RemoteError(f"yamux: frame of unknown type {type_}")
             if type_ == DATA:
                 self._remaining = length
-            events.append(Header(type_, flags, stream_id, length))
-        return events
+            yield Header(type_, flags, stream_id, length)
