@@ -2,9 +2,7 @@
 
 ``python -m bench.codecs`` alternates the two, each in its own process and environment, so that a machine that slows
 down slows both, and prints the medians and their ratios as a table and as JSON. Measured is the whole way: from a
-tensor to the bytes of its protobuf message and back. ``ours`` is kwaainet_bridge.wire.tensor_bytes, which writes
-and reads those bytes itself, ``message`` is wire.tensors, which leaves that to the protobuf library as Hivemind
-does.
+tensor to the bytes of its protobuf message and back.
 """
 
 from __future__ import annotations
@@ -61,17 +59,13 @@ def stock_work(codec: int, count: int) -> dict[str, Work]:
 
 
 def our_work(codec: int, count: int) -> dict[str, Work]:
-    from kwaainet_bridge.wire.pb.expert_pb2 import Tensor
-    from kwaainet_bridge.wire.tensor_bytes import read_tensor, tensor_parts
-    from kwaainet_bridge.wire.tensors import decode_tensor, encode_tensor
+    from kwaainet_bridge.wire.tensors import TensorMessage, decode_tensor, encode_tensor
 
     tensor = values(count)
-    data = encode_tensor(tensor, codec).SerializeToString()
+    data = b"".join(encode_tensor(tensor, codec).parts())
     return {
-        "ours encode": lambda: b"".join(tensor_parts(tensor, codec)),
-        "ours decode": lambda: read_tensor(data),
-        "message encode": lambda: encode_tensor(tensor, codec).SerializeToString(),
-        "message decode": lambda: decode_tensor(Tensor.FromString(data)),
+        "ours encode": lambda: b"".join(encode_tensor(tensor, codec).parts()),
+        "ours decode": lambda: decode_tensor(TensorMessage.read(data)),
         "copy": tensor.clone,
     }
 
@@ -80,17 +74,16 @@ def frame_copies(count: int = SIZES["1 MB"]) -> list[str]:
     """The objects of the buffer's size that one uncompressed tensor in a stream frame takes, in order."""
     import tracemalloc
 
+    from kwaainet_bridge.wire.expert import ExpertResponse
     from kwaainet_bridge.wire.frames import encode_message
-    from kwaainet_bridge.wire.tensor_bytes import tensor_parts
+    from kwaainet_bridge.wire.tensors import encode_tensor
 
     tensor = values(count)
     steps = []
     tracemalloc.start()
-    parts = tensor_parts(tensor)
+    parts = ExpertResponse(tensors=[encode_tensor(tensor)]).parts()
     steps.append(("parts of the message", tracemalloc.get_traced_memory()[1]))
-    payload = b"".join(parts)
-    steps.append(("message bytes", tracemalloc.get_traced_memory()[1]))
-    encode_message(payload)
+    encode_message(*parts)
     steps.append(("frame", tracemalloc.get_traced_memory()[1]))
     tracemalloc.stop()
     return [f"{name}: {peak / (4 * count):.2f} buffers so far" for name, peak in steps]
@@ -135,7 +128,6 @@ def row(codec: str, size: str, taken: dict[str, float]) -> dict[str, object]:
             f"{way} us": round(taken[f"ours {way}"] * 1e6, 1),
             f"{way} stock MB/s": round(megabytes / taken[f"stock {way}"]),
             f"{way} ratio": round(taken[f"stock {way}"] / taken[f"ours {way}"], 2),
-            f"{way} message ratio": round(taken[f"stock {way}"] / taken[f"message {way}"], 2),
         }
     return result
 

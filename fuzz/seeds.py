@@ -25,11 +25,12 @@ from kwaainet_bridge.net.identify import encode_identify
 from kwaainet_bridge.net.yamux_frames import DATA, FIN, GO_AWAY, SYN, WINDOW_UPDATE, encode_header
 from kwaainet_bridge.wire import frames
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.msgpack import pack
 from kwaainet_bridge.wire.pb import dht_pb2, kad_pb2
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, Tensor
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo
 from kwaainet_bridge.wire.peer_id import PeerId
-from kwaainet_bridge.wire.tensors import split_tensor
+from kwaainet_bridge.wire.tensors import TensorMessage, split_tensor
 from kwaainet_bridge.wire.varint import encode_uvarint
 
 _HERE: Final = Path(__file__).parent
@@ -107,16 +108,15 @@ def _tensors(golden: dict[str, Any]) -> Iterator[Seed]:
         if "error" in vector:
             continue
         wire = bytes.fromhex(vector["pb_hex"])
-        message = Tensor.FromString(wire)
+        message = TensorMessage.read(wire)
         yield "tensor", wire
-        yield "tensor-bytes", wire
         dtype, kind = DTYPES[message.dtype], CompressionType(message.compression)
         yield "encoded", Encoded(kind, dtype, tuple(message.size), message.buffer).to_bytes()
         yield (
             "codec-" + vector["type"].lower().replace("_", "-"),
-            codec_layout(message.dtype, message.size, message.buffer),
+            codec_layout(message.dtype, message.size, bytes(message.buffer)),
         )
-        yield "tensor-parts", _delimited(*(p.SerializeToString() for p in split_tensor(message, 256)))
+        yield "tensor-parts", _delimited(*(b"".join(p.parts()) for p in split_tensor(message, 256)))
         yield "tensor-parts", _delimited(wire, wire)
     # numbers of two bytes: see the targets
     yield "kwaai-blocks", bytes.fromhex("0040 0001 0002 0002 0003  003c 7f8101ff0040")
@@ -135,10 +135,11 @@ def _petals() -> Iterator[Seed]:
                 yield "msgpack", packed
         elif path.name.endswith("request.bin"):
             yield "expert-request", data
-            yield "metadata", ExpertRequest.FromString(data).metadata
+            yield "metadata", ExpertRequest.read(data).metadata
         else:
-            tensors = ExpertResponse.FromString(data).tensors
-            yield "tensor-parts", _delimited(*(t.SerializeToString() for t in tensors))
+            yield "expert-response", data
+            tensors = ExpertResponse.read(data).tensors
+            yield "tensor-parts", _delimited(*(b"".join(t.parts()) for t in tensors))
     info = ServerInfo(
         state=ServerState.ONLINE,
         throughput=10.5,

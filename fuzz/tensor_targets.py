@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
+from google.protobuf.message import DecodeError, Message
 
 from fuzz.wire_targets import expect
 from kwaainet_bridge.compression import Codec, CompressionType, Encoded, codec, decode
@@ -22,18 +23,25 @@ from kwaainet_bridge.errors import CompressionError, Refusal, RemoteError
 from kwaainet_bridge.hivemind.client.calls import parse_traits
 from kwaainet_bridge.hivemind.experts.records import ServerInfo
 from kwaainet_bridge.hivemind.experts.requests import Metadata
-from kwaainet_bridge.rpc.streams import parse
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.fields import Buffer, BytesMessage
 from kwaainet_bridge.wire.msgpack import pack, unpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, Tensor
-from kwaainet_bridge.wire.tensor_bytes import read_tensor, tensor_parts
-from kwaainet_bridge.wire.tensors import DTYPES, TensorJoiner, decode_tensor, encode_tensor, split_tensor
+from kwaainet_bridge.wire.pb import expert_pb2
+from kwaainet_bridge.wire.tensors import (
+    DTYPES,
+    TensorJoiner,
+    TensorMessage,
+    decode_tensor,
+    encode_tensor,
+    split_tensor,
+)
 
 _DTYPES: Final = tuple(DTYPES)
 _MAX_BYTES: Final = 1 << 20
 
 
-def _check_tensor(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, buffer: bytes) -> None:
+def _check_tensor(tensor: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, buffer: Buffer) -> None:
     expect(tuple(tensor.shape) == tuple(shape), "shape")
     expect(tensor.dtype == dtype, "dtype")
     expect(tensor.is_contiguous() and tensor.device.type == "cpu", "layout")
@@ -54,8 +62,7 @@ def _decompress(which: Codec, data: bytes) -> None:
     dims = [int.from_bytes(data[2 + 2 * i : 4 + 2 * i], "big") for i in range(ndim)]
     shape = [d if d < 0xF000 else (d & 0xFFF) << 20 for d in dims]  # the highest stand for far larger ones
     buffer = data[2 + 2 * ndim :]
-    message = Tensor(buffer=buffer, size=shape, dtype=dtype)
-    message.compression = which.compression.value  # type: ignore[assignment] # the stubs want their own enum
+    message = TensorMessage(values=[buffer], size=shape, dtype=dtype, compression=which.compression)
     tensor = decode_tensor(message)
     _check_tensor(tensor, shape, DTYPES[dtype], buffer)
     # a peer's values, whatever they are, can be encoded again or are refused for a stated reason
@@ -65,26 +72,41 @@ def _decompress(which: Codec, data: bytes) -> None:
 
 
 def tensor(data: bytes) -> None:
-    message = parse(Tensor, data, "tensor")
+    message = _read(TensorMessage, expert_pb2.Tensor, data)
     decoded = decode_tensor(message)
     _check_tensor(decoded, message.size, DTYPES[message.dtype], message.buffer)
+    again = decode_tensor(TensorMessage.read(_bytes(encode_tensor(decoded))))
+    expect(decoded.requires_grad == again.requires_grad, "requires_grad differs")
+    expect(torch.equal(_bits(decoded), _bits(again)), "round trip")
 
 
-def tensor_bytes(data: bytes) -> None:
-    """Our own reader of the message: what both it and the protobuf library accept, they read alike."""
-    ours = read_tensor(data)
-    expect(torch.equal(_bits(read_tensor(b"".join(tensor_parts(ours)))), _bits(ours)), "round trip")
-    try:
-        theirs = decode_tensor(parse(Tensor, data, "tensor"))
-    except RemoteError:
-        return
-    expect((ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), "dtype or shape differ")
-    expect(ours.requires_grad == theirs.requires_grad, "requires_grad differs")
-    expect(torch.equal(_bits(ours), _bits(theirs)), "values differ")
+def _bytes(message: BytesMessage) -> bytes:
+    return b"".join(message.parts())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+_Read = TypeVar("_Read", bound=BytesMessage)
+
+
+def _read(kind: type[_Read], library: type[Message], data: bytes) -> _Read:
+    """Our reader: it reads again what it writes, and what the protobuf library accepts too it reads alike."""
+    message = kind.read(data)
+    written = _bytes(message)
+    expect(message.length() == len(written), "length")
+    expect(_bytes(kind.read(written)) == written, "round trip")
+    try:
+        theirs = library.FromString(data)
+    except DecodeError:  # a varint that is too long, text that is not UTF-8 and is not the last of its field
+        return message
+    theirs.DiscardUnknownFields()
+    ours = library.FromString(
+        written
+    )  # what both write need not be equal: numbers may be too wide for their field
+    expect(ours == theirs, "the library reads something else")
+    return message
 
 
 def encoded(data: bytes) -> None:
@@ -129,9 +151,9 @@ def _tensor(data: bytes, dtype: torch.dtype) -> torch.Tensor:
 def parts(data: bytes) -> None:
     """A stream of delimited tensor parts."""
     joiner = TensorJoiner(_MAX_BYTES, max_tensors=64)
-    whole: list[Tensor] = []
+    whole: list[TensorMessage] = []
     for body in DelimitedDecoder(_MAX_BYTES).feed(data):
-        whole += joiner.feed(parse(Tensor, body, "part"))
+        whole += joiner.feed(TensorMessage.read(body))
     whole += joiner.finish()
     for message in whole:
         expect(len(message.buffer) <= len(data), "a buffer longer than what came")
@@ -163,14 +185,22 @@ def metadata(data: bytes) -> None:
 
 
 def expert_request(data: bytes) -> None:
-    request = parse(ExpertRequest, data, "request")
+    request = _read(ExpertRequest, expert_pb2.ExpertRequest, data)
+    _decode(request.tensors)
+    metadata(request.metadata)
+
+
+def expert_response(data: bytes) -> None:
+    _decode(_read(ExpertResponse, expert_pb2.ExpertResponse, data).tensors)
+
+
+def _decode(messages: Sequence[TensorMessage]) -> None:
     joiner = TensorJoiner(_MAX_BYTES)
-    for part in request.tensors:
+    for part in messages:
         for whole in joiner.feed(part):
             decode_tensor(whole)
     for whole in joiner.finish():
         decode_tensor(whole)
-    metadata(request.metadata)
 
 
 def rpc_info(data: bytes) -> None:
@@ -190,13 +220,13 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         for kind in CompressionType
     },
     "tensor": tensor,
-    "tensor-bytes": tensor_bytes,
     "tensor-parts": parts,
     "encoded": encoded,
     "kwaai-blocks": kwaai_blocks,
     "kwaai-sparse": kwaai_sparse,
     "metadata": metadata,
     "expert-request": expert_request,
+    "expert-response": expert_response,
     "rpc-info": rpc_info,
     "server-record": server_record,
 }

@@ -101,7 +101,7 @@ def call(data: bytes) -> None:
 def answer(data: bytes) -> None:
     read = decode_answer(data)
     if read.response is not None:
-        wire = encode_answer(read.call_id, response=read.response)
+        wire = encode_answer(read.call_id, read.response)
     else:
         wire = encode_error(read.call_id, str(read.error))
     (body,) = DelimitedDecoder(1 << 24).feed(wire)

@@ -20,8 +20,9 @@ from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState, bl
 from kwaainet_bridge.net.memory import MemoryNetwork
 from kwaainet_bridge.rpc import CallContext, RpcClient, RpcServer, ServerStream
 from kwaainet_bridge.wire import msgpack
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.msgpack import TensorDescriptor
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertUID
 from kwaainet_bridge.wire.peer_id import PeerId
 from kwaainet_bridge.wire.tensors import TensorJoiner, decode_tensor, encode_tensor, split_tensor
 

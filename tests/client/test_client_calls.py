@@ -134,6 +134,6 @@ async def test_an_answer_must_be_what_was_asked_for(tensors, text) -> None:
 
 async def test_an_answer_whose_buffer_does_not_fit_its_shape() -> None:
     message = encode_tensor(torch.ones(1, 2, 4))
-    message.buffer = message.buffer[:-1]
+    message.values = [message.buffer[:-1]]
     with pytest.raises(RemoteError):
         await calls.decode_answer([message], [(1, 2, 4)], torch.float32)

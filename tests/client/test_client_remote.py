@@ -10,7 +10,7 @@ from client_fakes import ToySwarm, random_hidden, run_blocks, toy_swarm
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import InvalidRequest, NoRoute, Refusal
 from kwaainet_bridge.hivemind.client import backward, forward
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest
+from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.tensors import decode_tensor
 
 MESSAGES = Path(__file__).parents[1] / "vectors" / "petals-tiny-llama" / "messages"
@@ -57,7 +57,7 @@ async def test_part_of_the_model() -> None:
 
 async def test_requests_are_byte_for_byte_those_of_a_stock_client() -> None:
     def recorded(number: int, rpc: str) -> ExpertRequest:
-        return ExpertRequest.FromString((MESSAGES / f"{number:03}-{rpc}.request.bin").read_bytes())
+        return ExpertRequest.read((MESSAGES / f"{number:03}-{rpc}.request.bin").read_bytes())
 
     async with toy_swarm(8) as toy:
         toy.add(0, 4), toy.add(4, 8)

@@ -12,7 +12,7 @@ from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import InvalidRequest, NoRoute, Refusal
 from kwaainet_bridge.hivemind.client import InferenceSession, open_session
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest
+from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.tensors import decode_tensor
 
 MESSAGES = Path(__file__).parents[1] / "vectors" / "petals-tiny-llama" / "messages"
@@ -51,7 +51,7 @@ async def test_part_of_the_model() -> None:
 
 
 def recorded(number: int) -> ExpertRequest:
-    return ExpertRequest.FromString((MESSAGES / f"{number:03}-rpc_inference.request.bin").read_bytes())
+    return ExpertRequest.read((MESSAGES / f"{number:03}-rpc_inference.request.bin").read_bytes())
 
 
 async def test_requests_are_byte_for_byte_those_of_a_stock_client() -> None:
@@ -67,8 +67,9 @@ async def test_requests_are_byte_for_byte_those_of_a_stock_client() -> None:
                 hidden, _, hypo_ids = map(decode_tensor, recorded(number).tensors)
                 await session.step(hidden, hypo_ids=hypo_ids if hypo_ids.numel() else None)
         first, second = toy.servers
-        assert [r.SerializeToString() for r in first.requests] == [
-            recorded(number).SerializeToString() for number in (17, 21, 25, 29, 33)
+        assert [b"".join(r.parts()) for r in first.requests] == [
+            (MESSAGES / f"{number:03}-rpc_inference.request.bin").read_bytes()
+            for number in (17, 21, 25, 29, 33)
         ]
         assert [(r.uid, r.metadata) for r in second.requests] == [
             (r.uid, r.metadata) for r in map(recorded, (19, 23, 27, 31, 34))

@@ -8,7 +8,7 @@ import torch
 
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest
+from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.tensors import decode_tensor, encode_tensor
 
 HIDDEN = 64

@@ -12,11 +12,12 @@ from expert_calls import DUMMY, NO_HYPOTHESES, hidden, request, step, uid
 from expert_world import client_of, tiny_world
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import EngineError, HandlerError, StreamReset
 from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.wire import frames, msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import CompressionType, ExpertRequest, Tensor
-from kwaainet_bridge.wire.tensors import encode_tensor
+from kwaainet_bridge.wire.expert import ExpertRequest
+from kwaainet_bridge.wire.tensors import TensorMessage, encode_tensor
 
 ALL = range(8)
 DEEP = b"\x91" * 10_000 + b"\xc0"
@@ -79,24 +80,26 @@ async def test_unknown_blocks(world, name, text):
 
 
 TENSORS = {
-    "buffer shorter than its shape": Tensor(buffer=bytes(12), size=[1, 1, 64], dtype="float32"),
-    "buffer longer than its shape": Tensor(buffer=bytes(1024), size=[1, 1, 64], dtype="float32"),
-    "huge shape, no buffer": Tensor(buffer=b"", size=[2**31, 2**31, 2**31], dtype="float32"),
-    "unknown dtype": Tensor(buffer=bytes(256), size=[1, 1, 64], dtype="complex999"),
-    "no dtype": Tensor(buffer=bytes(256), size=[1, 1, 64]),
-    "lying compression: blockwise": Tensor(
-        buffer=bytes(256), size=[1, 1, 64], dtype="float32", compression=CompressionType.BLOCKWISE_8BIT
+    "buffer shorter than its shape": TensorMessage(values=[bytes(12)], size=[1, 1, 64], dtype="float32"),
+    "buffer longer than its shape": TensorMessage(values=[bytes(1024)], size=[1, 1, 64], dtype="float32"),
+    "huge shape, no buffer": TensorMessage(values=[], size=[2**31, 2**31, 2**31], dtype="float32"),
+    "unknown dtype": TensorMessage(values=[bytes(256)], size=[1, 1, 64], dtype="complex999"),
+    "no dtype": TensorMessage(values=[bytes(256)], size=[1, 1, 64]),
+    "lying compression: blockwise": TensorMessage(
+        values=[bytes(256)], size=[1, 1, 64], dtype="float32", compression=CompressionType.BLOCKWISE_8BIT
     ),
-    "lying compression: huge codebook": Tensor(
-        buffer=b"\xff" * 7 + b"\x7f" + bytes(64),
+    "lying compression: huge codebook": TensorMessage(
+        values=[b"\xff" * 7 + b"\x7f" + bytes(64)],
         size=[1, 1, 64],
         dtype="float32",
         compression=CompressionType.UNIFORM_8BIT,
     ),
-    "lying compression: halves": Tensor(
-        buffer=bytes(256), size=[1, 1, 64], dtype="float32", compression=CompressionType.FLOAT16
+    "lying compression: halves": TensorMessage(
+        values=[bytes(256)], size=[1, 1, 64], dtype="float32", compression=CompressionType.FLOAT16
     ),
-    "unknown compression": Tensor(buffer=bytes(256), size=[1, 1, 64], dtype="float32", compression=77),
+    "unknown compression": TensorMessage(
+        values=[bytes(256)], size=[1, 1, 64], dtype="float32", compression=77
+    ),
 }
 
 
@@ -324,8 +327,8 @@ async def test_client_that_left_waits_for_no_cache(world):
             await holder.send(step(ALL, hidden(tokens=1), max_length=128))
         await holder.receive(timeout=10)
         gone = await world.network.hosts[world.client_peer].open_stream(target, methods.RPC_INFERENCE.name)
-        message = step(ALL, hidden(batch=2), max_length=128, alloc_timeout=600.0).SerializeToString()
-        await gone.write(frames.encode_message(message) * 7)
+        message = step(ALL, hidden(batch=2), max_length=128, alloc_timeout=600.0)
+        await gone.write(frames.encode_message(*message.parts()) * 7)
         with trio.fail_after(5):
             while world.servers[target].open_sessions < 2:
                 await trio.testing.wait_all_tasks_blocked()

@@ -13,7 +13,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import HandlerError
 from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.push import PushLimit
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest
+from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.peer_id import PeerId
 
 FIRST, SECOND = range(4), range(4, 8)

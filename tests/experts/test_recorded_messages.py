@@ -14,8 +14,10 @@ from expert_world import VECTORS, tiny_world
 
 from kwaainet_bridge.errors import HandlerError
 from kwaainet_bridge.hivemind.experts import methods
+from kwaainet_bridge.rpc.streams import parse
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertUID
 from kwaainet_bridge.wire.tensors import TensorJoiner, decode_tensor, encode_tensor, split_tensor
 
 MESSAGES = VECTORS / "messages"
@@ -47,7 +49,7 @@ def method_of(path):
 
 
 def load(kind, path):
-    return kind.FromString(path.read_bytes())
+    return parse(kind, path.read_bytes(), path.name)
 
 
 def first_block(uid):
@@ -198,7 +200,7 @@ async def test_session_without_ids(world):
 async def test_push_to_no_session_is_ignored(world):
     message = load(ExpertRequest, MESSAGES / "055-rpc_push.request.bin")
     response = await world.client.call(world.holder(0), methods.RPC_PUSH, message, timeout=10)
-    assert response.SerializeToString() == (MESSAGES / "056-rpc_push.response.bin").read_bytes()
+    assert b"".join(response.parts()) == (MESSAGES / "056-rpc_push.response.bin").read_bytes()
 
 
 async def test_info_of_nothing_tells_the_state_only(world):

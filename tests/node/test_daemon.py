@@ -160,7 +160,7 @@ async def test_running_session_is_drained_first(tmp_path):
     import torch
 
     from kwaainet_bridge.wire import msgpack
-    from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest
+    from kwaainet_bridge.wire.expert import ExpertRequest
     from kwaainet_bridge.wire.tensors import encode_tensor
 
     async with running_node(node_config(tmp_path, "node", blocks="0:2")) as node:

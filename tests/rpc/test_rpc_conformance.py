@@ -170,7 +170,7 @@ async def test_many_calls_at_once(pair):
         b"\x03abc",  # no envelope
         envelope.encode_call(bytes(16), b"", "Other.method", b""),
         b"\x23\x0a\x0f" + bytes(15) + b"\x1a\x10\x0a\x00\x12\x0aTest.unary\x1a\x00",  # a call id of 15 bytes
-        envelope.encode_answer(bytes(16), response=b""),
+        envelope.encode_answer(bytes(16), b""),
     ],
 )
 async def test_bad_unary_bytes_end_their_own_stream_only(pair, data):

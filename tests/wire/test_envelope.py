@@ -41,7 +41,7 @@ def test_golden_response():
     assert answer.call_id == CALL_ID
     assert answer.error is None
     assert answer.response.hex() == "12160a14" + "aa" * 20 + "2100002040fc54d9412801"
-    assert encode_answer(CALL_ID, response=answer.response) == wire
+    assert encode_answer(CALL_ID, answer.response) == wire
 
 
 def test_golden_error():
@@ -51,12 +51,12 @@ def test_golden_error():
 
 
 def test_empty_response_is_a_response():
-    wire = encode_answer(CALL_ID, response=b"")
+    wire = encode_answer(CALL_ID, b"")
     assert decode_answer(body(wire)) == Answer(CALL_ID, b"", None)
 
 
 def test_answer_to_another_call_id_is_accepted_as_stock_does():
-    assert decode_answer(body(encode_answer(b"other", response=b"x"))).call_id == b"other"
+    assert decode_answer(body(encode_answer(b"other", b"x"))).call_id == b"other"
 
 
 def test_error_text_survives_bad_characters():

@@ -16,7 +16,7 @@ from kwaainet_bridge.errors import DeadlineExceeded, HandlerError, RemoteError, 
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.rpc.method import Req, Res, StreamMethod, UnaryMethod
-from kwaainet_bridge.rpc.streams import FrameReader, parse, read_delimited
+from kwaainet_bridge.rpc.streams import FrameReader, parse, parts, read_delimited
 from kwaainet_bridge.wire import envelope, frames
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -65,7 +65,7 @@ class RpcClient:
         Host.open_stream raises. Cancelled: the peer's handler is cancelled too.
         """
         name = method.name
-        message = envelope.encode_call(self._new_call_id(), peer.raw, name, request.SerializeToString())
+        message = envelope.encode_call(self._new_call_id(), peer.raw, name, *parts(request))
         length = envelope.body_length(message)
         if length > defaults.MAX_UNARY_BYTES:
             raise ValueError(f"{name}: a request of {length} bytes needs the streaming call")
@@ -121,7 +121,7 @@ class ClientStream(Generic[Req, Res]):
     async def send(self, request: Req, *, timeout: float = math.inf) -> None:
         """Send one request; waits while the peer's window is full. Raises StreamReset, DeadlineExceeded."""
         with _Deadline(timeout, self._method.name, self.peer):
-            await self._stream.write(frames.encode_message(request.SerializeToString()))
+            await self._stream.write(frames.encode_message(*parts(request)))
 
     async def end(self, *, timeout: float = math.inf) -> None:
         """Tell the peer that no more requests follow. The stream stays open for its responses."""

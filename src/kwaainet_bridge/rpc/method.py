@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-Req = TypeVar("Req", bound=Message)
-Res = TypeVar("Res", bound=Message)
+from kwaainet_bridge.wire.fields import BytesMessage
+
+AnyMessage: TypeAlias = Message | BytesMessage
+
+Req = TypeVar("Req", bound=AnyMessage)
+Res = TypeVar("Res", bound=AnyMessage)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.rpc.budget import ReceiveBudget
 from kwaainet_bridge.rpc.inbound import InboundRequests
-from kwaainet_bridge.rpc.method import Method, Req, Res, StreamMethod, UnaryMethod
-from kwaainet_bridge.rpc.streams import parse, read_delimited
+from kwaainet_bridge.rpc.method import AnyMessage, Method, Req, Res, StreamMethod, UnaryMethod
+from kwaainet_bridge.rpc.streams import parse, parts, read_delimited
 from kwaainet_bridge.wire import envelope, frames
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -84,7 +84,7 @@ class ServerStream(Generic[Req, Res]):
         Raises StreamReset, or StreamClosed when the caller takes longer than ``defaults.SEND_SECONDS`` to
         read it; either way the call is over. Cancelled: the stream cannot be used any more.
         """
-        await _write(self._stream, frames.encode_message(response.SerializeToString()))
+        await _write(self._stream, frames.encode_message(*parts(response)))
 
 
 StreamingHandler = Callable[[ServerStream[Req, Res]], Awaitable[None]]
@@ -199,7 +199,7 @@ async def _serve_unary(
         stream.watch(scope.cancel)  # its end, its reset and a further byte all mean that
         try:
             response = await handler(parse(method.request, call.data, method.name), context)
-            answer = _encode_answer(call.call_id, response.SerializeToString())
+            answer = _encode_answer(call.call_id, response)
         except Exception as e:
             answer = envelope.encode_error(call.call_id, _error_texts(e, context)[0])
         stream.watch(None)
@@ -211,10 +211,11 @@ async def _serve_unary(
         raise StreamClosed(f"{stream.remote} {failure}")
 
 
-def _encode_answer(call_id: bytes, body: bytes) -> bytes:
-    answer = envelope.encode_answer(call_id, response=body)
-    if envelope.body_length(answer) > defaults.MAX_UNARY_BYTES:
-        raise Refusal(f"response of {len(body)} bytes exceeds the message size limit: use the streaming call")
+def _encode_answer(call_id: bytes, response: AnyMessage) -> bytes:
+    answer = envelope.encode_answer(call_id, *parts(response))
+    length = envelope.body_length(answer)
+    if length > defaults.MAX_UNARY_BYTES:
+        raise Refusal(f"response of {length} bytes exceeds the message size limit: use the streaming call")
     return answer
 
 

@@ -11,20 +11,29 @@ from google.protobuf.message import DecodeError, Message
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import RemoteError, StreamClosed
 from kwaainet_bridge.net.stream import Stream
+from kwaainet_bridge.rpc.method import AnyMessage
 from kwaainet_bridge.wire import frames
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
+from kwaainet_bridge.wire.fields import Buffer
 
-M = TypeVar("M", bound=Message)
+M = TypeVar("M", bound=AnyMessage)
 
 _READ_BYTES = 256 * defaults.KIB  # one read of a stream: what a yamux window holds at first
 
 
 def parse(kind: type[M], payload: bytes, method: str) -> M:
-    """Decode a protobuf message. Raises RemoteError naming the method."""
+    """Decode a message. Raises RemoteError naming the method."""
     try:
-        return kind.FromString(payload)
+        return kind.FromString(payload) if issubclass(kind, Message) else kind.read(payload)
     except DecodeError as e:
-        raise RemoteError(f"{method}: {len(payload)} bytes are no {kind.DESCRIPTOR.name}") from e
+        raise RemoteError(f"{method}: {len(payload)} bytes are no {kind.__name__}") from e
+    except RemoteError as e:
+        raise RemoteError(f"{method}: {kind.__name__}: {e}") from e
+
+
+def parts(message: AnyMessage) -> list[Buffer]:
+    """The bytes of a message, in buffers to send one after the other."""
+    return [message.SerializeToString()] if isinstance(message, Message) else message.parts()
 
 
 async def read_delimited(

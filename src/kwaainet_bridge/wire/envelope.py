@@ -12,9 +12,14 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.wire.fields import DELIMITED, Buffer, field_header, total
 from kwaainet_bridge.wire.pb import envelope_pb2
 from kwaainet_bridge.wire.prefixed import PrefixedDecoder
 from kwaainet_bridge.wire.varint import MAX_UVARINT_BYTES, decode_uvarint, encode_uvarint
+
+_CALL_ID, _CALL, _ANSWER = (number << 3 | DELIMITED for number in (1, 3, 4))
+_PEER, _PROTO, _DATA = (number << 3 | DELIMITED for number in (1, 2, 3))
+_RESPONSE, _ERROR = (number << 3 | DELIMITED for number in (1, 2))
 
 CALL_ID_BYTES: Final = 16
 """A UUID. Stock daemons drop calls whose id has another length, and confuse two calls in flight of one id."""
@@ -42,27 +47,28 @@ class Answer:
     error: str | None
 
 
-def encode_call(call_id: bytes, peer: bytes, protocol: str, data: bytes) -> bytes:
+def encode_call(call_id: bytes, peer: bytes, protocol: str, *data: Buffer) -> bytes:
     """The complete wire bytes of a request to ``peer`` (its id's bytes) for the negotiated ``protocol``.
 
-    Raises ValueError unless ``call_id`` has CALL_ID_BYTES.
+    The buffers of ``data`` together are a message of the method's request type. Raises ValueError unless
+    ``call_id`` has CALL_ID_BYTES.
     """
     if len(call_id) != CALL_ID_BYTES:
         raise ValueError(f"a call id has {CALL_ID_BYTES} bytes, not {len(call_id)}")
-    call = envelope_pb2.CallRequest(peer=peer, proto=protocol, data=data)
-    return _delimited(envelope_pb2.Envelope(call_id=call_id, call=call))
+    name = protocol.encode()
+    head = (field_header(_PEER, len(peer)), peer, field_header(_PROTO, len(name)), name)
+    return _delimited(call_id, _CALL, *head, field_header(_DATA, total(data)), *data)
 
 
-def encode_answer(call_id: bytes, *, response: bytes) -> bytes:
-    """The complete wire bytes of an answer that carries a message of the method's response type."""
-    answer = envelope_pb2.CallResponse(response=response)
-    return _delimited(envelope_pb2.Envelope(call_id=call_id, answer=answer))
+def encode_answer(call_id: bytes, *response: Buffer) -> bytes:
+    """The complete wire bytes of an answer that carries a message of the method's response type, in buffers."""
+    return _delimited(call_id, _ANSWER, field_header(_RESPONSE, total(response)), *response)
 
 
 def encode_error(call_id: bytes, text: str) -> bytes:
     """The complete wire bytes of an answer that says why the call failed; lone surrogates go escaped."""
-    answer = envelope_pb2.CallResponse(error=text.encode("utf-8", "backslashreplace"))
-    return _delimited(envelope_pb2.Envelope(call_id=call_id, answer=answer))
+    error = text.encode("utf-8", "backslashreplace")
+    return _delimited(call_id, _ANSWER, field_header(_ERROR, len(error)), error)
 
 
 def body_length(message: bytes) -> int:
@@ -72,9 +78,10 @@ def body_length(message: bytes) -> int:
     return prefix[0]
 
 
-def _delimited(envelope: envelope_pb2.Envelope) -> bytes:
-    body = envelope.SerializeToString()
-    return encode_uvarint(len(body)) + body
+def _delimited(call_id: bytes, tag: int, *content: Buffer) -> bytes:
+    """An envelope that holds ``content`` as its field ``tag``, joined once: the protobuf library copies more."""
+    head = field_header(_CALL_ID, len(call_id)) + call_id + field_header(tag, total(content))
+    return b"".join([encode_uvarint(len(head) + total(content)), head, *content])
 
 
 def decode_call(body: bytes) -> Call:

@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.wire.envelope import text_of
+from kwaainet_bridge.wire.fields import Buffer, total
 from kwaainet_bridge.wire.pb import envelope_pb2
 from kwaainet_bridge.wire.prefixed import PrefixedDecoder
 
@@ -65,13 +66,13 @@ class FrameOrder:
     marker_at: int
     length_at: int
 
-    def encode_message(self, payload: bytes) -> bytes:
-        """A frame that carries ``payload``, the bytes of a message of the method's type."""
-        return self._encode(MESSAGE, payload)
+    def encode_message(self, *payload: Buffer) -> bytes:
+        """A frame that carries the buffers of ``payload``, together a message of the method's type."""
+        return self._encode(MESSAGE, *payload)
 
     def encode_end(self) -> bytes:
         """The caller's "no more messages"."""
-        return self._encode(END_OR_ERROR, b"")
+        return self._encode(END_OR_ERROR)
 
     def encode_error(self, text: str) -> bytes:
         """The server's "the call failed", with a text for people. Lone surrogates are sent escaped."""
@@ -88,8 +89,8 @@ class FrameOrder:
         at = self.length_at
         return header[self.marker_at], int.from_bytes(header[at : at + _LENGTH_BYTES], "big")
 
-    def _encode(self, marker: int, payload: bytes) -> bytes:
-        return b"%b%b" % (self.encode_header(marker, len(payload)), payload)
+    def _encode(self, marker: int, *payload: Buffer) -> bytes:
+        return b"".join([self.encode_header(marker, total(payload)), *payload])
 
 
 MARKER_FIRST: Final = FrameOrder("marker first, then length", marker_at=0, length_at=1)

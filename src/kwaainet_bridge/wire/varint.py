@@ -12,6 +12,8 @@ _MAX_VALUE = (1 << 64) - 1
 
 def encode_uvarint(n: int) -> bytes:
     """Encode ``0 <= n < 2**64`` in as few bytes as it takes. Raises ValueError outside that range."""
+    if 0 <= n < 0x80:
+        return n.to_bytes()
     if not 0 <= n <= _MAX_VALUE:
         raise ValueError(f"{n} is not an unsigned 64-bit number")
     out = bytearray()
@@ -30,13 +32,17 @@ def decode_uvarint(
     Padded forms (``80 00`` for zero) are accepted, as Go's encoding/binary does for stock daemons. Raises
     RemoteError if the number does not end within ``max_bytes`` bytes or does not fit in 64 bits.
     """
-    value = 0
-    for i, byte in enumerate(buf[offset : offset + max_bytes]):
-        value |= (byte & 0x7F) << (7 * i)
-        if byte < 0x80:
-            if value > _MAX_VALUE:
-                raise RemoteError("varint: more than 64 bits")
-            return value, offset + i + 1
-    if len(buf) - offset >= max_bytes:
-        raise RemoteError(f"varint: does not end within {max_bytes} bytes")
-    return None
+    value = shift = 0
+    try:
+        while (byte := buf[offset]) >= 0x80:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            offset += 1
+            if shift == 7 * max_bytes:
+                raise RemoteError(f"varint: does not end within {max_bytes} bytes")
+    except IndexError:
+        return None
+    value |= byte << shift
+    if value > _MAX_VALUE:
+        raise RemoteError("varint: more than 64 bits")
+    return value, offset + 1

@@ -21,8 +21,9 @@ from kwaainet_bridge.hivemind.experts.requests import decode_tensors, encode_ten
 from kwaainet_bridge.rpc import RpcClient
 from kwaainet_bridge.wire import msgpack
 from kwaainet_bridge.wire.msgpack import TensorDescriptor
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertUID, Tensor
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertUID
 from kwaainet_bridge.wire.peer_id import PeerId
+from kwaainet_bridge.wire.tensors import TensorMessage
 
 # in place of an argument that is not given
 NO_TENSOR = torch.empty(0)
@@ -89,7 +90,9 @@ def args_structure(count: int) -> tuple[Any, ...]:
     return tuple(b"__T%d" % index for index in range(count)), {}
 
 
-async def encode_arguments(tensors: Sequence[torch.Tensor], compression: CompressionType) -> list[Tensor]:
+async def encode_arguments(
+    tensors: Sequence[torch.Tensor], compression: CompressionType
+) -> list[TensorMessage]:
     """Encode a call's arguments the way the server announced; indices and absent ones as they are.
 
     bfloat16 goes as float32 under the two compressions that cannot hold it. Large tensors are encoded in a
@@ -108,7 +111,7 @@ async def encode_arguments(tensors: Sequence[torch.Tensor], compression: Compres
 
 
 async def decode_answer(
-    messages: Sequence[Tensor], expected: Sequence[Sequence[int]], dtype: torch.dtype
+    messages: Sequence[TensorMessage], expected: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """Decode an answer's tensors, of exactly the ``expected`` shapes, cast to ``dtype``.
 

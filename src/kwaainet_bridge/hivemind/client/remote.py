@@ -27,8 +27,8 @@ from kwaainet_bridge.hivemind.experts.methods import (
 )
 from kwaainet_bridge.rpc import StreamMethod, UnaryMethod
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse, Tensor
-from kwaainet_bridge.wire.tensors import TensorJoiner, split_tensor
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.tensors import TensorJoiner, TensorMessage, split_tensor
 
 _Unary = UnaryMethod[ExpertRequest, ExpertResponse]
 _Stream = StreamMethod[ExpertRequest, ExpertResponse]
@@ -198,7 +198,7 @@ async def _call(
     if size <= defaults.CLIENT_UNARY_BYTES:
         request = ExpertRequest(uid=uid, tensors=tensors, metadata=metadata)
         answer = await swarm.rpc.call(hop.peer, unary, request, timeout=defaults.CLIENT_STEP_SECONDS)
-        received: Sequence[Tensor] = answer.tensors
+        received: Sequence[TensorMessage] = answer.tensors
     else:
         parts = (part for tensor in tensors for part in split_tensor(tensor, defaults.STREAM_PART_BYTES))
         requests = (ExpertRequest(uid=uid, tensors=[part], metadata=metadata) for part in parts)
@@ -215,8 +215,8 @@ async def _call(
 
 async def _exchange(
     swarm: Swarm, hop: Hop, method: _Stream, requests: Iterable[ExpertRequest], joiner: TensorJoiner
-) -> list[Tensor]:
-    received: list[Tensor] = []
+) -> list[TensorMessage]:
+    received: list[TensorMessage] = []
     async with swarm.rpc.stream(hop.peer, method, open_timeout=defaults.CONNECT_SECONDS) as stream:
         # a server that refused says why before it closes: read on although sending failed
         with contextlib.suppress(StreamReset):

@@ -21,7 +21,7 @@ from kwaainet_bridge.hivemind.client.swarm import Swarm
 from kwaainet_bridge.hivemind.experts.methods import RPC_INFERENCE
 from kwaainet_bridge.rpc import ClientStream
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 
 log = logging.getLogger(__name__)
 

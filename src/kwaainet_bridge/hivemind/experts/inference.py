@@ -22,7 +22,7 @@ from kwaainet_bridge.hivemind.experts.requests import Metadata, decode_tensors, 
 from kwaainet_bridge.hivemind.experts.span import ServedSpan, as_refusal
 from kwaainet_bridge.rpc import CallContext, ServerStream
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)

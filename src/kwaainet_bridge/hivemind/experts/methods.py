@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kwaainet_bridge.rpc import streaming, unary
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.pb.dht_pb2 import PingRequest, PingResponse
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertUID
 
 _HANDLER = "TransformerConnectionHandler"
 

@@ -20,8 +20,9 @@ from kwaainet_bridge.hivemind.experts.records import block_uid
 from kwaainet_bridge.hivemind.experts.requests import Metadata, NextServer
 from kwaainet_bridge.rpc import RpcClient
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, Tensor
+from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.peer_id import PeerId
+from kwaainet_bridge.wire.tensors import TensorMessage
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Pusher:
         self._nursery = nursery
         self._under_way = 0
 
-    def push(self, prefix: str, step: ExpertRequest, metadata: Metadata, output: Tensor) -> None:
+    def push(self, prefix: str, step: ExpertRequest, metadata: Metadata, output: TensorMessage) -> None:
         """Start pushing ``output`` if the step's metadata names a next server.
 
         The other tensors are those of this step (stock servers send those of the session's first step, which
@@ -57,7 +58,7 @@ class Pusher:
                 {**metadata.raw, "session_id": target.session_id, "next_servers": rest, "pushed": True}
             ),
         )
-        if request.ByteSize() > defaults.MAX_UNARY_BYTES - _ENVELOPE_ROOM:
+        if request.length() > defaults.MAX_UNARY_BYTES - _ENVELOPE_ROOM:
             return  # a long prompt: the unary call cannot carry it
         self._under_way += 1
         self._nursery.start_soon(self._send, target, request)

@@ -19,9 +19,15 @@ from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import Refusal, RemoteError
 from kwaainet_bridge.rpc import ServerStream
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse, Tensor
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.peer_id import PeerId
-from kwaainet_bridge.wire.tensors import TensorJoiner, decode_tensor, encode_tensor, split_tensor
+from kwaainet_bridge.wire.tensors import (
+    TensorJoiner,
+    TensorMessage,
+    decode_tensor,
+    encode_tensor,
+    split_tensor,
+)
 
 _TENSOR_MARK = b"__T"
 _MAX_ID_CHARACTERS = 128  # stock ids are UUIDs of 36; a server remembers hundreds
@@ -164,12 +170,12 @@ def optional(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if is_dummy(tensor) else tensor
 
 
-async def decode_tensors(messages: Sequence[Tensor]) -> list[torch.Tensor]:
+async def decode_tensors(messages: Sequence[TensorMessage]) -> list[torch.Tensor]:
     """Decode tensors, large ones off the event loop. Raises RemoteError naming the field."""
 
     def decode() -> list[torch.Tensor]:
         # the codec restores the sender's requires_grad; no peer makes this node record graphs
-        return [decode_tensor(m).detach() for m in messages]
+        return [t.detach() if t.requires_grad else t for t in map(decode_tensor, messages)]
 
     if sum(len(m.buffer) for m in messages) <= _inline_bytes(m.compression for m in messages):
         return decode()
@@ -178,13 +184,13 @@ async def decode_tensors(messages: Sequence[Tensor]) -> list[torch.Tensor]:
 
 async def encode_tensors(
     tensors: Sequence[torch.Tensor], compression: Sequence[CompressionType]
-) -> list[Tensor]:
+) -> list[TensorMessage]:
     """Encode tensors, large ones off the event loop.
 
     Raises Refusal for a compression that the dtype does not allow (FLOAT16 of bfloat16, say).
     """
 
-    def encode() -> list[Tensor]:
+    def encode() -> list[TensorMessage]:
         try:
             return [encode_tensor(t, c) for t, c in zip(tensors, compression, strict=True)]
         except ValueError as e:
@@ -203,13 +209,13 @@ def _inline_bytes(compression: Iterable[int]) -> int:
 
 async def receive_rest(
     call: ServerStream[ExpertRequest, ExpertResponse], first: ExpertRequest, max_bytes: int
-) -> list[Tensor]:
+) -> list[TensorMessage]:
     """Read a streamed request to its end and return its joined tensors, those of ``first`` included.
 
     Raises Refusal when the uid changes on the way, RemoteError beyond ``max_bytes`` of tensor data.
     """
     joiner = TensorJoiner(max_bytes)
-    tensors: list[Tensor] = []
+    tensors: list[TensorMessage] = []
     for part in first.tensors:
         tensors += joiner.feed(part)
     while True:
@@ -223,7 +229,9 @@ async def receive_rest(
             tensors += joiner.feed(part)
 
 
-async def send_split(call: ServerStream[ExpertRequest, ExpertResponse], tensors: Sequence[Tensor]) -> None:
+async def send_split(
+    call: ServerStream[ExpertRequest, ExpertResponse], tensors: Sequence[TensorMessage]
+) -> None:
     """Stream tensors in parts of ``defaults.STREAM_PART_BYTES``, one part per message."""
     for tensor in tensors:
         for part in split_tensor(tensor, defaults.STREAM_PART_BYTES):

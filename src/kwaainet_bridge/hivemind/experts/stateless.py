@@ -26,8 +26,10 @@ from kwaainet_bridge.hivemind.experts.requests import (
 from kwaainet_bridge.hivemind.experts.span import ServedSpan, as_refusal
 from kwaainet_bridge.rpc import CallContext, ServerStream
 from kwaainet_bridge.wire import msgpack
-from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertRequest, ExpertResponse, ExpertUID, Tensor
+from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo, ExpertUID
 from kwaainet_bridge.wire.peer_id import PeerId
+from kwaainet_bridge.wire.tensors import TensorMessage
 
 _SCHEMA_TOKENS = 2048  # stock servers describe inputs of this length; clients ignore it
 
@@ -107,7 +109,7 @@ class StatelessService:
     async def _serve_stream(
         self,
         call: ServerStream[ExpertRequest, ExpertResponse],
-        run: Callable[[str, Metadata, Sequence[Tensor]], Awaitable[list[Tensor]]],
+        run: Callable[[str, Metadata, Sequence[TensorMessage]], Awaitable[list[TensorMessage]]],
     ) -> None:
         # whoever opens a stream and stays silent takes nobody's place
         first = None
@@ -146,7 +148,9 @@ class StatelessService:
                 self._idle.set()
                 self._idle = trio.Event()
 
-    async def _forward(self, uid: str, metadata: Metadata, messages: Sequence[Tensor]) -> list[Tensor]:
+    async def _forward(
+        self, uid: str, metadata: Metadata, messages: Sequence[TensorMessage]
+    ) -> list[TensorMessage]:
         blocks = self._span.chain(uid)
         metadata.check_common()
         hidden, prompts = _arguments(metadata, await decode_tensors(messages), 2)
@@ -154,7 +158,9 @@ class StatelessService:
         output = await self._span.engine.forward(hidden, blocks, optional(prompts))
         return await encode_tensors([output], compression)
 
-    async def _backward(self, uid: str, metadata: Metadata, messages: Sequence[Tensor]) -> list[Tensor]:
+    async def _backward(
+        self, uid: str, metadata: Metadata, messages: Sequence[TensorMessage]
+    ) -> list[TensorMessage]:
         blocks = self._span.chain(uid)
         metadata.check_common()
         hidden, gradients, prompts = _arguments(metadata, await decode_tensors(messages), 3)
