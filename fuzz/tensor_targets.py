@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fuzz.wire_targets import expect
 from kwaainet_bridge.compression import Codec, CompressionType, Encoded, codec, decode
+from kwaainet_bridge.compression.encoded import DTYPES
 from kwaainet_bridge.compression.kwaai import (
     QuantisedBlocks,
     SparseValues,
@@ -29,7 +30,6 @@ from kwaainet_bridge.wire.fields import Buffer, BytesMessage
 from kwaainet_bridge.wire.msgpack import pack, unpack
 from kwaainet_bridge.wire.pb import expert_pb2
 from kwaainet_bridge.wire.tensors import (
-    DTYPES,
     TensorJoiner,
     TensorMessage,
     decode_tensor,
@@ -101,7 +101,7 @@ def _read(kind: type[_Read], library: type[Message], data: bytes) -> _Read:
         theirs = library.FromString(data)
     except DecodeError:  # a varint that is too long, text that is not UTF-8 and is not the last of its field
         return message
-    theirs.DiscardUnknownFields()
+    theirs.DiscardUnknownFields()  # type: ignore[attr-defined]  # the stubs leave it out
     ours = library.FromString(
         written
     )  # what both write need not be equal: numbers may be too wide for their field

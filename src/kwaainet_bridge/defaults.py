@@ -60,9 +60,9 @@ MAX_MSGPACK_DEPTH: Final = 64
 MAX_MSGPACK_ITEMS: Final = 1 << 16
 """Items in all containers of one msgpack value. A DHT record of a thousand servers has some 3,000."""
 
-MAX_MESSAGE_FIELDS: Final = 128
-"""Fields of one expert message or tensor, which has 6; requests carry 2 to 5 tensors. It bounds how long the loop
-is busy with one message, 10 ms, since these are read by Python code."""
+MAX_MESSAGE_FIELDS: Final = 64
+"""Fields of one expert message or tensor. A request carries 2 to 5 tensors; a tensor has 6 fields, 21 if its
+dimensions come one by one. These are read by Python code: it bounds to 10 ms how long one message keeps the loop."""
 
 MAX_TENSOR_ELEMENTS: Final = 1 << 31
 """Elements of one tensor. Far above what a step carries; it keeps products of dimensions within 64 bits."""

@@ -173,6 +173,17 @@ async def test_an_answer_of_another_shape_is_refused(caplog) -> None:
         assert "shape [1, 2, 4], expected [1, 3, 4]" in caplog.text
 
 
+async def test_a_streamed_answer_of_too_many_tensors_is_refused(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(defaults, "CLIENT_UNARY_BYTES", 1)
+    async with toy_swarm(2) as toy:
+        bad, good = toy.add(0, 2, throughput=1e9), toy.add(0, 2)
+        honest = bad._send
+        bad._send = lambda call, tensors: honest(call, tensors * 2)
+        done = await forward(toy.swarm, random_hidden(1, 3, 4))
+        assert [hop.peer for hop, _ in done.inputs] == [good.peer]
+        assert "tensor parts: more than 1 tensors" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("shape", "prompts", "text"),
     [

@@ -15,7 +15,8 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import EngineError, HandlerError, StreamReset
 from kwaainet_bridge.hivemind.experts import methods
-from kwaainet_bridge.wire import frames, msgpack
+from kwaainet_bridge.rpc.streams import read_delimited
+from kwaainet_bridge.wire import envelope, frames, msgpack
 from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.tensors import TensorMessage, encode_tensor
 
@@ -276,6 +277,22 @@ async def test_garbage_on_every_protocol(world, method, garbage):
     with trio.move_on_after(0.02), suppress(StreamReset):
         await stream.write(garbage)
         await stream.read(1000)
+    await stream.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (b"\x08\x01", "TransformerConnectionHandler.rpc_forward: ExpertRequest: uid has wire type 0"),
+        (b"\x12\x02\x0a\x05", "ExpertRequest: tensors: buffer ends after 0 of 5 bytes"),
+    ],
+)
+async def test_bytes_that_are_no_request(world, message, text):
+    method = methods.RPC_FORWARD.name
+    stream = await world.network.hosts[world.client_peer].open_stream(world.holder(0), method)
+    await stream.write(envelope.encode_call(bytes(16), b"", method, message))
+    answer = envelope.decode_answer(await read_delimited(stream, defaults.MAX_UNARY_BYTES))
+    assert text in answer.error
     await stream.close()
 
 

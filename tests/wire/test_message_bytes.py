@@ -138,7 +138,7 @@ FULL = joined(ExpertRequest(uid="u", tensors=[encode_tensor(torch.ones(2, 3))], 
         (GOOD + b"\x12\x10" + b"\x01" * 16, "size has more than the 16 dimensions"),
         (b"\x10\x01" * 17, "size has more than the 16 dimensions"),
         (b"\x12\x01\x80", "size ends early"),
-        (b"\x38\x00" * (defaults.MAX_MESSAGE_FIELDS + 1), "more than 128 fields"),
+        (b"\x38\x00" * (defaults.MAX_MESSAGE_FIELDS + 1), "more than 64 fields"),
     ],
 )
 def test_bytes_that_are_no_tensor(data, complaint):
@@ -160,7 +160,7 @@ def _varint(n: int) -> bytes:
         (b"\x08\x01", "uid has wire type 0"),
         (b"\x10\x01", "tensors has wire type 0"),
         (b"\x1d" + bytes(4), "metadata has wire type 5"),
-        (b"\x12\x00" * (defaults.MAX_MESSAGE_FIELDS + 1), "more than 128 fields"),
+        (b"\x12\x00" * (defaults.MAX_MESSAGE_FIELDS + 1), "more than 64 fields"),
     ],
 )
 def test_bytes_that_are_no_request(data, complaint):

@@ -11,10 +11,10 @@ from wire_golden import HIVEMIND
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.compression.encoded import DTYPES
 from kwaainet_bridge.errors import CompressionError, RemoteError
 from kwaainet_bridge.wire.pb import expert_pb2
 from kwaainet_bridge.wire.tensors import (
-    DTYPES,
     TensorJoiner,
     TensorMessage,
     decode_tensor,

@@ -202,8 +202,8 @@ async def _call(
     else:
         parts = (part for tensor in tensors for part in split_tensor(tensor, defaults.STREAM_PART_BYTES))
         requests = (ExpertRequest(uid=uid, tensors=[part], metadata=metadata) for part in parts)
-        # room for what codecs put in front of the values
-        joiner = TensorJoiner(8 * answer_values + defaults.MIB)
+        # room for what codecs put in front of the values; each tensor keeps the message that it came in
+        joiner = TensorJoiner(8 * answer_values + defaults.MIB, max_tensors=len(expected))
         with trio.move_on_after(defaults.CLIENT_STEP_SECONDS) as scope:
             received = await _exchange(swarm, hop, streaming, requests, joiner)
         if scope.cancelled_caught:
