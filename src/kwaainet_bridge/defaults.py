@@ -84,6 +84,19 @@ DIAL_STAGGER_SECONDS: Final = 0.25
 MAX_DIAL_ADDRESSES: Final = 16
 """Addresses of one peer that one dial tries; peers behind several interfaces announce about ten."""
 
+MAX_ENDPOINTS_PER_NAME: Final = 8
+"""Addresses tried of those that a name resolves to: a stranger's name may resolve to any number."""
+
+DIAL_BACKOFF_SECONDS: Final = 2.0
+"""An address that failed is left alone for up to this long; the bound doubles with each further failure. Less than
+a client's second pause between tries (stock daemons: 5 s)."""
+
+DIAL_MAX_BACKOFF_SECONDS: Final = 120.0
+"""Where that doubling ends: a server that comes back is found within two minutes (stock daemons: 5 minutes)."""
+
+MAX_DIALLED_PEERS: Final = 2048
+"""Peers whose dial results are kept; the one dialled longest ago is forgotten first."""
+
 MAX_ADDRESSES_PER_PEER: Final = 32
 """Addresses kept for one peer: what a peer says of itself must not grow without bound."""
 

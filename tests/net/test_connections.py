@@ -242,7 +242,7 @@ async def test_one_address_has_a_share_only(monkeypatch: pytest.MonkeyPatch) -> 
         origin = "203.0.114.7"
         [gone] = callers[0].connections
         await gone.close()
-        await until(lambda: len(server.connected_peers()) == 2)
+        await until(lambda: server.connections.count == 2)
         await callers[0].connect(server.addresses()[0])
 
 

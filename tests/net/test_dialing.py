@@ -8,12 +8,15 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
+import trio.testing
 from raw_sockets import take
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import PeerUnreachable, StreamReset
 from kwaainet_bridge.net import Host, HostConfig, multistream, open_host
+from kwaainet_bridge.net.addresses import Vicinity, parse_address
 from kwaainet_bridge.net.channel import secure_inbound
+from kwaainet_bridge.net.identify import PeerDescription
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.library import noise_transport
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -206,6 +209,76 @@ async def test_a_caller_who_leaves_takes_nothing_from_the_others(server: Host, c
     assert gone.cancelled_caught
     await client.open_stream(server.peer_id, "Echo.run")
     assert client.connections.count == 1
+
+
+# --- addresses that fail, and those of somebody else
+
+
+async def test_an_address_that_failed_is_left_alone_for_a_while(server: Host, client: Host) -> None:
+    address = f"/ip4/127.0.0.1/tcp/{closed_port()}"
+    client.add_addresses(NOBODY, [address])
+    with pytest.raises(PeerUnreachable, match="refused"):
+        await client.open_stream(NOBODY, "Echo.run")
+    with pytest.raises(PeerUnreachable, match=r"refused; tried again in \d s") as caught:
+        await client.open_stream(NOBODY, "Echo.run")
+    assert caught.value.hop == "tcp"
+    [result] = client.dial_results(NOBODY)
+    assert (str(result.address), result.hop, result.failures) == (address, "tcp", 1)
+
+
+async def test_whoever_asks_for_an_address_gets_it_tried(client: Host) -> None:
+    identity = Identity.generate("ed25519")
+    address = f"/ip4/127.0.0.1/tcp/{closed_port()}"
+    client.add_addresses(identity.peer_id, [address])
+    with pytest.raises(PeerUnreachable):
+        await client.open_stream(identity.peer_id, "Echo.run")
+    async with open_host(HostConfig(identity, listen=[address])):
+        await client.connect(f"{address}/p2p/{identity.peer_id}")
+        [result] = client.dial_results(identity.peer_id)
+        assert (result.error, result.failures) == ("", 0)
+
+
+async def test_an_address_of_another_peer_is_forgotten(server: Host, client: Host) -> None:
+    address = server.addresses()[0].partition("/p2p/")[0]
+    client.add_addresses(NOBODY, [address])
+    with pytest.raises(PeerUnreachable, match=f"another peer answers at this address: {server.peer_id}"):
+        await client.open_stream(NOBODY, "Echo.run")
+    assert client.known_addresses(NOBODY) == []
+    await client.connect(server.addresses()[0])  # and is kept where it belongs
+    assert client.known_addresses(server.peer_id) == server.addresses()
+
+
+async def test_own_address_under_another_name(server: Host) -> None:
+    address = server.addresses()[0].partition("/p2p/")[0]
+    server.add_addresses(NOBODY, [address])
+    with pytest.raises(PeerUnreachable, match="this host itself answers at this address") as caught:
+        await server.open_stream(NOBODY, "Echo.run")
+    assert caught.value.hop == "noise"
+    assert server.known_addresses(NOBODY) == []
+    with trio.fail_after(5):
+        while server.connections.count:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+    assert server.connected_peers() == []
+
+
+async def test_private_addresses_of_another_network_are_told_and_not_dialled(
+    server: Host, client: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a peer at a public address says of its private ones."""
+    client._vicinity = Vicinity(["10.1.2.3"])
+    said = [
+        parse_address(f"/ip4/{host}/tcp/1") for host in ("8.8.8.8", "10.9.9.9", "192.168.1.1", "127.0.0.1")
+    ]
+    await client.connect(server.addresses()[0])
+    await client.wait_identified()
+    [connection] = client.connections
+    monkeypatch.setattr(connection, "remote_host", "203.0.114.7")
+    client._describe(server.peer_id, PeerDescription("", frozenset(), tuple(said)))
+    assert set(said) <= set(client.where(server.peer_id))
+    dialled = {a.split("/")[2] for a in client.known_addresses(server.peer_id) if "/tcp/1/" in a}
+    assert dialled == {"8.8.8.8", "10.9.9.9"}
+    assert client.dialable(said, server.peer_id) == said[:2]
+    assert client.dialable(said, NOBODY) == said[:2]
 
 
 async def test_ipv6(client: Host) -> None:

@@ -59,6 +59,9 @@ class PretendHost:
     def where(self, peer: PeerId) -> list[Address]:
         return self.addresses.get(peer, [])
 
+    def dialable(self, addresses: Sequence[Address], told_by: PeerId) -> list[Address]:
+        return list(addresses)
+
     def description(self, peer: PeerId) -> PeerDescription:
         return PeerDescription("pretend", frozenset([KAD]), ())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,6 +54,11 @@ class Address:
     def binary(self) -> bytes:
         """:attr:`transport` in the binary form that peers exchange."""
         return bytes(Multiaddr(self.transport).to_bytes())
+
+    @property
+    def is_name(self) -> bool:
+        """Whether the host is a name, to be resolved."""
+        return self.protocol.startswith("dns")
 
     def without_peer(self) -> Address:
         """The same address without ``/p2p/…``."""
@@ -154,22 +159,94 @@ def reachable_forms(listening: Iterable[Address]) -> list[Address]:
     return list(dict.fromkeys(found))
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_PRIVATE: Final = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "127.0.0.0/8",
+            "10.0.0.0/8",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+            "100.64.0.0/10",
+            "169.254.0.0/16",
+            "::1/128",
+            "fe80::/10",
+        ),
+    )
+)
+_UNIQUE_LOCAL: Final = ipaddress.ip_network("fc00::/7")
+_UNIQUE_LOCAL_PREFIX: Final = 48
+"""Of unique local addresses this much is drawn at random for each network (RFC 4193)."""
+
+
+def private_block(host: str) -> Network | None:
+    """The range of private, link-local or loopback addresses that ``host`` belongs to; None if it is public
+    or a name."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if address in _UNIQUE_LOCAL:
+        return ipaddress.ip_network((address, _UNIQUE_LOCAL_PREFIX), strict=False)
+    return next((block for block in _PRIVATE if address in block), None)
+
+
+class Vicinity:
+    """Which private networks this machine is part of, and so which private addresses of strangers may be
+    dialled.
+
+    Such an address means something else in each network. Elsewhere a dial of it ends at a machine that has
+    nothing to do with the peer, perhaps one that a stranger wants us to knock at, or at nobody after
+    ten seconds. So it is dialled only if this machine has an address in the same range, or if whoever told
+    us is in it: a peer that we reach at 192.168.1.7 knows 192.168.1.8. Loopback addresses are dialled when told over
+    loopback.
+    """
+
+    def __init__(self, hosts: Iterable[str]) -> None:
+        self._blocks = {private_block(host) for host in hosts} - {None}
+
+    @classmethod
+    def here(cls) -> Vicinity:
+        """That of this machine's interfaces as they are now; loopback and link-local ones do not count."""
+        return cls([*get_network_addrs(4), *get_network_addrs(6)])
+
+    def has(self, address: Address, *, told_by: str) -> bool:
+        """Whether ``address``, heard from the peer at the IP address ``told_by``, may be dialled."""
+        block = private_block(address.host)
+        return block is None or block in self._blocks or block == private_block(told_by)
+
+
 class AddressBook:
     """Where peers may be dialled, as far as this host was told. Bounded; forgets the peer heard of
     longest ago."""
 
     def __init__(self) -> None:
-        self._peers: OrderedDict[PeerId, dict[Address, None]] = OrderedDict()
+        self._peers: OrderedDict[PeerId, dict[Address, bool]] = OrderedDict()
 
-    def add(self, peer: PeerId, addresses: Iterable[Address]) -> None:
-        """Remember addresses; those told last are dialled first."""
+    def add(
+        self, peer: PeerId, addresses: Iterable[Address], *, here: Callable[[Address], bool] = lambda _: True
+    ) -> None:
+        """Remember addresses; those told last are dialled first. ``here`` says which of them can be dialled
+        from here; the others are told to others only."""
         known = self._peers.pop(peer, {})
-        told = {a.without_peer(): None for a in addresses if a.port}
-        merged = {**told, **{a: None for a in known if a not in told}}
+        told = {a: here(a) or known.get(a, False) for a in (a.without_peer() for a in addresses) if a.port}
+        merged = {**told, **{a: dialled for a, dialled in known.items() if a not in told}}
         self._peers[peer] = dict(list(merged.items())[:MAX_ADDRESSES_PER_PEER])
         if len(self._peers) > MAX_KNOWN_PEERS:
             self._peers.popitem(last=False)
 
     def get(self, peer: PeerId) -> list[Address]:
-        """Return the addresses of ``peer``, the newest first."""
+        """Return all addresses of ``peer``, the newest first."""
         return list(self._peers.get(peer, ()))
+
+    def dialable(self, peer: PeerId) -> list[Address]:
+        """Return those that can be dialled from here."""
+        return [address for address, here in self._peers.get(peer, {}).items() if here]
+
+    def remove(self, peer: PeerId, address: Address) -> None:
+        """Forget one address, if it is known."""
+        self._peers.get(peer, {}).pop(address.without_peer(), None)

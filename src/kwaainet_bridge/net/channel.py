@@ -17,8 +17,6 @@ from collections.abc import Awaitable, Callable
 
 import trio
 from libp2p.abc import ConnectionType, IRawConnection, ISecureConn, ISecureTransport
-from libp2p.peer.id import ID
-from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
 from multiaddr import Multiaddr
 
@@ -38,6 +36,14 @@ _receive_buffer: trio.lowlevel.RunVar[memoryview] = trio.lowlevel.RunVar("receiv
 
 class ConnectionLost(NetworkError):
     """The TCP connection ended, or its bytes no longer decrypt."""
+
+
+class WrongPeer(RemoteError):
+    """Another peer than the one dialled has proved itself; ``found`` is who."""
+
+    def __init__(self, found: PeerId, text: str = "") -> None:
+        super().__init__(text or f"another peer answers at this address: {found}")
+        self.found = found
 
 
 class TcpSocket(IRawConnection):  # type: ignore[misc]  # libp2p is not followed by the type checker
@@ -242,10 +248,14 @@ class SecureChannel:
 
 
 async def secure_outbound(socket: TcpSocket, transport: ISecureTransport, peer: PeerId) -> SecureChannel:
-    """Shake hands as the dialling side. Raises RemoteError if the peer there is not ``peer`` or fails to
-    prove it."""
+    """Shake hands as the dialling side. Raises RemoteError if the peer there fails to prove who it is, WrongPeer if
+    that is not ``peer``."""
     await multistream.propose(socket, NOISE)
-    return await _handshake(socket, transport.secure_outbound(socket, ID(peer.raw)))
+    # py-libp2p would compare the ids, too, and not say whom it found
+    channel = await _handshake(socket, transport.secure_outbound(socket, None))
+    if channel.remote != peer:
+        raise WrongPeer(channel.remote)
+    return channel
 
 
 async def secure_inbound(socket: TcpSocket, transport: ISecureTransport) -> SecureChannel:
@@ -259,8 +269,6 @@ async def _handshake(socket: TcpSocket, handshake: Awaitable[ISecureConn]) -> Se
         session = await handshake
     except NetworkError:
         raise
-    except PeerIDMismatchesPubkey as e:
-        raise RemoteError("another peer answers at this address") from e
     except Exception as e:  # protobuf, cipher and library errors alike: the peer did not prove who it is
         raise RemoteError(f"noise handshake failed: {type(e).__name__} {e}".rstrip()) from e
     return SecureChannel(socket, PeerId(session.get_remote_peer().to_bytes()), session.conn)

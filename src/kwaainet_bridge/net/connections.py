@@ -12,8 +12,8 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
-from kwaainet_bridge.net.channel import SecureChannel, TcpSocket, secure_inbound, secure_outbound
-from kwaainet_bridge.net.dialer import Progress
+from kwaainet_bridge.net.channel import SecureChannel, TcpSocket, WrongPeer, secure_inbound, secure_outbound
+from kwaainet_bridge.net.dialer import HostFull, Progress
 from kwaainet_bridge.net.fair_pool import FairPool, Share
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.origins import Origins, origin_of
@@ -34,7 +34,8 @@ YAMUX = "/yamux/1.0.0"
 class Connection(YamuxConnection):
     """A yamux connection, and what is known of its other end.
 
-    ``remote_address`` is the binary multiaddr it came from or goes to, ``origin`` who answers for an inbound
+    ``remote_address`` is the binary multiaddr it came from or goes to, ``remote_host`` the IP address in it,
+    ``origin`` who answers for an inbound
     one; ``identified`` is set once the peer has said who it is, or has failed to. Streams of ``housekeeping``
     protocols do not count as use.
     """
@@ -58,6 +59,7 @@ class Connection(YamuxConnection):
         )
         self.identified = trio.Event()
         self.remote_address = bytes(channel.socket.get_transport_addresses()[0].to_bytes())
+        self.remote_host = channel.socket.get_remote_address()[0]
         self.origin = origin
         self.retired_at: float | None = None
         self._memory = memory
@@ -215,7 +217,7 @@ class Connections:
         socket = TcpSocket(stream, initiator=True)
         self._handshakes += 1
         try:
-            channel = await secure_outbound(socket, self._noise, peer)
+            channel = await self._secure_outbound(socket, peer)
             progress.hop = "yamux"
             await multistream.propose(channel, YAMUX)
             self._demand_room()
@@ -228,6 +230,14 @@ class Connections:
         self._add(connection)
         self._nursery.start_soon(self._run, connection)
         return connection
+
+    async def _secure_outbound(self, socket: TcpSocket, peer: PeerId) -> SecureChannel:
+        try:
+            return await secure_outbound(socket, self._noise, peer)
+        except WrongPeer as e:
+            if e.found == self._own:
+                raise WrongPeer(e.found, "this host itself answers at this address") from e
+            raise
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Secure, multiplex and run a stream that a peer opened; returns when the connection has ended."""
@@ -278,10 +288,15 @@ class Connections:
         if channel is None:
             return None
         connection = self._connection(channel, initiator=False, origin=origin)
-        if self._make_room():
+        if (
+            channel.remote == self._own
+        ):  # one of our own dials, to an address that another peer was said to have
+            connection.stop("this host has dialled itself")
+        elif self._make_room():
             return connection
-        log.debug("refused %s: %d connections are open, all in use", connection.remote, self._count)
-        connection.stop("this host is full")
+        else:
+            connection.stop("this host is full")
+        log.debug("refused %s: %s; %d connections", connection.remote, connection.close_reason, self._count)
         await connection.run()  # says so to the peer, and ends
         return None
 
@@ -309,9 +324,7 @@ class Connections:
 
     def _demand_room(self) -> None:
         if not self._make_room():
-            raise NetworkError(
-                f"this host has {self._count} connections, all in use: raise limits.connections"
-            )
+            raise HostFull(f"this host has {self._count} connections, all in use: raise limits.connections")
 
     def _add(self, connection: Connection) -> None:
         siblings = self._live.setdefault(connection.remote, [])

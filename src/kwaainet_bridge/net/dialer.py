@@ -1,16 +1,25 @@
-"""Dialling a peer: every address, one attempt per peer at a time, and a failure that says how far it came."""
+"""Dialling a peer: every address, one attempt per peer at a time, and a failure that says how far it came.
+
+Several addresses are raced as RFC 8305 has it: names are resolved side by side, the families take turns with
+IPv6 first, and the next attempt begins a quarter of a second after the last, or when that has failed. Public
+addresses and names come before private ones, which mean something in one network only.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, PeerUnreachable, ProtocolNotSupported, RemoteError
-from kwaainet_bridge.net.addresses import Address
+from kwaainet_bridge.net.addresses import Address, private_block
+from kwaainet_bridge.net.channel import WrongPeer
+from kwaainet_bridge.net.dial_history import DialHistory
 from kwaainet_bridge.net.yamux import YamuxConnection
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -19,83 +28,220 @@ log = logging.getLogger(__name__)
 HOPS: Final = ("address", "dns", "tcp", "noise", "yamux", "protocol")
 """The steps to a peer, in order."""
 
+Target = tuple[str | int, ...]
+"""What a socket connects to: host, port, and for IPv6 flow and scope."""
+
 Upgrade = Callable[[trio.SocketStream, PeerId, "Progress"], Awaitable[YamuxConnection]]
 """Turns a TCP stream to a peer into a running connection, and names each hop as it begins."""
+
+Connect = Callable[[int, Target], Awaitable[trio.SocketStream]]
+"""Opens a TCP stream, given the family and the target. Raises OSError."""
+
+
+class HostFull(NetworkError):
+    """This host has no room for another connection; that says nothing about the peer."""
 
 
 class Progress:
     """Which hop an attempt at one address is at."""
 
     def __init__(self) -> None:
-        self.hop = "address"
+        self.hop = "tcp"
 
 
+@dataclass(frozen=True)
+class _Endpoint:
+    """One socket address behind ``address``."""
+
+    address: Address
+    family: int
+    target: Target
+
+    def __str__(self) -> str:
+        host = self.target[0]
+        return str(self.address) if host == self.address.host else f"{self.address} ({host})"
+
+
+class _Candidates:
+    """Endpoints that were not tried yet, in the order in which they should be."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[bool, bool], deque[_Endpoint]] = {
+            (private, ipv6): deque() for private in (False, True) for ipv6 in (False, True)
+        }
+        self._seen: set[Target] = set()
+        self._ipv6_next = True
+
+    def add(self, endpoint: _Endpoint) -> bool:
+        """Take an endpoint; False if it is among them already."""
+        if endpoint.target in self._seen:
+            return False
+        self._seen.add(endpoint.target)
+        private = private_block(str(endpoint.target[0])) is not None
+        self._queues[private, endpoint.family == trio.socket.AF_INET6].append(endpoint)
+        return True
+
+    def next(self, *, private: bool) -> _Endpoint | None:
+        """The next one to try; private ones only if they may be."""
+        for tier in (False, True) if private else (False,):
+            for ipv6 in (self._ipv6_next, not self._ipv6_next):
+                if queue := self._queues[tier, ipv6]:
+                    self._ipv6_next = not ipv6
+                    return queue.popleft()
+        return None
+
+
+@dataclass
 class _Attempt:
     """One dial of one peer, which everybody who wants that peer waits for."""
 
-    def __init__(self, peer: PeerId, addresses: Sequence[Address]) -> None:
-        self.peer = peer
-        self.addresses = addresses
-        self.done = trio.Event()
-        self.connection: YamuxConnection | None = None
-        self.failures: list[tuple[str, str]] = []  # hop, "address: what happened"
+    peer: PeerId
+    addresses: Sequence[Address]
+    anyway: bool
+    done: trio.Event = field(default_factory=trio.Event)
+    connection: YamuxConnection | None = None
+    failures: list[tuple[str, str]] = field(default_factory=list)  # hop, "address: hop: what happened"
+    left_out: bool = False  # addresses that failed lately
+    full: HostFull | None = None
 
-    def error(self) -> PeerUnreachable:
+    candidates: _Candidates = field(default_factory=_Candidates)
+    resolving: int = 0
+    resolved: trio.Event = field(default_factory=trio.Event)
+    untried: dict[Address, int] = field(default_factory=dict)  # endpoints that have not failed yet
+    worst: dict[Address, tuple[str, str]] = field(default_factory=dict)  # furthest hop, what happened
+
+    def error(self) -> NetworkError:
+        if self.full is not None:
+            return PeerUnreachable(f"cannot reach {self.peer}: {self.full}", hop="address")
         hop = max((hop for hop, _ in self.failures), key=HOPS.index, default="address")
         reasons = "; ".join(text for _, text in self.failures) or "no address is known"
         return PeerUnreachable(f"cannot reach {self.peer} ({hop}): {reasons}", hop=hop)
 
 
 class Dialer:
-    """Dials in ``nursery``, so that a caller who is cancelled takes nothing from the others who wait."""
+    """Dials in ``nursery``, so that a caller who is cancelled takes nothing from the others who wait.
 
-    def __init__(self, nursery: trio.Nursery, upgrade: Upgrade) -> None:
+    ``misplaced`` is told of a peer and an address of its at which another peer answers.
+    """
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        upgrade: Upgrade,
+        *,
+        misplaced: Callable[[PeerId, Address], None],
+        history: DialHistory | None = None,
+        connect: Connect | None = None,
+    ) -> None:
+        self.history = DialHistory() if history is None else history
         self._nursery = nursery
         self._upgrade = upgrade
+        self._misplaced = misplaced
+        self._connect = _connect_tcp if connect is None else connect
         self._attempts: dict[PeerId, _Attempt] = {}
         self._resolvers = trio.CapacityLimiter(defaults.RESOLVER_THREADS)
 
-    async def dial(self, peer: PeerId, addresses: Sequence[Address]) -> YamuxConnection:
+    async def dial(
+        self, peer: PeerId, addresses: Sequence[Address], *, anyway: bool = False
+    ) -> YamuxConnection:
         """Connect to ``peer`` at the first of ``addresses`` that answers.
 
-        Attempts start 250 ms apart, or as soon as the one before failed. Raises PeerUnreachable with the
-        furthest hop and what happened at each address. Cancelled: the attempt goes on for those who share it.
+        Addresses that failed lately are left out, unless this is to happen ``anyway``: then their failures are
+        forgotten. Raises PeerUnreachable with the furthest hop and what happened at each address.
+        Cancelled: the attempt goes on for those who share it.
         """
-        wanted = list(dict.fromkeys(addresses))[: defaults.MAX_DIAL_ADDRESSES]
+        wanted = list(dict.fromkeys(a.without_peer() for a in addresses))[: defaults.MAX_DIAL_ADDRESSES]
         while True:
             attempt = self._attempts.get(peer)
             if attempt is None:
-                attempt = self._attempts[peer] = _Attempt(peer, wanted)
+                attempt = self._attempts[peer] = _Attempt(peer, wanted, anyway)
                 self._nursery.start_soon(self._run, attempt)
             await attempt.done.wait()
             if attempt.connection is not None:
                 return attempt.connection
-            if set(wanted) <= set(attempt.addresses):
+            if set(wanted) <= set(attempt.addresses) and not (anyway and attempt.left_out):
                 raise attempt.error()
 
     async def _run(self, attempt: _Attempt) -> None:
         try:
             async with trio.open_nursery() as nursery:
-                for address in attempt.addresses:
+                for address in self._due(attempt):
+                    if address.is_name:
+                        attempt.resolving += 1
+                        nursery.start_soon(self._resolve, attempt, address)
+                    else:
+                        self._add(attempt, address, [(address.family, (address.host, address.port))])
+                while (endpoint := await _next(attempt)) is not None:
                     failed = trio.Event()
-                    nursery.start_soon(self._try, attempt, address, failed, nursery.cancel_scope)
+                    nursery.start_soon(self._try, attempt, endpoint, failed, nursery.cancel_scope)
                     with trio.move_on_after(defaults.DIAL_STAGGER_SECONDS):
                         await failed.wait()
         finally:
             del self._attempts[attempt.peer]
             attempt.done.set()
 
-    async def _try(
-        self, attempt: _Attempt, address: Address, failed: trio.Event, others: trio.CancelScope
-    ) -> None:
-        progress = Progress()
+    def _due(self, attempt: _Attempt) -> Iterator[Address]:
+        if attempt.anyway:
+            self.history.forgive(attempt.peer, attempt.addresses)
+        for address in attempt.addresses:
+            last = self.history.waiting(attempt.peer, address)
+            if last is None:
+                yield address
+            else:
+                attempt.left_out = True
+                wait = self.history.seconds_left(last)
+                text = f"{address}: {last.hop}: {last.error}; tried again in {wait:.0f} s"
+                attempt.failures.append((last.hop, text))
+
+    @staticmethod
+    def _add(attempt: _Attempt, address: Address, targets: Sequence[tuple[int, Target]]) -> None:
+        added = [attempt.candidates.add(_Endpoint(address, *target)) for target in targets]
+        attempt.untried[address] = sum(added)
+
+    async def _resolve(self, attempt: _Attempt, address: Address) -> None:
+        # The resolver of the system: it knows /etc/hosts. Peers announce names too: slow name servers must
+        # not hold up all threads of the process.
         try:
             with trio.fail_after(defaults.DIAL_SECONDS):
-                connection = await self._connect(attempt.peer, address, progress)
+                async with self._resolvers:
+                    found = await trio.socket.getaddrinfo(
+                        address.host, address.port, family=address.family, type=trio.socket.SOCK_STREAM
+                    )
+        except trio.TooSlowError:
+            self._note(attempt, address, "dns", f"no answer within {defaults.DIAL_SECONDS:g} s")
+        except (OSError, UnicodeError) as e:
+            self._note(attempt, address, "dns", str(e) or type(e).__name__)
+        else:
+            usable = [(family, target) for family, _, _, _, target in found]
+            self._add(attempt, address, usable[: defaults.MAX_ENDPOINTS_PER_NAME])
+        finally:
+            attempt.resolving -= 1
+            attempt.resolved.set()
+            attempt.resolved = trio.Event()
+
+    def _note(self, attempt: _Attempt, address: Address, hop: str, error: str) -> None:
+        attempt.failures.append((hop, f"{address}: {hop}: {error}"))
+        self.history.failed(attempt.peer, address, hop, error)
+
+    async def _try(
+        self, attempt: _Attempt, endpoint: _Endpoint, failed: trio.Event, others: trio.CancelScope
+    ) -> None:
+        address, progress = endpoint.address, Progress()
+        try:
+            with trio.fail_after(defaults.DIAL_SECONDS):
+                stream = await self._connect(endpoint.family, endpoint.target)
+                connection = await self._upgrade(stream, attempt.peer, progress)
+        except HostFull as e:
+            attempt.full = e
+            others.cancel()
+            return
         except trio.TooSlowError:
             reason = f"no answer within {defaults.DIAL_SECONDS:g} s"
         except ProtocolNotSupported:
             reason = f"the peer does not speak {progress.hop}"
+        except WrongPeer as e:
+            reason = str(e)
+            self._misplaced(attempt.peer, address)
         except (OSError, NetworkError, RemoteError) as e:
             reason = str(e) or type(e).__name__
         except Exception as e:
@@ -104,32 +250,33 @@ class Dialer:
         else:
             if attempt.connection is None:
                 attempt.connection = connection
+            self.history.succeeded(attempt.peer, address)
             others.cancel()
             return
-        attempt.failures.append((progress.hop, f"{address.transport}: {progress.hop}: {reason}"))
+        attempt.failures.append((progress.hop, f"{endpoint}: {progress.hop}: {reason}"))
+        attempt.untried[address] -= 1
+        hop, _ = attempt.worst.get(address, ("address", ""))
+        if HOPS.index(progress.hop) >= HOPS.index(hop):
+            attempt.worst[address] = (progress.hop, reason)
+        if not attempt.untried[address]:
+            self.history.failed(attempt.peer, address, *attempt.worst[address])
         failed.set()
 
-    async def _connect(self, peer: PeerId, address: Address, progress: Progress) -> YamuxConnection:
-        progress.hop = "dns" if address.protocol.startswith("dns") else "tcp"
-        # The resolver of the system: it knows /etc/hosts, and literal addresses pass through it unchanged.
-        # Peers announce names too: slow name servers must not hold up all threads of the process.
-        async with self._resolvers:
-            found = await trio.socket.getaddrinfo(
-                address.host, address.port, family=address.family, type=trio.socket.SOCK_STREAM
-            )
-        progress.hop = "tcp"
-        failure: OSError | None = None
-        for family, _, _, _, target in found:
-            try:
-                stream = await _connect_tcp(family, target)
-            except OSError as e:
-                failure = e
-            else:
-                return await self._upgrade(stream, peer, progress)
-        raise failure or OSError(f"{address.host} has no address")
+
+async def _next(attempt: _Attempt) -> _Endpoint | None:
+    """The next endpoint to try, None when all were; waits for names if need be."""
+    while True:
+        endpoint = attempt.candidates.next(private=not attempt.resolving)
+        if endpoint is not None or not attempt.resolving:
+            return endpoint
+        # A name may stand for a public address, which goes first, if it is not too slow to resolve.
+        with trio.move_on_after(defaults.DIAL_STAGGER_SECONDS) as waiting:
+            await attempt.resolved.wait()
+        if waiting.cancelled_caught and (endpoint := attempt.candidates.next(private=True)) is not None:
+            return endpoint
 
 
-async def _connect_tcp(family: int, target: tuple[str | int, ...]) -> trio.SocketStream:
+async def _connect_tcp(family: int, target: Target) -> trio.SocketStream:
     connection = trio.socket.socket(family, trio.socket.SOCK_STREAM)
     try:
         await connection.connect(target)

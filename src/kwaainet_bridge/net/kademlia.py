@@ -59,6 +59,9 @@ class Neighbourhood(Protocol):
     def where(self, peer: PeerId) -> list[Address]:
         """Where a peer, or this host itself, may be dialled."""
 
+    def dialable(self, addresses: Sequence[Address], told_by: PeerId) -> list[Address]:
+        """Those of a peer's ``addresses`` that can be dialled from here."""
+
     def description(self, peer: PeerId) -> PeerDescription | None:
         """What a connected peer says of itself."""
 
@@ -191,7 +194,8 @@ class Kademlia:
                 stream = await self._host.open_stream_at(peer, addresses, KAD)
                 try:
                     await stream.write(_encode(kad_pb2.Message(type=FIND_NODE, key=target.raw)))
-                    return _found(await _read_one(stream))
+                    found = _found(await _read_one(stream))
+                    return [(who, tuple(self._host.dialable(where, peer))) for who, where in found]
                 finally:
                     await stream.close()
         except (NetworkError, RemoteError, trio.TooSlowError) as e:

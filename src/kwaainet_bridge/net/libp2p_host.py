@@ -20,6 +20,7 @@ from kwaainet_bridge.net import multistream
 from kwaainet_bridge.net.addresses import (
     Address,
     AddressBook,
+    Vicinity,
     parse_address,
     parse_announce_address,
     parse_listen_address,
@@ -27,6 +28,7 @@ from kwaainet_bridge.net.addresses import (
     split_peer_address,
 )
 from kwaainet_bridge.net.connections import Connection, Connections
+from kwaainet_bridge.net.dial_history import DialResult
 from kwaainet_bridge.net.dialer import Dialer
 from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.host import Host, StreamHandler
@@ -139,8 +141,9 @@ class Libp2pHost(Host):
         self._identity = config.identity
         self._own = tuple(own)
         self._nursery = nursery
-        self._dialer = Dialer(nursery, self.connections.upgrade_outbound)
         self._book = AddressBook()
+        self._vicinity = Vicinity.here()
+        self._dialer = Dialer(nursery, self.connections.upgrade_outbound, misplaced=self._book.remove)
         self._described: dict[PeerId, PeerDescription] = {}
         self._inbound = InboundStreams(config.limits)
         self._kademlia = Kademlia(self)
@@ -172,11 +175,24 @@ class Libp2pHost(Host):
         self._book.add(peer, [a for a in map(parse_address, addresses) if a is not None])
 
     def known_addresses(self, peer: PeerId) -> list[str]:
-        return [f"{address.transport}/p2p/{peer}" for address in self.where(peer)]
+        if peer == self.peer_id:
+            return self.addresses()
+        return [f"{address.transport}/p2p/{peer}" for address in self._book.dialable(peer)]
 
     def where(self, peer: PeerId) -> list[Address]:
-        """:meth:`known_addresses`, parsed; this host's own addresses for itself."""
+        """All addresses that ``peer`` is said to have, those in other private networks too; this host's own
+        for itself."""
         return list(self._own) if peer == self.peer_id else self._book.get(peer)
+
+    def dialable(self, addresses: Sequence[Address], told_by: PeerId) -> list[Address]:
+        """Those of a third peer's ``addresses`` that can be dialled from here, as far as one can tell."""
+        teller = self.connections.find(told_by)
+        host = "" if teller is None else teller.remote_host
+        return [address for address in addresses if self._vicinity.has(address, told_by=host)]
+
+    def dial_results(self, peer: PeerId) -> list[DialResult]:
+        """How the last dial of each address of ``peer`` ended."""
+        return self._dialer.history.of(peer)
 
     def description(self, peer: PeerId) -> PeerDescription | None:
         """What a connected peer has said of itself; None before it has."""
@@ -191,7 +207,7 @@ class Libp2pHost(Host):
         peer, parsed = split_peer_address(address)
         if self.connections.find(peer) is None:
             self._refuse_self(peer)
-            await self._dialer.dial(peer, [parsed])
+            await self._dialer.dial(peer, [parsed], anyway=True)
         self._book.add(peer, [parsed])
         return peer
 
@@ -211,7 +227,7 @@ class Libp2pHost(Host):
         if connection is not None:
             return connection
         self._refuse_self(peer)
-        known = self._book.get(peer)
+        known = self._book.dialable(peer)
         try:
             return await self._dialer.dial(peer, known)
         except PeerUnreachable as unreachable:
@@ -330,6 +346,10 @@ class Libp2pHost(Host):
         self._described.pop(peer, None)
 
     def _describe(self, peer: PeerId, description: PeerDescription) -> None:
-        if self.connections.find(peer) is not None:
+        connection = self.connections.find(peer)
+        if connection is not None:
             self._described[peer] = description
-        self._book.add(peer, description.addresses)
+            told_by = connection.remote_host
+            self._book.add(
+                peer, description.addresses, here=lambda address: self._vicinity.has(address, told_by=told_by)
+            )
