@@ -218,6 +218,12 @@ LAST_WORDS_SECONDS: Final = 1.0
 MAX_IDENTIFY_BYTES: Final = 64 * KIB
 """What a peer says of itself; stock messages are under 2 KiB."""
 
+IDENTIFY_PUSH_SECONDS: Final = 0.5
+"""Between a change of what this host says of itself and the push: a node mounts its calls one after another."""
+
+IDENTIFY_PUSHES_AT_ONCE: Final = 32
+"""Peers that are told at the same time; a host with 2000 connections tells all of them within seconds."""
+
 MAX_PROTOCOLS_PER_PEER: Final = 1024
 """Protocols kept of those that a peer says it serves; a stock server with several averagers has about 30."""
 

@@ -18,6 +18,7 @@ import pytest
 import trio
 from echo_protocol import echo
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import PeerUnreachable, ProtocolNotSupported, StreamReset
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
@@ -184,6 +185,19 @@ async def test_a_handler_added_after_identify(server: Host, stock: StockPeer) ->
     await stock.do("call", peer=str(server.peer_id), size=10)
     server.serve("Late.run", echo)
     await stock.do("call", peer=str(server.peer_id), size=10, protocol="Late.run")
+
+
+async def test_a_handler_that_came_and_went_after_identify(server: Host, stock: StockPeer) -> None:
+    """A daemon that was pushed the new list opens streams by it."""
+    await server.connect(stock.address)
+    await stock.do("call", peer=str(server.peer_id), size=10)
+    server.serve("Passing.run", echo)
+    await trio.sleep(2 * defaults.IDENTIFY_PUSH_SECONDS)
+    await stock.do("call", peer=str(server.peer_id), size=10, protocol="Passing.run")
+    server.unserve("Passing.run")
+    await trio.sleep(2 * defaults.IDENTIFY_PUSH_SECONDS)
+    with pytest.raises(StockError, match="protocols not supported"):
+        await stock.do("call", peer=str(server.peer_id), size=10, protocol="Passing.run")
 
 
 async def test_they_find_us_by_peer_id_alone(server: Host, stock: StockPeer) -> None:

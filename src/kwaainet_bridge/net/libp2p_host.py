@@ -39,6 +39,7 @@ from kwaainet_bridge.net.identify import (
     encode_identify,
     read_identify,
 )
+from kwaainet_bridge.net.identify_push import IdentifyPush
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.inbound_streams import InboundStreams, limited
 from kwaainet_bridge.net.kademlia import KAD, Kademlia
@@ -95,6 +96,7 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
         async with trio.open_nursery() as nursery:
             host = Libp2pHost(config, own, nursery)
             nursery.start_soon(host.connections.tend)
+            nursery.start_soon(host.run_pushes)
             listening = trio.CancelScope()
             if bound:
                 listeners = [listener for listener, _ in bound]
@@ -146,6 +148,7 @@ class Libp2pHost(Host):
         self._dialer = Dialer(nursery, self.connections.upgrade_outbound, misplaced=self._book.remove)
         self._described: dict[PeerId, PeerDescription] = {}
         self._inbound = InboundStreams(config.limits)
+        self._push = IdentifyPush(self._push_listeners, self._send_push)
         self._kademlia = Kademlia(self)
         self._handlers: dict[str, StreamHandler] = {}
         self.serve(IDENTIFY, self._identify)
@@ -269,9 +272,11 @@ class Libp2pHost(Host):
         if protocol in self._handlers:
             raise ValueError(f"{protocol} is served already")
         self._handlers[protocol] = limited(handler)
+        self._push.changed()
 
     def unserve(self, protocol: str) -> None:
-        self._handlers.pop(protocol, None)
+        if self._handlers.pop(protocol, None) is not None:
+            self._push.changed()
 
     def _accept(self, connection: Connection, stream: YamuxStream) -> None:
         ended = self._inbound.begin(connection, stream)
@@ -311,10 +316,25 @@ class Libp2pHost(Host):
 
     # --- identify
 
-    async def _identify(self, stream: Stream) -> None:
-        connection = self.connections.find(stream.remote)
+    def announce(self, addresses: Sequence[str]) -> None:
+        """Tell others these addresses, with or without ``/p2p/…``, in place of those so far; connected peers
+        at once. ConfigError for a malformed one."""
+        self._own = tuple(parse_announce_address(text) for text in addresses)
+        self._push.changed()
+
+    async def run_pushes(self) -> None:
+        """Tell connected peers of changes, until cancelled."""
+        await self._push.run()
+
+    def _introduction(self, peer: PeerId) -> bytes:
+        connection = self.connections.find(peer)
         observed = connection.remote_address if connection is not None else b""
-        said = encode_identify(self._identity.public_key, self._own, self._handlers, observed)
+        return encode_identify(self._identity.public_key, self._own, self._handlers, observed)
+
+    async def _identify(self, stream: Stream) -> None:
+        if self.connections.find(stream.remote) is not None:
+            self._push.told(stream.remote)
+        said = self._introduction(stream.remote)
         with trio.move_on_after(defaults.NEGOTIATION_SECONDS) as waiting:
             await stream.write(said)
         if waiting.cancelled_caught:
@@ -342,13 +362,36 @@ class Libp2pHost(Host):
         finally:
             connection.identified.set()
 
+    def _push_listeners(self) -> list[PeerId]:
+        return [
+            peer
+            for peer in self.connected_peers()
+            if (described := self._described.get(peer)) is not None and IDENTIFY_PUSH in described.protocols
+        ]
+
+    async def _send_push(self, peer: PeerId) -> None:
+        connection = self.connections.find(peer)
+        if connection is None:
+            return
+        try:
+            with trio.fail_after(defaults.NEGOTIATION_SECONDS):
+                stream = await self._negotiate(connection, IDENTIFY_PUSH)
+                try:
+                    await stream.write(self._introduction(peer))
+                finally:
+                    await stream.close()
+        except (NetworkError, RemoteError, trio.TooSlowError) as e:
+            log.debug("%s does not hear of changes: %s", peer, e)
+
     def _forget(self, peer: PeerId) -> None:
         self._described.pop(peer, None)
+        self._push.forget(peer)
 
     def _describe(self, peer: PeerId, description: PeerDescription) -> None:
         connection = self.connections.find(peer)
         if connection is not None:
             self._described[peer] = description
+            self._push.described(peer)
             told_by = connection.remote_host
             self._book.add(
                 peer, description.addresses, here=lambda address: self._vicinity.has(address, told_by=told_by)
