@@ -32,35 +32,39 @@ def test_who_answers_for_an_address(host: str, origin: str | None) -> None:
     assert origin_of(host) == origin
 
 
+def begin(origins: Origins, origin: str | None, free: int = 1000) -> bool:
+    return origins.begin(origin, free=free)
+
+
 def test_connections_are_limited() -> None:
     origins = Origins(connections=2, handshakes=10)
     for _ in range(2):
-        assert origins.begin("a")
+        assert begin(origins, "a")
         origins.connected("a")
         origins.end("a")
-    assert not origins.begin("a")
-    assert origins.begin("b")
+    assert not begin(origins, "a")
+    assert begin(origins, "b")
     origins.disconnected("a")
-    assert origins.begin("a")
+    assert begin(origins, "a")
 
 
 def test_handshakes_are_limited_and_count_as_connections() -> None:
     origins = Origins(connections=3, handshakes=2)
-    assert origins.begin("a")
-    assert origins.begin("a")
-    assert not origins.begin("a")
+    assert begin(origins, "a")
+    assert begin(origins, "a")
+    assert not begin(origins, "a")
     origins.end("a")
     origins.connected("a")
-    assert origins.begin("a")
+    assert begin(origins, "a")
     origins.end("a")
     origins.connected("a")
-    assert not origins.begin("a")  # two connected, one under way
+    assert not begin(origins, "a")  # two connected, one under way
 
 
 def test_nobody_is_not_limited() -> None:
     origins = Origins(connections=1, handshakes=1)
     for _ in range(5):
-        assert origins.begin(None)
+        assert begin(origins, None)
         origins.connected(None)
     origins.end(None)
     origins.disconnected(None)
@@ -70,8 +74,28 @@ def test_nobody_is_not_limited() -> None:
 def test_those_who_left_are_forgotten() -> None:
     origins = Origins(connections=1, handshakes=1)
     for i in range(100):
-        assert origins.begin(str(i))
+        assert begin(origins, str(i))
         origins.connected(str(i))
         origins.end(str(i))
         origins.disconnected(str(i))
     assert len(origins) == 0
+
+
+def test_a_few_origins_do_not_fill_a_host() -> None:
+    places, origins = 100, Origins(connections=64, handshakes=64)
+    taken = 0
+    for _ in range(64):
+        for greedy in "abcd":
+            if begin(origins, greedy, places - taken):
+                taken += 1
+                origins.connected(greedy)
+                origins.end(greedy)
+    assert 75 <= taken <= 85
+    assert begin(origins, "e", places - taken)
+
+
+def test_the_last_place_is_for_one_that_has_none() -> None:
+    origins = Origins(connections=64, handshakes=64)
+    assert begin(origins, "a", 0)
+    assert not begin(origins, "a", 0)
+    assert begin(origins, "b", -3)

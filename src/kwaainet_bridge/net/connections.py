@@ -259,7 +259,7 @@ class Connections:
             log.debug("refused a connection: %d are open, %d of them unproven", self.count, self._handshakes)
             return
         origin = origin_of(socket.get_remote_address()[0])
-        if not self._origins.begin(origin):
+        if not self._origins.begin(origin, free=self._limits.connections - self.count):
             log.debug("refused a connection: %s has too many", origin)
             return
         self._handshakes += 1

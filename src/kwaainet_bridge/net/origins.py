@@ -42,14 +42,17 @@ class Origins:
         self._connections: Counter[str] = Counter()
         self._handshakes: Counter[str] = Counter()
 
-    def begin(self, origin: str | None) -> bool:
-        """Count a handshake; False if ``origin`` has too many of them, or of connections."""
+    def begin(self, origin: str | None, *, free: int) -> bool:
+        """Count a handshake; False if ``origin`` has too many of them, or of connections.
+
+        With ``free`` places left on the host it gets no more than those, but one: so a few addresses that
+        keep all their connections busy do not shut out the others.
+        """
         if origin is None:
             return True
         handshakes = self._handshakes[origin]
-        if (
-            handshakes >= self._max_handshakes
-            or self._connections[origin] + handshakes >= self._max_connections
+        if handshakes >= self._max_handshakes or self._connections[origin] + handshakes >= min(
+            self._max_connections, max(free, 1)
         ):
             return False
         self._handshakes[origin] += 1
