@@ -160,10 +160,10 @@ async def test_windows_grow_within_the_budget_and_give_it_back(
 
 async def test_what_a_reset_leaves_unread_stays_reserved(client: Host) -> None:
     """Until the handler has ended: it may still read it."""
-    began, go_on = trio.Event(), trio.Event()
+    go_on = trio.Event()
 
     async def late(stream: Stream) -> None:
-        began.set()
+        await stream.write(b"on")
         await go_on.wait()
         assert await stream.read(10) == b"early"
 
@@ -174,8 +174,8 @@ async def test_what_a_reset_leaves_unread_stays_reserved(client: Host) -> None:
         await server.wait_identified()
         await until(lambda: server._inbound.running == 0)
         stream = await client.open_stream(server.peer_id, "Late.run")
+        assert await stream.read(10) == b"on"
         await stream.write(b"early")
-        await began.wait()
         await stream.reset()
         [connection] = server.connections
         await until(lambda: connection.open_streams == 0)
@@ -194,6 +194,7 @@ async def test_handlers_count_until_they_end(client: Host) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
+        await stream.write(b"on")
         await go_on.wait()
         running -= 1
 
@@ -203,12 +204,11 @@ async def test_handlers_count_until_they_end(client: Host) -> None:
         for _ in range(100):
             try:
                 stream = await client.open_stream(server.peer_id, "Slow.run")
+                assert await stream.read(10) == b"on"
             except StreamReset:
                 continue
-            await stream.write(b"x")
-            [connection] = client.connections
-            await connection.ping()  # it has come, and its handler begins
             await stream.reset()
+        [connection] = client.connections
         await connection.ping()
         assert most == 5
         go_on.set()
