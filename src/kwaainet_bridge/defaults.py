@@ -331,6 +331,15 @@ DHT_STORAGE_BYTES: Final = 128 * MIB
 DHT_CACHE_BYTES: Final = 32 * MIB
 """Records cached; beyond it those that expire first make room."""
 
+DHT_CACHE_REFRESH_SECONDS: Final = 5.0
+"""A cached record that was read is fetched again this long before it expires (stock: 5)."""
+
+DHT_REFRESH_KEYS: Final = 4096
+"""Cached records that wait for that; further ones expire and are fetched when they are asked for."""
+
+DHT_BUCKET_REFRESH_SECONDS: Final = 900.0
+"""A bucket silent this long is searched for a random id. Kademlia says 3600; volunteers come and go faster."""
+
 DHT_STORE_REQUEST_BYTES: Final = 1 * MIB
 """Records sent in one store request, unless a single one is larger."""
 

@@ -342,7 +342,8 @@ async def test_a_full_bucket_gives_the_place_of_a_dead_node_to_one_that_waits(
         table = node._contacts.table
         table.depth_modulo = 1
         for number in range(defaults.DHT_BUCKET_SIZE):
-            table.add_or_update(Contact(DhtId(far ^ number), peer_id(1000 + number)))  # none of them exists
+            nobody = Contact(DhtId(far ^ number), peer_id(1000 + number))
+            table.add_or_update(nobody, now=0.0)
         other = await nodes.start(join=False)
         other.node_id = DhtId(far ^ 500)
         node._contacts.heard_from(other.node_id, other.peer_id)

@@ -95,7 +95,7 @@ class Contacts:
             return
         contact = Contact(node_id, peer)
         new = node_id not in self.table
-        doubted = self.table.add_or_update(contact)
+        doubted = self.table.add_or_update(contact, now=self._clock())
         if new:
             log.debug("met node %s at %s", node_id, peer.short)
             self._on_met(contact)

@@ -22,13 +22,14 @@ from kwaainet_bridge.errors import BridgeError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.dht.client import DhtClient
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
-from kwaainet_bridge.hivemind.dht.messages import FindAnswer, StoreItem, read_record
+from kwaainet_bridge.hivemind.dht.messages import StoreItem, read_record
 from kwaainet_bridge.hivemind.dht.placement import Placement, StoreResult, place
+from kwaainet_bridge.hivemind.dht.reading import Reader, TakeIn
 from kwaainet_bridge.hivemind.dht.routing import Contact
 from kwaainet_bridge.hivemind.dht.search import Step, search
 from kwaainet_bridge.hivemind.dht.service import DhtService
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
-from kwaainet_bridge.hivemind.dht.values import Found, Record, decode, merge
+from kwaainet_bridge.hivemind.dht.values import Found, Record, decode
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.rpc.client import RpcClient
 from kwaainet_bridge.rpc.server import RpcServer
@@ -90,7 +91,8 @@ class DhtNode:
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
-        self.node_id = DhtId.random(rng or random.SystemRandom())
+        self._rng = rng or random.SystemRandom()
+        self.node_id = DhtId.random(self._rng)
         self.peer_id = host.peer_id
         self.client_mode = client_mode
         self._server = server
@@ -108,6 +110,13 @@ class DhtNode:
             on_doubt=lambda contact: self._later(partial(self._check_alive, contact)),
         )
         self._remote = DhtClient(client, self._contacts, client_mode=client_mode, clock=clock)
+        self._reader = Reader(
+            self._storage,
+            self._cache,
+            self._search,
+            pass_on=lambda contact, key, record: self._later(partial(self._cache_at, contact, key, record)),
+            clock=clock,
+        )
         self._service = DhtService(
             self._contacts,
             storage=self._storage,
@@ -128,6 +137,8 @@ class DhtNode:
             async with trio.open_nursery() as nursery:
                 for _ in range(_CHORE_WORKERS):
                     nursery.start_soon(self._do_chores)
+                nursery.start_soon(self._reader.keep_fresh)
+                nursery.start_soon(self._refresh_buckets)
                 yield self
                 nursery.cancel_scope.cancel()
         finally:
@@ -202,30 +213,22 @@ class DhtNode:
         results = [placement.result() for placement in placements]
         for item, placement, result in zip(items, placements, results, strict=True):
             log.debug("stored key %.80r subkey %.80r: %s", item.key, item.subkey, result)
-            if result.ok:
-                self._cache_stored(item, placement.item)
+            self._reader.stored(placement.item.key, read_record(placement.item), accepted=result.ok)
         return results
 
     async def _offer(self, contact: Contact, items: Sequence[StoreItem]) -> list[bool]:
         """Offer items to one node, which may be this one."""
         if contact.node_id != self.node_id:
             return await self._remote.store(contact.peer, items)
-        return [self._keep(self._storage, item) for item in items]
-
-    def _keep(self, storage: LocalStorage, item: StoreItem) -> bool:
-        return storage.store_record(item.key, read_record(item), now=self._clock())
-
-    def _cache_stored(self, item: Item, stored: StoreItem) -> None:
-        """Let reads that take the first find see what was stored. One subkey alone is no whole dictionary."""
-        if item.subkey is None or self._cache.get(stored.key, now=self._clock()) is not None:
-            self._keep(self._cache, stored)
+        now = self._clock()
+        return [self._storage.store_record(item.key, read_record(item), now=now) for item in items]
 
     # --- reading ------------------------------------------------------------------------------------------
 
     async def get(self, key: Any, *, latest: bool = True) -> Found | None:
         """Read one key; see get_many."""
         key_id = DhtId.of(key)
-        records = await self._find_records([key_id], latest=latest)
+        records = await self._reader.read([key_id], latest=latest)
         return decode(records[key_id], key=key) if key_id in records else None
 
     async def get_many(
@@ -233,39 +236,16 @@ class DhtNode:
     ) -> dict[Hashable, Found | None]:
         """Read keys: with ``latest`` ask all near nodes and merge what they hold, else take the first find.
 
-        Values whose msgpack cannot be read are left out. Raises TypeError or ValueError for keys that msgpack
-        cannot carry; nothing for peers that fail. Cancelled: nothing remains.
+        Calls for the same key at the same time share one search. Values whose msgpack cannot be read are left
+        out. Raises TypeError or ValueError for keys that msgpack cannot carry; nothing for peers that fail.
+        Cancelled: nothing remains.
         """
         ids = {key: DhtId.of(key) for key in keys}
-        records = await self._find_records(ids.values(), latest=latest)
+        records = await self._reader.read(ids.values(), latest=latest)
         return {
             key: decode(records[key_id], key=key) if key_id in records else None
             for key, key_id in ids.items()
         }
-
-    async def _find_records(self, keys: Iterable[DhtId], *, latest: bool) -> dict[DhtId, Record]:
-        best: dict[DhtId, Record] = {}
-        holders: dict[DhtId, set[DhtId]] = {key: set() for key in keys}
-        for key in holders:
-            for storage in (self._storage, self._cache):
-                record = storage.get(key, now=self._clock())
-                if record is not None:
-                    best[key] = merge(best.get(key), record)
-
-        def take_in(contact: Contact, key: DhtId, answer: FindAnswer) -> bool:
-            if answer.record is not None:
-                best[key] = merge(best.get(key), answer.record)
-                holders[key].add(contact.node_id)
-            return not latest and key in best
-
-        open_keys = [key for key in holders if latest or key not in best]
-        nearest = await self._search(open_keys, take_in)
-        for key in open_keys:
-            if key in best:
-                self._cache.store_record(key, best[key], now=self._clock())
-                if nearest[key] and nearest[key][0].node_id not in holders[key]:
-                    self._later(partial(self._cache_at, nearest[key][0], key, best[key]))
-        return best
 
     # --- searching ----------------------------------------------------------------------------------------
 
@@ -273,9 +253,7 @@ class DhtNode:
         """The live nodes nearest to each target, without this one."""
         return await self._search(targets, lambda _contact, _target, _answer: False)
 
-    async def _search(
-        self, targets: Iterable[DhtId], take_in: Callable[[Contact, DhtId, FindAnswer], bool]
-    ) -> dict[DhtId, list[Contact]]:
+    async def _search(self, targets: Iterable[DhtId], take_in: TakeIn) -> dict[DhtId, list[Contact]]:
         """Search for targets; ``take_in`` sees every answer and says whether its target is done."""
 
         async def ask(contact: Contact, keys: Sequence[DhtId]) -> dict[DhtId, Step] | None:
@@ -314,6 +292,19 @@ class DhtNode:
                 await chore()
             except (NetworkError, RemoteError) as e:
                 log.debug("DHT chore: %s", e)
+
+    async def _refresh_buckets(self) -> None:
+        """Search where the table has heard of nobody for long, so that dead nodes leave it and new ones enter.
+
+        Source: Kademlia, section 2.3. Stock has it too (``refresh_timeout``), switched off.
+        """
+        while True:
+            await trio.sleep(defaults.DHT_BUCKET_REFRESH_SECONDS)
+            if not len(self._contacts.table):
+                continue  # only bootstrap() leads back
+            before = trio.current_time() - defaults.DHT_BUCKET_REFRESH_SECONDS
+            stale = self._contacts.table.refresh_ids(before=before, rng=self._rng)
+            await self._find_nearest(stale[: defaults.DHT_KEYS_PER_QUERY])
 
     async def _check_alive(self, contact: Contact) -> None:
         """Ping a node for whose place another waits; if it fails, the call removes it."""

@@ -1,7 +1,9 @@
-"""The routing table: which peers hold which node ids, denser near the own id. No I/O, no clock."""
+"""The routing table: which peers hold which node ids, denser near the own id. No I/O; time is an argument."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,8 +60,8 @@ class RoutingTable:
     def contacts(self) -> list[Contact]:
         return [Contact(n, p) for bucket in self._buckets for n, p in bucket.nodes.items()]
 
-    def add_or_update(self, contact: Contact) -> Contact | None:
-        """Note that ``contact`` was heard from just now.
+    def add_or_update(self, contact: Contact, *, now: float) -> Contact | None:
+        """Note that ``contact`` was heard from ``now``, in seconds of any clock.
 
         Returns a contact that should be pinged because the newcomer depends on its answer (the one that was
         silent longest in a full bucket, or the holder of the same node id), or None. A contact is returned
@@ -73,11 +75,12 @@ class RoutingTable:
         former_id = self._node_ids.get(contact.peer)
         if former_id is not None and former_id != contact.node_id:
             self.remove(former_id)
-        return self._insert(contact)
+        return self._insert(contact, now)
 
-    def _insert(self, contact: Contact) -> Contact | None:
+    def _insert(self, contact: Contact, now: float) -> Contact | None:
         while True:
             bucket = self._bucket(contact.node_id)
+            bucket.heard_at = now
             forgotten = bucket.add_or_update(contact)
             if forgotten is not None:
                 self._forget(forgotten)
@@ -109,6 +112,14 @@ class RoutingTable:
                 break
         return found[:count]
 
+    def refresh_ids(self, *, before: float, rng: random.Random) -> list[DhtId]:
+        """A random id of each bucket whose nodes were last heard from earlier than ``before``, longest first.
+
+        Searching for it fills the bucket again and drops its dead nodes.
+        """
+        stale = [bucket for bucket in self._buckets if bucket.heard_at < before]
+        return [bucket.random_id(rng) for bucket in sorted(stale, key=lambda bucket: bucket.heard_at)]
+
     def _bucket(self, node_id: DhtId) -> _Bucket:
         return next(bucket for bucket in self._buckets if bucket.covers(node_id))
 
@@ -126,10 +137,15 @@ class _Bucket:
         self.size = size
         self.nodes: OrderedDict[DhtId, PeerId] = OrderedDict()
         self.reserve: OrderedDict[DhtId, PeerId] = OrderedDict()
+        self.heard_at = -math.inf
         self._doubted = {node_id for node_id in doubted if self.covers(node_id)}
 
     def covers(self, node_id: DhtId) -> bool:
         return node_id.number >> (ID_BITS - self.depth) == self.prefix
+
+    def random_id(self, rng: random.Random) -> DhtId:
+        bits = ID_BITS - self.depth
+        return DhtId(self.prefix << bits | rng.getrandbits(bits))
 
     def distance(self, target: DhtId) -> int:
         """Distance of ``target`` to the nearest id that this bucket could hold."""
@@ -180,6 +196,8 @@ class _Bucket:
             _Bucket(prefix=2 * self.prefix + bit, depth=self.depth + 1, size=self.size, doubted=self._doubted)
             for bit in (0, 1)
         ]
+        for half in halves:
+            half.heard_at = self.heard_at
         for rows in (self.nodes, self.reserve):
             for node_id, peer in rows.items():
                 half = next(half for half in halves if half.covers(node_id))
