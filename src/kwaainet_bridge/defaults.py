@@ -326,7 +326,13 @@ DHT_MAX_STORE_ITEMS: Final = 16384
 """Items in one store request. Stock hands all its records to a new neighbour in one message of at most 4 MiB."""
 
 DHT_STORAGE_BYTES: Final = 128 * MIB
-"""Records kept for the network, their bookkeeping included. Beyond it new records are refused."""
+"""Records kept for the network, their bookkeeping included. Beyond it the sender of most makes room."""
+
+DHT_STORAGE_ENTRIES: Final = 128 * 1024
+"""Values and subkeys kept, and the same for the cache. A swarm of 1,000 servers of 80 blocks has 80,000."""
+
+DHT_SENDER_SHARE: Final = 8
+"""One peer's records take at most one part in this many of storage or cache: 16 MiB and 4 MiB by default."""
 
 DHT_CACHE_BYTES: Final = 32 * MIB
 """Records cached; beyond it those that expire first make room."""

@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from dht_nodes import peer_id
 
 from kwaainet_bridge.hivemind.dht import DhtId
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
@@ -172,22 +173,85 @@ def test_replaced_entries_leave_no_trace(storage: LocalStorage) -> None:
     assert storage.get(KEY, now=NOW) == dictionary([("sub", b"v", NOW + 1e6 + 9999)])
 
 
+def test_one_sender_has_a_part_of_the_room() -> None:
+    storage = LocalStorage(max_bytes=80_000)
+    kept = sum(storage.store(DhtId(n), bytes(900), 200.0, now=NOW, sender=peer_id(1)) for n in range(50))
+    assert kept * 1500 <= storage.max_sender_bytes == 10_000
+    assert kept == 6
+    assert storage.store(DhtId(0), bytes(900), 210.0, now=NOW, sender=peer_id(1))  # in place of its own
+    assert not storage.store(DhtId(99), bytes(900), 210.0, now=NOW, sender=peer_id(1))
+    assert storage.store(DhtId(99), bytes(900), 210.0, now=NOW, sender=peer_id(2))
+    assert storage.store(DhtId(1), bytes(900), 220.0, now=NOW, sender=peer_id(2))  # the first pays less now
+    assert storage.store(DhtId(98), bytes(900), 220.0, now=NOW, sender=peer_id(1))
+    assert all(storage.store(DhtId(100 + n), bytes(900), 220.0, now=NOW) for n in range(20))  # our own
+    assert storage.store(DhtId(97), bytes(900), 400.0, now=300.0, sender=peer_id(1))  # all of it has expired
+
+
+def test_when_all_is_full_the_sender_of_most_makes_room() -> None:
+    storage = LocalStorage(max_bytes=80_000)
+    flood = [peer_id(n) for n in range(1, 20)]
+    for n in range(200):
+        storage.store(DhtId(n), bytes(900), math.inf, now=NOW, sender=flood[n % len(flood)])
+    assert storage.used_bytes > 78_000
+    honest = peer_id(500)
+    for n in range(3):  # up to what the others have left
+        assert storage.store(DhtId(1000 + n), bytes(400), 200.0, now=NOW, sender=honest)
+    assert [storage._shares.used(peer) for peer in flood].count(0) == 0
+    assert not storage.store(DhtId(2000), bytes(8000), 200.0, now=NOW, sender=honest)
+    for n in range(200, 400):  # those that refill do so at their own expense
+        storage.store(DhtId(n), bytes(900), math.inf, now=NOW, sender=flood[n % len(flood)])
+    assert all(storage.get(DhtId(1000 + n), now=NOW) is not None for n in range(3))
+
+
+def test_the_number_of_entries_is_bounded_too() -> None:
+    storage = LocalStorage(max_bytes=1 << 20, max_entries=5)
+    assert all(storage.store_subkey(KEY, n, b"", 200.0, now=NOW, sender=peer_id(1)) for n in range(5))
+    assert not storage.store_subkey(KEY, 5, b"", 200.0, now=NOW, sender=peer_id(1))
+    assert storage.store_subkey(KEY, 4, b"", 201.0, now=NOW, sender=peer_id(1))
+    assert storage.store(OTHER, b"", 200.0, now=NOW, sender=peer_id(2))  # the first one's oldest goes
+    assert storage.get(KEY, now=NOW) == dictionary([(n, b"", 200.0) for n in (1, 2, 3)] + [(4, b"", 201.0)])
+    cache = LocalStorage(max_bytes=1 << 20, max_entries=2, evict=True)
+    for n in range(4):
+        assert cache.store(DhtId(n), b"", 200.0 + n, now=NOW)
+    assert [cache.get(DhtId(n), now=NOW) is not None for n in range(4)] == [False, False, True, True]
+
+
+def test_a_whole_dictionary_may_make_room_for_a_value_in_its_own_place() -> None:
+    storage = LocalStorage(max_bytes=1 << 20, max_entries=3)
+    assert all(storage.store_subkey(KEY, n, b"", 200.0, now=NOW, sender=peer_id(1)) for n in range(3))
+    assert storage.store(KEY, b"v", 300.0, now=NOW, sender=peer_id(2))
+    assert storage.get(KEY, now=NOW) == Regular(b"v", 300.0)
+    assert len(storage._shares) == 1
+
+
 def test_the_books_balance_after_random_use() -> None:
     rng = random.Random(0)
     for evict in (False, True):
-        storage = LocalStorage(max_bytes=30_000, evict=evict, max_record_entries=5, max_record_bytes=2000)
+        storage = LocalStorage(
+            max_bytes=30_000,
+            max_entries=20,
+            max_sender_bytes=12_000,
+            evict=evict,
+            max_record_entries=5,
+            max_record_bytes=2000,
+        )
         now = NOW
         for _ in range(3000):
             now += rng.random()
             key, expiration = DhtId(rng.randrange(20)), now + rng.uniform(-1, 60)
             value = bytes(rng.randrange(700))
+            sender = rng.choice([None, peer_id(1), peer_id(2), peer_id(3)])
             if rng.random() < 0.3:
-                storage.store(key, value, expiration, now=now)
+                storage.store(key, value, expiration, now=now, sender=sender)
             else:
-                storage.store_subkey(key, rng.randrange(6), value, expiration, now=now)
+                storage.store_subkey(key, rng.randrange(6), value, expiration, now=now, sender=sender)
             entries = [entry for row in storage._rows.values() for entry in row.entries.values()]
             assert storage.used_bytes == sum(entry.cost for entry in entries) <= 30_000
-            assert storage._entries == len(entries)
+            assert storage._entries == len(entries) <= 20
+            for peer in (peer_id(1), peer_id(2), peer_id(3)):
+                used = sum(entry.cost for entry in entries if entry.sender == peer)
+                assert storage._shares.used(peer) == used <= 12_000
+            assert len(storage._shares._heap) <= 2 * 3 + 65
             assert all(row.entries for row in storage._rows.values())
             assert all(
                 row.value_bytes == sum(entry.size for entry in row.entries.values()) <= 2000

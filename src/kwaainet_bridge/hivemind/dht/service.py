@@ -89,7 +89,8 @@ class DhtService:
             for i, item in enumerate(messages.read_store_request(request)):
                 storage = self._cache if item.in_cache else self._storage
                 record = messages.read_record(item)
-                response.store_ok.append(storage.store_record(item.key, record, now=self._clock()))
+                accepted = storage.store_record(item.key, record, now=self._clock(), sender=context.peer)
+                response.store_ok.append(accepted)
                 if i % _BREATH == _BREATH - 1:
                     await trio.lowlevel.checkpoint()
         except RemoteError as e:
