@@ -4,6 +4,24 @@ from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.node import BootstrapResult, DhtNode, Item
 from kwaainet_bridge.hivemind.dht.placement import StoreResult
 from kwaainet_bridge.hivemind.dht.routing import Contact
+from kwaainet_bridge.hivemind.dht.schema import ProtectedSubkey, SchemaValidator
+from kwaainet_bridge.hivemind.dht.signatures import RsaSignatureValidator
+from kwaainet_bridge.hivemind.dht.validation import CompositeValidator, DhtRecord, RecordValidator
 from kwaainet_bridge.hivemind.dht.values import Found, FoundEntry
 
-__all__ = ["BootstrapResult", "Contact", "DhtId", "DhtNode", "Found", "FoundEntry", "Item", "StoreResult"]
+__all__ = [
+    "BootstrapResult",
+    "CompositeValidator",
+    "Contact",
+    "DhtId",
+    "DhtNode",
+    "DhtRecord",
+    "Found",
+    "FoundEntry",
+    "Item",
+    "ProtectedSubkey",
+    "RecordValidator",
+    "RsaSignatureValidator",
+    "SchemaValidator",
+    "StoreResult",
+]

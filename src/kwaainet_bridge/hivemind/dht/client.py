@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -14,6 +14,7 @@ from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE, FindAnswer, StoreItem
 from kwaainet_bridge.hivemind.dht.routing import Contact
+from kwaainet_bridge.hivemind.dht.validation import RecordValidator, valid_part
 from kwaainet_bridge.rpc.client import RpcClient
 from kwaainet_bridge.rpc.method import Req, Res, UnaryMethod
 from kwaainet_bridge.wire.pb import dht_pb2 as pb
@@ -42,12 +43,14 @@ class DhtClient:
         *,
         client_mode: bool,
         clock: Callable[[], float],
+        validator: RecordValidator | None = None,
         timeout: float = defaults.DHT_CALL_SECONDS,
         parallel: int = defaults.DHT_PARALLEL_CALLS,
     ) -> None:
         self._rpc = rpc
         self._contacts = contacts
         self._clock = clock
+        self._validator = validator
         self._timeout = timeout
         self._slots = trio.CapacityLimiter(parallel)
         self._called_back: set[PeerId] = set()
@@ -130,7 +133,13 @@ class DhtClient:
         node_id = self._answered(peer, response)
         if node_id != contact.node_id:
             raise RemoteError(f"DHT node at {peer}: it is node {node_id}, not {contact.node_id}")
-        return answers
+        return {key: await self._validated(key, answer) for key, answer in answers.items()}
+
+    async def _validated(self, key: DhtId, answer: FindAnswer) -> FindAnswer:
+        """An answer without what the validator refuses: its sender may only have passed it on."""
+        if self._validator is None or answer.record is None:
+            return answer
+        return replace(answer, record=await valid_part(self._validator, key, answer.record))
 
     async def _call(
         self,

@@ -15,6 +15,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import Refusal, RemoteError
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.routing import Contact
+from kwaainet_bridge.hivemind.dht.validation import DhtRecord
 from kwaainet_bridge.hivemind.dht.values import Record, Regular, dictionary, live_part, read_subkey
 from kwaainet_bridge.rpc.method import unary
 from kwaainet_bridge.wire.msgpack import DictionaryValue, pack, unpack
@@ -54,6 +55,10 @@ class StoreItem:
         if isinstance(record, Regular):
             return cls(key, REGULAR_TAG, record.value, record.expiration, in_cache)
         return cls(key, DICTIONARY_TAG, pack(record), record.latest_expiration, in_cache)
+
+    def as_record(self) -> DhtRecord:
+        """How validators see a plain value or one subkey."""
+        return DhtRecord(self.key.to_bytes(), self.subkey, self.value, self.expiration)
 
     @property
     def wire_bytes(self) -> int:

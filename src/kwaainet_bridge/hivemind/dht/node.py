@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from kwaainet_bridge.hivemind.dht.routing import Contact
 from kwaainet_bridge.hivemind.dht.search import Step, search
 from kwaainet_bridge.hivemind.dht.service import DhtService
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
+from kwaainet_bridge.hivemind.dht.validation import RecordValidator, stripped
 from kwaainet_bridge.hivemind.dht.values import Found, Record, decode
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.rpc.client import RpcClient
@@ -73,7 +74,9 @@ class DhtNode:
     """One node, over a host that finds peers by id.
 
     In ``client_mode`` it serves nothing, keeps nothing for others and is in nobody's table. ``clock`` tells
-    unix time; records expire by it and must agree with that of other nodes to within 3 s.
+    unix time; records expire by it and must agree with that of other nodes to within 3 s. ``validator`` checks
+    what others store and answer, and signs what is stored from here; all nodes of a network should have the
+    same.
 
     Calls may be made from any task while ``running()`` is entered, any number at a time.
     """
@@ -88,6 +91,7 @@ class DhtNode:
         replicas: int = defaults.DHT_REPLICAS,
         storage_bytes: int = defaults.DHT_STORAGE_BYTES,
         cache_bytes: int = defaults.DHT_CACHE_BYTES,
+        validator: RecordValidator | None = None,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
@@ -98,6 +102,7 @@ class DhtNode:
         self._server = server
         self._replicas = replicas
         self._clock = clock
+        self._validator = validator
         self._next_hand_over: dict[PeerId, float] = {}
         self._storage = LocalStorage(max_bytes=storage_bytes)
         self._cache = LocalStorage(max_bytes=cache_bytes, evict=True)
@@ -109,7 +114,9 @@ class DhtNode:
             on_met=lambda contact: self._later(partial(self._hand_over, contact)),
             on_doubt=lambda contact: self._later(partial(self._check_alive, contact)),
         )
-        self._remote = DhtClient(client, self._contacts, client_mode=client_mode, clock=clock)
+        self._remote = DhtClient(
+            client, self._contacts, client_mode=client_mode, clock=clock, validator=validator
+        )
         self._reader = Reader(
             self._storage,
             self._cache,
@@ -123,6 +130,7 @@ class DhtNode:
             cache=self._cache,
             call_back=self._remote.call_back,
             clock=clock,
+            validator=validator,
         )
 
     @asynccontextmanager
@@ -195,11 +203,11 @@ class DhtNode:
         """Store each item at the nodes nearest to its key, this one included; say for each who accepted it.
 
         Goes on to farther nodes for those that fail to answer. Raises TypeError or ValueError for keys and
-        values that msgpack cannot carry, a time that is no number, or a value over
-        ``defaults.DHT_MAX_RECORD_BYTES``; nothing for peers that fail. Cancelled: some nodes may hold some of
-        the items.
+        values that msgpack cannot carry, a time that is no number, a value over
+        ``defaults.DHT_MAX_RECORD_BYTES`` or one that the validator refuses; nothing for peers that fail.
+        Cancelled: some nodes may hold some of the items.
         """
-        placements = [Placement(_wire_item(item)) for item in items]
+        placements = [Placement(self._wire_item(item)) for item in items]
         by_key: dict[DhtId, list[Placement]] = {}
         for placement in placements:
             by_key.setdefault(placement.item.key, []).append(placement)
@@ -216,6 +224,27 @@ class DhtNode:
             self._reader.stored(placement.item.key, read_record(placement.item), accepted=result.ok)
         return results
 
+    def _wire_item(self, item: Item) -> StoreItem:
+        if math.isnan(item.expiration):
+            raise ValueError(f"DHT key {item.key!r:.80}: the expiration is no number")
+        value = pack(item.value)
+        if len(value) > defaults.DHT_MAX_RECORD_BYTES:
+            raise ValueError(
+                f"DHT key {item.key!r:.80}: {len(value)} bytes of value exceed {defaults.DHT_MAX_RECORD_BYTES}"
+            )
+        wire_item = StoreItem.of(DhtId.of(item.key), item.subkey, value, float(item.expiration))
+        if self._validator is not None:
+            wire_item = replace(wire_item, value=self._validator.sign_value(wire_item.as_record()))
+            if not self._validator.validate(wire_item.as_record()):
+                raise ValueError(
+                    f"DHT key {item.key!r:.80}: this node's own record validator refuses the record"
+                )
+        try:
+            read_record(wire_item)
+        except RemoteError as e:
+            raise ValueError(f"DHT key {item.key!r:.80}: {e}") from e
+        return wire_item
+
     async def _offer(self, contact: Contact, items: Sequence[StoreItem]) -> list[bool]:
         """Offer items to one node, which may be this one."""
         if contact.node_id != self.node_id:
@@ -229,7 +258,7 @@ class DhtNode:
         """Read one key; see get_many."""
         key_id = DhtId.of(key)
         records = await self._reader.read([key_id], latest=latest)
-        return decode(records[key_id], key=key) if key_id in records else None
+        return self._decode(key, key_id, records[key_id]) if key_id in records else None
 
     async def get_many(
         self, keys: Collection[Hashable], *, latest: bool = True
@@ -243,9 +272,14 @@ class DhtNode:
         ids = {key: DhtId.of(key) for key in keys}
         records = await self._reader.read(ids.values(), latest=latest)
         return {
-            key: decode(records[key_id], key=key) if key_id in records else None
+            key: self._decode(key, key_id, records[key_id]) if key_id in records else None
             for key, key_id in ids.items()
         }
+
+    def _decode(self, key: Any, key_id: DhtId, record: Record) -> Found | None:
+        if self._validator is not None:
+            record = stripped(self._validator, key_id, record)
+        return decode(record, key=key)
 
     # --- searching ----------------------------------------------------------------------------------------
 
@@ -341,19 +375,3 @@ class DhtNode:
         if items:
             accepted = await self._remote.store(newcomer.peer, items)
             log.debug("handed over to %s: it accepted %d of %d", newcomer.peer, sum(accepted), len(items))
-
-
-def _wire_item(item: Item) -> StoreItem:
-    if math.isnan(item.expiration):
-        raise ValueError(f"DHT key {item.key!r:.80}: the expiration is no number")
-    value = pack(item.value)
-    if len(value) > defaults.DHT_MAX_RECORD_BYTES:
-        raise ValueError(
-            f"DHT key {item.key!r:.80}: {len(value)} bytes of value exceed {defaults.DHT_MAX_RECORD_BYTES}"
-        )
-    wire_item = StoreItem.of(DhtId.of(item.key), item.subkey, value, item.expiration)
-    try:
-        read_record(wire_item)
-    except RemoteError as e:
-        raise ValueError(f"DHT key {item.key!r:.80}: {e}") from e
-    return wire_item

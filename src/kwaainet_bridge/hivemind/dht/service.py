@@ -16,8 +16,9 @@ from kwaainet_bridge.errors import Refusal, RemoteError
 from kwaainet_bridge.hivemind.dht import messages
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
-from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE
+from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE, StoreItem
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
+from kwaainet_bridge.hivemind.dht.validation import RecordValidator, valid_part
 from kwaainet_bridge.hivemind.dht.values import Record, expiration_of
 from kwaainet_bridge.rpc.server import CallContext, RpcServer
 from kwaainet_bridge.wire.pb import dht_pb2 as pb
@@ -41,7 +42,8 @@ _NEIGHBOURS_RESERVE = defaults.DHT_BUCKET_SIZE * 100
 class DhtService:
     """Handles pings, stores and finds.
 
-    ``call_back`` pings a peer and returns the node id that it gives, None if it cannot be reached.
+    ``call_back`` pings a peer and returns the node id that it gives, None if it cannot be reached. What
+    ``validator`` refuses is not kept.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class DhtService:
         cache: LocalStorage,
         call_back: Callable[[PeerId], Awaitable[DhtId | None]],
         clock: Callable[[], float],
+        validator: RecordValidator | None = None,
     ) -> None:
         self._contacts = contacts
         self._storage = storage
         self._cache = cache
         self._call_back = call_back
         self._clock = clock
+        self._validator = validator
         self._node = pb.NodeInfo(node_id=contacts.own_id.to_bytes())
 
     def mount(self, server: RpcServer) -> None:
@@ -87,10 +91,7 @@ class DhtService:
         response = pb.StoreResponse(peer=self._node)
         try:
             for i, item in enumerate(messages.read_store_request(request)):
-                storage = self._cache if item.in_cache else self._storage
-                record = messages.read_record(item)
-                accepted = storage.store_record(item.key, record, now=self._clock(), sender=context.peer)
-                response.store_ok.append(accepted)
+                response.store_ok.append(await self._keep(item, context.peer))
                 if i % _BREATH == _BREATH - 1:
                     await trio.lowlevel.checkpoint()
         except RemoteError as e:
@@ -99,6 +100,20 @@ class DhtService:
             "%s stored %d of %d items here", context.peer.short, sum(response.store_ok), len(request.keys)
         )
         return response
+
+    async def _keep(self, item: StoreItem, peer: PeerId) -> bool:
+        """Keep what is valid of an item; True iff that is all of it and all was accepted."""
+        record = messages.read_record(item)
+        valid: Record | None = record
+        if self._validator is not None:
+            valid = await valid_part(self._validator, item.key, record)
+            if valid is not record:
+                log.debug("%s stored an invalid record under key %s", peer.short, item.key)
+        if valid is None:
+            return False
+        storage = self._cache if item.in_cache else self._storage
+        accepted = storage.store_record(item.key, valid, now=self._clock(), sender=peer)
+        return accepted and valid is record
 
     async def find(self, request: pb.FindRequest, context: CallContext) -> pb.FindResponse:
         """Tell for each key what we hold and which nodes we know near it.
