@@ -13,7 +13,15 @@ import trio
 from child_processes import Driver, PeerError
 from stock_swarm import START_SECONDS, StockEnvironment
 
-from kwaainet_bridge.hivemind.dht import DhtId, DhtNode, FoundEntry, Item
+from kwaainet_bridge.hivemind.dht import (
+    DhtId,
+    DhtNode,
+    FoundEntry,
+    Item,
+    RsaSignatureValidator,
+    rsa_keys,
+    signatures,
+)
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
@@ -39,6 +47,7 @@ class Node:
 
     def __init__(self, host: Host, **options: Any) -> None:
         self.host = host
+        self.doomed = trio.Event()
         self.dht = DhtNode(host, RpcServer(host), RpcClient(host), **options)
 
     async def join(self, addresses: list[str]) -> None:
@@ -53,6 +62,13 @@ async def our_node(**options: Any) -> AsyncIterator[Node]:
         node = Node(host, **options)
         async with node.dht.running():
             yield node
+
+
+async def live(task_status: trio.TaskStatus[Node]) -> None:
+    """Run a node in a task of its own, until ``doomed``."""
+    async with our_node() as node:
+        task_status.started(node)
+        await node.doomed.wait()
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -206,3 +222,95 @@ async def test_a_mixed_swarm_finds_everything(stock_nodes: Driver) -> None:
         async with trio.open_nursery() as nursery:
             for node in ours:
                 nursery.start_soon(read, node)
+
+
+async def test_protected_records_are_kept_for_their_owners_on_both_sides(stock_nodes: Driver) -> None:
+    key = rsa_keys.generate_key()
+    own = "ours " + signatures.owner_marker(key).decode()
+    async with our_node(validator=RsaSignatureValidator(key)) as ours, our_node(client_mode=True) as vandal:
+        theirs = await stock_nodes.aask("dht", initial_peers=ours.host.addresses(), signing=True)
+        their_vandal = await stock_nodes.aask("start", initial_peers=ours.host.addresses(), client_mode=True)
+        await vandal.join([*ours.host.addresses(), theirs["addresses"][0]])
+        subkeys = {own: {"epoch": 1}, "theirs " + theirs["owner"]: {"epoch": 2}, "free": {"epoch": 3}}
+
+        result = await ours.dht.store("progress", {"epoch": 1}, time.time() + 200, subkey=own)
+        assert len(result.accepted) == 2, result
+        for subkey, value in list(subkeys.items())[1:]:
+            item = {"key": "progress", "subkey": subkey, "value": value, "ttl": 200}
+            assert await stock_nodes.aask("store", node=theirs["node"], items=[item]) == [True]
+
+        for subkey in list(subkeys)[:2]:  # nobody else can store them, by either implementation
+            result = await vandal.dht.store("progress", "forged", time.time() + 300, subkey=subkey)
+            assert len(result.refused) == 2, result
+            item = {"key": "progress", "subkey": subkey, "value": "forged", "ttl": 300}
+            await stock_nodes.aask("store", node=their_vandal["node"], items=[item])
+
+        read = (await ours.dht.get("progress")).value
+        assert {subkey: entry.value for subkey, entry in read.items()} == subkeys
+        found = await stock_nodes.aask("get", node=theirs["node"], keys=["progress"])
+        assert {key: entry["value"] for key, entry in found["progress"]["subkeys"].items()} == subkeys
+
+
+@pytest.mark.slow
+async def test_a_mixed_swarm_keeps_every_record_when_a_fifth_of_it_dies(stock_nodes: Driver) -> None:
+    """Ten of ours and ten of stock's join in turns, each through one of the other kind."""
+    async with trio.open_nursery() as lives:
+        ours: list[Node] = [await lives.start(live) for _ in range(10)]
+        theirs: list[dict[str, Any]] = []
+        for number, node in enumerate(ours):
+            if theirs:
+                await node.join([theirs[number // 2]["addresses"][0]])
+            theirs.append(await stock_nodes.aask("start", initial_peers=ours[number // 2].host.addresses()))
+
+        our_values: dict[str, Any] = {}
+        their_values: dict[str, Any] = {}
+
+        async def store_ours(number: int, name: str) -> None:
+            items = [Item(f"{name} ours {number} {n}", [number, n], time.time() + 600) for n in range(4)]
+            items.append(Item("all", number, time.time() + 600, subkey=f"ours {number}"))
+            results = await ours[number].dht.store_many(items)
+            assert all(result.ok for result in results), results
+            our_values.update({item.key: item.value for item in items[:-1]})
+
+        async def store_theirs(number: int, name: str) -> None:
+            items = [
+                {"key": f"{name} theirs {number} {n}", "value": [number, n], "ttl": 600} for n in range(4)
+            ]
+            items.append({"key": "all", "value": number, "ttl": 600, "subkey": f"theirs {number}"})
+            assert all(await stock_nodes.aask("store", node=theirs[number]["node"], items=items))
+            their_values.update({item["key"]: item["value"] for item in items[:-1]})
+
+        for number in range(10):
+            await store_ours(number, "before")
+            await store_theirs(number, "before")
+
+        for number in (2, 7):  # fewer than the replicas: no key may be lost
+            await stock_nodes.aask("kill", node=theirs[number]["node"])
+            ours[number].doomed.set()
+        alive = [number for number in range(10) if number not in (2, 7)]
+        async with trio.open_nursery() as nursery:
+            for number in (0, 5):
+                nursery.start_soon(store_ours, number, "after")
+                nursery.start_soon(store_theirs, number, "after")
+
+        values = our_values | their_values
+        members = {f"{kind} {n}": n for kind in ("ours", "theirs") for n in range(10)}
+
+        async def read_ours(number: int) -> None:
+            found = await ours[number].dht.get_many([*values, "all"])
+            everyone = found.pop("all").value
+            assert {key: value and value.value for key, value in found.items()} == values
+            assert {subkey: entry.value for subkey, entry in everyone.items()} == members
+
+        async def read_theirs(number: int) -> None:
+            found = await stock_nodes.aask("get", node=theirs[number]["node"], keys=[*values, "all"])
+            everyone = found.pop("all")["subkeys"]
+            assert {key: value and value["value"] for key, value in found.items()} == values
+            assert {subkey: entry["value"] for subkey, entry in everyone.items()} == members
+
+        async with trio.open_nursery() as nursery:
+            for number in alive:
+                nursery.start_soon(read_ours, number)
+                nursery.start_soon(read_theirs, number)
+        for node in ours:
+            node.doomed.set()

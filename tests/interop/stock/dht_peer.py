@@ -3,7 +3,9 @@
 Commands::
 
     start {initial_peers, client_mode}                     -> {node, peer, addresses}
-    dht   {initial_peers}                                  -> the same, for a ``hivemind.DHT`` in its own process
+    dht   {initial_peers, signing}                         -> the same, for a ``hivemind.DHT`` in its own process;
+                                                              ``signing`` gives it a validator; ``owner`` is the marker of its key
+    kill  {node}                                           -> null; its daemon ends without a word to anybody
     store {node, items: [{key, subkey, value, ttl}]}       -> list of bool
     get   {node, keys, latest}                             -> {key: null | {value, expiration} | {subkeys: {...}}}
     known {node}                                           -> peer ids in its routing table
@@ -23,6 +25,7 @@ from typing import Any
 
 import hivemind
 from hivemind.dht import DHTNode
+from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage
 from hivemind.utils import ValueWithExpiration, get_dht_time
@@ -59,11 +62,22 @@ class Commands:
         node = await DHTNode.create(initial_peers=initial_peers, client_mode=client_mode, **LOOPBACK)
         return self._added(node, node.peer_id, await node.get_visible_maddrs())
 
-    async def dht(self, initial_peers: list[str]) -> dict[str, Any]:
+    async def dht(self, initial_peers: list[str], *, signing: bool = False) -> dict[str, Any]:
+        validator = RSASignatureValidator()
         dht = await asyncio.to_thread(
-            hivemind.DHT, initial_peers=initial_peers, start=True, await_ready=True, **LOOPBACK
+            hivemind.DHT,
+            initial_peers=initial_peers,
+            start=True,
+            await_ready=True,
+            record_validators=[validator] if signing else [],
+            **LOOPBACK,
         )
-        return self._added(dht, dht.peer_id, dht.get_visible_maddrs())
+        added = self._added(dht, dht.peer_id, dht.get_visible_maddrs())
+        return added | {"owner": validator.local_public_key.decode()}
+
+    async def kill(self, node: int) -> None:
+        self._nodes[node].p2p._child.kill()
+        self._nodes[node] = None
 
     async def store(self, node: int, items: list[dict[str, Any]]) -> list[bool]:
         stored = []
@@ -99,7 +113,7 @@ class Commands:
 
     async def shutdown(self) -> None:
         nodes, self._nodes = self._nodes, []
-        for node in nodes:
+        for node in filter(None, nodes):
             if isinstance(node, hivemind.DHT):
                 await asyncio.to_thread(node.shutdown)
             else:
