@@ -292,6 +292,17 @@ DHT_KEYS_PER_QUERY: Final = 16
 DHT_PEERS_PER_SEARCH: Final = 160
 """Peers asked for one key before the search ends with what it has: a peer may invent neighbours without end."""
 
+DHT_PATIENCE_SECONDS: Final = 0.25
+"""An answer is late after this, or DHT_PATIENCE_FACTOR times the median of its search if that is longer. A search with
+DHT_REPLICAS answers does not wait for late ones. A first call, with its handshakes, takes 4 round trips."""
+
+DHT_PATIENCE_FACTOR: Final = 3.0
+"""See DHT_PATIENCE_SECONDS."""
+
+DHT_FALSE_NEIGHBOURS: Final = 2
+"""A node is believed no more once this many of those it named fail, and fewer than a quarter answer. Before the first
+answers, as many are asked at a time."""
+
 DHT_BACKOFF_SECONDS: Final = 5.0
 """A peer that fails to answer a search is left alone this long, then twice as long, and so on (stock: 5)."""
 

@@ -12,6 +12,7 @@ import trio
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.memory import MemoryHost, MemoryNetwork
+from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.rpc.client import RpcClient
 from kwaainet_bridge.rpc.server import RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -46,11 +47,30 @@ class CountingClient(RpcClient):
             self._in_flight -= 1
 
 
+class FarHost(MemoryHost):
+    """A host whose calls take a round trip of 20 to 100 ms, whether they reach anybody or not."""
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        assert isinstance(self._network, FarNetwork)
+        await trio.sleep(self._network.rng.uniform(0.02, 0.1))
+        return await super().open_stream(peer, protocol)
+
+
+class FarNetwork(MemoryNetwork):
+    def __init__(self, nursery: trio.Nursery) -> None:
+        super().__init__(nursery)
+        self.rng = random.Random(0)
+
+    def host(self, peer_id: PeerId) -> MemoryHost:
+        self.hosts[peer_id] = host = FarHost(self, peer_id)
+        return host
+
+
 class Swarm:
     """Starts nodes; each joins through one that was started before it."""
 
-    def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack) -> None:
-        self.network = MemoryNetwork(nursery)
+    def __init__(self, nursery: trio.Nursery, stack: AsyncExitStack, *, far: bool = False) -> None:
+        self.network = (FarNetwork if far else MemoryNetwork)(nursery)
         self.nodes: list[DhtNode] = []
         self.clients: dict[DhtNode, CountingClient] = {}
         self._stack = stack
@@ -79,10 +99,10 @@ class Swarm:
 
 
 @asynccontextmanager
-async def swarm(size: int = 0, **options: Any) -> AsyncIterator[Swarm]:
+async def swarm(size: int = 0, *, far: bool = False, **options: Any) -> AsyncIterator[Swarm]:
     async with trio.open_nursery() as nursery:
         async with AsyncExitStack() as stack:
-            swarm = Swarm(nursery, stack)
+            swarm = Swarm(nursery, stack, far=far)
             for _ in range(size):
                 await swarm.start(**options)
             yield swarm

@@ -1,20 +1,32 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import trio
 from dht_nodes import peer_id
 
 from kwaainet_bridge.hivemind.dht import Contact, DhtId
-from kwaainet_bridge.hivemind.dht.search import Beam, Step, search
+from kwaainet_bridge.hivemind.dht.search import Beam, Step
+from kwaainet_bridge.hivemind.dht.search import search as search_in
 
 KEY = DhtId(0)
 
 
 def contact(node_id: int) -> Contact:
     return Contact(DhtId(node_id), peer_id(node_id % 2**200))
+
+
+async def search(
+    targets: Iterable[DhtId], seeds: Iterable[Contact], ask: Any, **options: Any
+) -> dict[DhtId, list[Contact]]:
+    """Search, and then cancel the calls that nobody waits for any more."""
+    async with trio.open_nursery() as nursery:
+        found = await search_in(targets, seeds, ask, background=nursery, **options)
+        nursery.cancel_scope.cancel()
+    return found
 
 
 class Network:
@@ -115,7 +127,7 @@ async def test_each_peer_is_asked_once_and_about_all_targets_it_serves(
 ) -> None:
     rng = random.Random(3)
     network = Network.random(12, rng=rng)
-    network.delay = 1.0
+    network.delay = 0.1
     targets = [DhtId.random(rng) for _ in range(20)]
     await search(targets, list(network.known)[:1], network.ask, workers=3, targets_per_call=16)
     assert network.most_running <= 3
@@ -138,11 +150,14 @@ async def test_invented_neighbours_do_not_keep_a_search_going() -> None:
     assert len(calls) == 50
 
 
-async def test_cancellation_leaves_no_call_behind(autojump_clock: trio.testing.MockClock) -> None:
+async def test_cancellation_leaves_no_call_behind(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
     network = Network({contact(1): []}, delay=100.0)
     with trio.move_on_after(1) as scope:
-        await search([KEY], [contact(1)], network.ask)
+        await search_in([KEY], [contact(1)], network.ask, background=nursery)
     assert scope.cancelled_caught
+    await trio.testing.wait_all_tasks_blocked()
     assert network.running == 0
 
 
@@ -151,8 +166,9 @@ async def test_a_bug_in_a_callback_is_not_taken_for_a_failed_peer() -> None:
         await trio.lowlevel.checkpoint()
         raise ZeroDivisionError
 
-    with pytest.RaisesGroup(ZeroDivisionError):
-        await search([KEY], [contact(1)], ask)
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(ZeroDivisionError):
+            await search_in([KEY], [contact(1)], ask, background=nursery)
 
 
 def test_a_node_id_keeps_the_peer_under_which_it_was_met() -> None:
@@ -172,9 +188,88 @@ def test_a_beam_asks_its_nearest_only() -> None:
         assert nearest == contact(number)
         beam.asked(nearest)
     assert beam.next() is None
-    assert not beam.exhausted  # answers are due
+    assert not beam.exhausted()  # answers are due
     beam.answered(contact(3), None)
     assert beam.next() == contact(9)
     beam.answered(contact(5), Step([contact(1)]))
     assert beam.next() == contact(1)
     assert beam.nearest() == [contact(5)]
+
+
+async def test_late_answers_are_not_waited_for_where_others_came(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    late = [contact(n) for n in range(1, 10)]
+    came: list[Contact] = []
+
+    async def ask(c: Contact, targets: Sequence[DhtId]) -> dict[DhtId, Step] | None:
+        await trio.sleep(3.0 if c in late else 0.2)
+        came.append(c)
+        return {target: Step(()) for target in targets}
+
+    async with trio.open_nursery() as nursery:
+        found = await search_in([KEY], [contact(n) for n in range(1, 30)], ask, background=nursery)
+        assert trio.current_time() < 2.0  # three times the slowest of the others, for each round of workers
+        assert found[KEY] == [contact(n) for n in range(10, 21)]
+    assert set(late) < set(came)  # they answered in the background
+    started = trio.current_time()
+    few = [contact(n) for n in range(6, 14)]
+    assert (await search([KEY], few, ask))[KEY] == few
+    assert trio.current_time() - started == 3.0
+
+
+async def test_late_answers_count_that_come_before_the_end(autojump_clock: trio.testing.MockClock) -> None:
+    async def ask(c: Contact, targets: Sequence[DhtId]) -> dict[DhtId, Step] | None:
+        await trio.sleep({1: 0.7, 2: 0.1}.get(c.node_id.number, 0.4))
+        return {
+            target: Step([contact(c.node_id.number + 1)] if c != contact(2) else ()) for target in targets
+        }
+
+    found = await search([KEY], [contact(1), contact(10)], ask, max_asked=12)
+    assert found[KEY][:2] == [contact(1), contact(2)]
+
+
+async def test_one_liar_costs_a_few_questions(autojump_clock: trio.testing.MockClock) -> None:
+    rng = random.Random(4)
+    network = Network.random(60, rng=rng)
+    network.delay = 0.1
+    await search([KEY], network.known, network.ask)
+    honest = len(network.calls)
+    liars = network.nearest(KEY, 30)[::6]
+    invented = [contact(n) for n in range(1, 200)]
+    for liar in liars:
+        network.known[liar] = rng.sample(invented, 20)
+    known = set(network.known)
+
+    async def ask(c: Contact, targets: Sequence[DhtId]) -> dict[DhtId, Step] | None:
+        if c not in known:
+            asked_in_vain.append(c)
+            return None
+        return await network.ask(c, targets)
+
+    asked_in_vain: list[Contact] = []
+    network.calls.clear()
+    found = await search([KEY], network.known, ask)
+    assert found[KEY] == network.nearest(KEY, 20)
+    assert len(network.calls) == honest
+    assert len(asked_in_vain) <= 8 * len(liars)  # four each, and those that were under way
+
+
+def test_what_a_liar_named_may_be_named_by_others() -> None:
+    beam = Beam(KEY, width=20, max_asked=100)
+    beam.offer([contact(100), contact(200)])
+    for n in (100, 200):
+        beam.asked(contact(n))
+    beam.answered(contact(100), Step([contact(n) for n in range(1, 21)]))
+    for n in range(1, 5):
+        beam.asked(contact(n))
+        beam.answered(contact(n), None)
+    assert beam.next() is None
+    beam.answered(contact(200), Step([contact(20), contact(4)]))
+    assert beam.next() == contact(20)  # and not the one that failed already
+    beam.offer([contact(19)], source=DhtId(100))
+    assert not beam.would_ask(contact(4))
+    beam.asked(contact(20))
+    beam.answered(contact(20), Step(()))
+    assert beam.next() is None
+    assert beam.nearest() == [contact(20), contact(100), contact(200)]

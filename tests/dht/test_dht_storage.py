@@ -216,6 +216,35 @@ def test_the_number_of_entries_is_bounded_too() -> None:
     assert [cache.get(DhtId(n), now=NOW) is not None for n in range(4)] == [False, False, True, True]
 
 
+def test_nobody_fills_the_dictionary_of_a_key() -> None:
+    for limit in ({"max_record_entries": 10}, {"max_record_bytes": 10 * 118 + 50}):
+        storage = LocalStorage(max_bytes=1 << 20, **limit)
+        flood = peer_id(1)
+        kept = sum(
+            storage.store_subkey(KEY, n, bytes(100), math.inf, now=NOW, sender=flood) for n in range(50)
+        )
+        assert kept == 10
+        for n in range(5):
+            assert storage.store_subkey(KEY, f"peer {n}", bytes(100), 200.0, now=NOW, sender=peer_id(2 + n))
+        for n in range(50, 90):
+            assert not storage.store_subkey(KEY, n, bytes(100), math.inf, now=NOW, sender=flood)
+        held = storage.get(KEY, now=NOW)
+        assert {f"peer {n}" for n in range(5)} <= {subkey for subkey, _, _ in held.entries}
+        assert not storage.store_subkey(KEY, "ours", bytes(100), 200.0, now=NOW)
+
+
+def test_room_made_in_vain_leaves_no_empty_dictionary() -> None:
+    storage = LocalStorage(max_bytes=3000, max_sender_bytes=1000, max_record_entries=1)
+    assert storage.store_subkey(KEY, "a", bytes(300), 200.0, now=NOW, sender=peer_id(1))
+    assert not storage.store_subkey(KEY, "b", bytes(390), 200.0, now=NOW, sender=peer_id(2))
+    assert storage.store_subkey(KEY, "b", bytes(200), 200.0, now=NOW, sender=peer_id(2))
+    storage = LocalStorage(max_bytes=3000, max_sender_bytes=1000, max_record_bytes=400)
+    assert storage.store_subkey(KEY, "a", bytes(350), 200.0, now=NOW, sender=peer_id(1))
+    assert storage.store(OTHER, bytes(300), 200.0, now=NOW, sender=peer_id(2))
+    assert not storage.store_subkey(KEY, "b", bytes(200), 200.0, now=NOW, sender=peer_id(2))
+    assert storage.get(KEY, now=NOW) in (None, dictionary([("a", bytes(350), 200.0)]))
+
+
 def test_a_whole_dictionary_may_make_room_for_a_value_in_its_own_place() -> None:
     storage = LocalStorage(max_bytes=1 << 20, max_entries=3)
     assert all(storage.store_subkey(KEY, n, b"", 200.0, now=NOW, sender=peer_id(1)) for n in range(3))

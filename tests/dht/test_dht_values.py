@@ -55,6 +55,21 @@ def test_merging_does_not_grow_without_bound() -> None:
     assert [entry[0] for entry in merged.entries] == ["x", "z"]
 
 
+@pytest.mark.parametrize("flood_first", [True, False])
+def test_a_replica_as_large_as_can_be_does_not_drive_out_another(flood_first: bool) -> None:
+    flood = dictionary([(n, bytes(1000), 9.0) for n in range(3000)])
+    honest = dictionary([(f"peer {n}", bytes(300), 1.0) for n in range(500)])
+    merged = merge(flood, honest) if flood_first else merge(honest, flood)
+    few = dictionary([("one", bytes(10), 1.0)])
+    merged = merge(merged, few)
+    for n in range(5):
+        merged = merge(merged, dictionary([((n, m), bytes(1000), 9.0) for m in range(3000)]))
+    assert isinstance(merged, DictionaryValue)
+    subkeys = {entry[0] for entry in merged.entries}
+    assert {"one", *(entry[0] for entry in honest.entries)} <= subkeys
+    assert sum(len(entry[1]) for entry in merged.entries) <= defaults.DHT_MAX_RECORD_BYTES
+
+
 def test_only_what_has_not_expired_is_live() -> None:
     assert live_part(Regular(A, 10.0), 10.0) == Regular(A, 10.0)
     assert live_part(Regular(A, 10.0), 10.5) is None

@@ -103,6 +103,7 @@ class DhtNode:
         self._replicas = replicas
         self._clock = clock
         self._validator = validator
+        self._nursery: trio.Nursery | None = None
         self._next_hand_over: dict[PeerId, float] = {}
         self._storage = LocalStorage(max_bytes=storage_bytes)
         self._cache = LocalStorage(max_bytes=cache_bytes, evict=True)
@@ -143,6 +144,7 @@ class DhtNode:
             self._service.mount(self._server)
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for _ in range(_CHORE_WORKERS):
                     nursery.start_soon(self._do_chores)
                 nursery.start_soon(self._reader.keep_fresh)
@@ -290,16 +292,27 @@ class DhtNode:
     async def _search(self, targets: Iterable[DhtId], take_in: TakeIn) -> dict[DhtId, list[Contact]]:
         """Search for targets; ``take_in`` sees every answer and says whether its target is done."""
 
+        searching = True
+        true_ids: dict[PeerId, DhtId | None] = {}  # of the peers asked: others may name them under any id
+
         async def ask(contact: Contact, keys: Sequence[DhtId]) -> dict[DhtId, Step] | None:
             if not self._contacts.may_ask(contact):
+                return None
+            if true_ids.get(contact.peer, contact.node_id) != contact.node_id:
                 return None
             try:
                 answers = await self._remote.find(contact, keys)
             except (NetworkError, RemoteError) as e:
                 log.debug("search: %s", e)
+                true_ids[contact.peer] = self._contacts.table.node_of(contact.peer)
                 return None
+            if not searching:
+                return None  # it is too late to take it in
             return {
-                key: Step(answer.neighbours, finished=take_in(contact, key, answer))
+                key: Step(
+                    [other for other in answer.neighbours if self._contacts.may_ask(other)],
+                    finished=take_in(contact, key, answer),
+                )
                 for key, answer in answers.items()
             }
 
@@ -309,7 +322,11 @@ class DhtNode:
             for target in targets
             for contact in self._contacts.nearest(target, defaults.DHT_BUCKET_SIZE)
         }
-        return await search(targets, seeds.values(), ask)
+        assert self._nursery is not None, "the node is not running"
+        try:
+            return await search(targets, seeds.values(), ask, background=self._nursery)
+        finally:
+            searching = False
 
     # --- chores -------------------------------------------------------------------------------------------
 

@@ -2,15 +2,17 @@
 
 Source of the semantics: hivemind 1.1.12, ``dht/traverse.py``: a beam of the nearest known nodes per key,
 which ends when every node of the beam was asked. Unlike stock, a node that does not answer leaves the beam,
-so the result holds only nodes that did; and a question carries all keys for which the peer would be asked
-anyway.
+so the result holds only nodes that did; a question carries all keys for which the peer would be asked anyway;
+and a peer that lets us wait, or that invents neighbours, does not keep the search from its end.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 
 import trio
 
@@ -31,35 +33,80 @@ Ask = Callable[[Contact, Sequence[DhtId]], Awaitable[dict[DhtId, Step] | None]]
 """Asks one node about some targets; None if it failed. Raises nothing that the search should survive."""
 
 
-class Beam:
-    """The search for one target: who is known, who was asked, who is next. No I/O."""
+@dataclass(slots=True)
+class _Source:
+    """How the nodes fared that one node named."""
 
-    def __init__(self, target: DhtId, *, width: int, max_asked: int) -> None:
+    waiting: int = 0
+    answered: int = 0
+    failed: int = 0
+
+    @property
+    def trusted(self) -> bool:
+        return self.failed < defaults.DHT_FALSE_NEIGHBOURS or self.failed <= 3 * self.answered
+
+    @property
+    def on_trial(self) -> bool:
+        """It may not have more of its nodes asked before one of those that were has answered."""
+        return self.answered == 0 and self.waiting >= defaults.DHT_FALSE_NEIGHBOURS
+
+
+class Beam:
+    """The search for one target: who is known, who was asked, who is next. No I/O.
+
+    Nodes that are late hold up the search only until ``enough`` others have answered. A node that named
+    several nodes of which hardly any answers is believed no more: anybody can invent neighbours.
+    """
+
+    def __init__(
+        self, target: DhtId, *, width: int, max_asked: int, enough: int = defaults.DHT_REPLICAS
+    ) -> None:
         self.target = target
         self.width = width
         self.finished = False
         self._max_asked = max_asked
+        self._enough = enough
         self._candidates: list[tuple[int, Contact]] = []  # nearest first, without those that failed
         self._known: set[DhtId] = set()
         self._asked: set[DhtId] = set()
         self._waiting: set[DhtId] = set()  # asked, not answered yet
+        self._answers = 0
+        self._named_by: dict[DhtId, DhtId] = {}
+        self._sources: dict[DhtId, _Source] = {}
 
-    def offer(self, contacts: Iterable[Contact]) -> None:
-        """Learn of nodes. A node id keeps the peer under which it was met first."""
+    def offer(self, contacts: Iterable[Contact], *, source: DhtId | None = None) -> None:
+        """Learn of nodes, from the node ``source``. A node id keeps the peer under which it was met first."""
+        if source is not None and not self._sources.setdefault(source, _Source()).trusted:
+            return
         for contact in contacts:
             if contact.node_id not in self._known:
                 self._known.add(contact.node_id)
+                if source is not None:
+                    self._named_by[contact.node_id] = source
                 place = (self.target.distance(contact.node_id), contact)
                 bisect.insort(self._candidates, place, key=lambda place: place[0])
 
     def next(self) -> Contact | None:
-        """The nearest node of the beam that was not asked yet."""
+        """The nearest node of the beam that was not asked yet.
+
+        Those whose source is on trial neither have their turn nor take the places of others.
+        """
         if self.finished or len(self._asked) >= self._max_asked:
             return None
-        for _, contact in self._candidates[: self.width]:
-            if contact.node_id not in self._asked:
+        asked = 0
+        for _, contact in self._candidates:
+            if contact.node_id in self._asked:
+                asked += 1
+                if asked == self.width:
+                    return None
+            elif not self._source_of(contact.node_id).on_trial:
                 return contact
         return None
+
+    def _source_of(self, node_id: DhtId) -> _Source:
+        """Who named it; somebody new for nodes that this node knew itself."""
+        named_by = self._named_by.get(node_id)
+        return _Source() if named_by is None else self._sources[named_by]
 
     def would_ask(self, contact: Contact) -> bool:
         """Whether the node belongs to the beam, or would, and was not asked yet."""
@@ -73,25 +120,46 @@ class Beam:
         self.offer([contact])
         self._asked.add(contact.node_id)
         self._waiting.add(contact.node_id)
+        self._source_of(contact.node_id).waiting += 1
 
     def answered(self, contact: Contact, step: Step | None) -> None:
         """Take in an answer, or with None the failure of a node."""
-        self._waiting.discard(contact.node_id)
+        node_id = contact.node_id
+        self._waiting.discard(node_id)
+        source = self._source_of(node_id)
+        source.waiting -= 1
         if step is None:
-            self._candidates = [place for place in self._candidates if place[1].node_id != contact.node_id]
-        elif not self.finished:
-            self.offer(step.neighbours)
+            self._drop({node_id})
+            source.failed += 1
+            if not source.trusted:
+                self._forget(self._named_by[node_id])
+            return
+        self._answers += 1
+        source.answered += 1
+        if not self.finished:
+            self.offer(step.neighbours, source=node_id)
             self.finished = step.finished
+
+    def _drop(self, node_ids: set[DhtId]) -> None:
+        self._candidates = [place for place in self._candidates if place[1].node_id not in node_ids]
+
+    def _forget(self, source: DhtId) -> None:
+        """Leave out what only ``source`` has named and nobody was asked about; others may still name it."""
+        named = {node_id for node_id, by in self._named_by.items() if by == source} - self._asked
+        self._drop(named)
+        self._known -= named
 
     @property
     def waiting(self) -> int:
         """Nodes that were asked and have not answered."""
         return len(self._waiting)
 
-    @property
-    def exhausted(self) -> bool:
-        """Nothing more will come: finished, or every node of the beam has answered."""
-        return self.finished or (not self._waiting and self.next() is None)
+    def exhausted(self, late: AbstractSet[DhtId] = frozenset()) -> bool:
+        """Nothing more is to be waited for: finished, or every node of the beam has answered or is ``late``."""
+        if self.finished:
+            return True
+        awaited = self._waiting - late if self._answers >= self._enough else self._waiting
+        return not awaited and self.next() is None
 
     def nearest(self) -> list[Contact]:
         """The nodes of the beam that answered, nearest first."""
@@ -99,11 +167,20 @@ class Beam:
         return [contact for _, contact in self._candidates if contact.node_id in answered][: self.width]
 
 
+@dataclass(eq=False, slots=True)
+class _Call:
+    contact: Contact
+    beams: list[Beam]
+    started: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
 async def search(
     targets: Iterable[DhtId],
     seeds: Iterable[Contact],
     ask: Ask,
     *,
+    background: trio.Nursery,
     width: int = defaults.DHT_BUCKET_SIZE,
     workers: int = defaults.DHT_SEARCH_WORKERS,
     targets_per_call: int = defaults.DHT_KEYS_PER_QUERY,
@@ -111,42 +188,67 @@ async def search(
 ) -> dict[DhtId, list[Contact]]:
     """Find up to ``width`` live nodes nearest to each target, nearest first, starting from ``seeds``.
 
-    At most ``workers`` calls of ``ask`` run at a time, each with at most ``targets_per_call`` targets. Nodes
-    that must not be asked, as the own one, ``ask`` fails. Has no deadline: ``ask`` does. Cancelled: running
-    calls are cancelled, nothing else remains.
+    At most ``workers`` calls of ``ask`` run at a time, each with at most ``targets_per_call`` targets, besides
+    those that are late: they take several times as long as answers usually took. Such are waited for only where
+    few others answer; when the search ends they go on in ``background``. Nodes that must not be asked, as the own one,
+    ``ask`` fails. Has no deadline: ``ask`` does. Cancelled: all its calls are cancelled, nothing remains.
     """
     beams = {target: Beam(target, width=width, max_asked=max_asked) for target in targets}
     seeds = list(seeds)
     for beam in beams.values():
         beam.offer(seeds)
-    running = 0
+    calls: set[_Call] = set()
+    errors: list[Exception] = []
+    times: list[float] = []  # that answers took, the shortest first
     progress = trio.Event()
 
-    async def call(contact: Contact, asked: list[Beam]) -> None:
-        nonlocal running
-        steps = await ask(contact, [beam.target for beam in asked])
-        for beam in asked:
-            beam.answered(contact, None if steps is None else steps.get(beam.target, Step(())))
-        running -= 1
-        progress.set()
+    async def make(call: _Call) -> None:
+        steps = None
+        try:
+            with call.scope:
+                steps = await ask(call.contact, [beam.target for beam in call.beams])
+                if steps is not None:
+                    bisect.insort(times, trio.current_time() - call.started)
+        except Exception as e:
+            errors.append(e)  # raised by the search
+        finally:
+            calls.discard(call)
+            for beam in call.beams:
+                beam.answered(call.contact, None if steps is None else steps.get(beam.target, Step(())))
+            progress.set()
 
-    async with trio.open_nursery() as nursery:
-        while True:
-            open_beams = [beam for beam in beams.values() if not beam.exhausted]
+    try:
+        while not errors:
+            usual = times[len(times) // 2] if times else 0.0
+            patience = max(defaults.DHT_PATIENCE_SECONDS, defaults.DHT_PATIENCE_FACTOR * usual)
+            now = trio.current_time()
+            punctual = [call for call in calls if call.started + patience > now]
+            late = {call.contact.node_id for call in calls if call.started + patience <= now}
+            open_beams = [beam for beam in beams.values() if not beam.exhausted(late)]
             if not open_beams:
-                nursery.cancel_scope.cancel()  # answers for beams that finished early
-                break
-            choice = _choose(open_beams, targets_per_call) if running < workers else None
+                return {target: beam.nearest() for target, beam in beams.items()}
+            choice = _choose(open_beams, targets_per_call) if len(punctual) < workers else None
             if choice is None:
                 progress = trio.Event()
-                await progress.wait()
+                late_at = min((call.started for call in punctual), default=math.inf) + patience
+                with trio.move_on_at(late_at):
+                    await progress.wait()
                 continue
-            contact, asked = choice
-            for beam in asked:
-                beam.asked(contact)
-            running += 1
-            nursery.start_soon(call, contact, asked)
-    return {target: beam.nearest() for target, beam in beams.items()}
+            call = _Call(*choice, now)
+            for beam in call.beams:
+                beam.asked(call.contact)
+            calls.add(call)
+            background.start_soon(make, call)
+    except BaseException:
+        _cancel(calls)
+        raise
+    _cancel(calls)
+    raise errors[0]
+
+
+def _cancel(calls: Iterable[_Call]) -> None:
+    for call in calls:
+        call.scope.cancel()
 
 
 def _choose(beams: list[Beam], targets_per_call: int) -> tuple[Contact, list[Beam]] | None:

@@ -19,7 +19,7 @@ from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE, StoreItem
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
 from kwaainet_bridge.hivemind.dht.validation import RecordValidator, valid_part
-from kwaainet_bridge.hivemind.dht.values import Record, expiration_of
+from kwaainet_bridge.hivemind.dht.values import Record, merge
 from kwaainet_bridge.rpc.server import CallContext, RpcServer
 from kwaainet_bridge.wire.pb import dht_pb2 as pb
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -137,7 +137,7 @@ class DhtService:
             key = _read(messages.read_key, raw)
             neighbours = self._contacts.nearest(key, defaults.DHT_BUCKET_SIZE, exclude=exclude)
             # a large dictionary takes 10 ms to pack: not for an answer that is full
-            result = messages.find_result(self._newer(key) if room > 0 else None, neighbours)
+            result = messages.find_result(self._held(key) if room > 0 else None, neighbours)
             if len(result.value) > room:
                 log.debug("the record of key %s does not fit the answer to %s", key, context.peer)
                 result = messages.find_result(None, neighbours)
@@ -147,14 +147,16 @@ class DhtService:
             await trio.lowlevel.checkpoint()
         return response
 
-    def _newer(self, key: DhtId) -> Record | None:
-        """What we hold for ``key``, stored or cached, whichever expires later."""
+    def _held(self, key: DhtId) -> Record | None:
+        """What we hold for ``key``, stored and cached.
+
+        Stock answers with the one of the two that expires later, by which anybody can hide a stored dictionary
+        behind a cached one.
+        """
         now = self._clock()
         stored = self._storage.get(key, now=now)
         cached = self._cache.get(key, now=now)
-        if stored is None or (cached is not None and expiration_of(cached) > expiration_of(stored)):
-            return cached
-        return stored
+        return stored if cached is None else merge(stored, cached)
 
 
 def _read(reader: Callable[[Message], Value], message: Message) -> Value:

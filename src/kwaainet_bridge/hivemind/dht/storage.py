@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -61,12 +62,12 @@ class LocalStorage:
 
     ``max_bytes`` bounds the memory of all entries, ``max_entries`` their number. ``retention`` is the longest
     time in seconds that an entry is kept. One key holds at most ``max_record_bytes`` in
-    ``max_record_entries``; what would exceed them is refused.
+    ``max_record_entries``.
 
     ``sender`` of an entry is the peer that sent it, None for this node, whose entries are not counted. One sender
-    has at most ``max_sender_bytes``. When all is full, a newcomer takes the place of what the sender with most
-    bytes has held longest, or is refused if its own sender has as much. With ``evict`` (a cache) it takes the
-    place of what expires first.
+    has at most ``max_sender_bytes``. When all is full, or the dictionary of one key, a newcomer takes the place of
+    what the sender with most bytes there has held longest, or is refused if its own sender has as much. With
+    ``evict`` (a cache) it takes the place of what expires first in all.
     """
 
     def __init__(
@@ -175,15 +176,12 @@ class LocalStorage:
 
     def _put(self, key: DhtId, entry: _Entry, now: float, *, replaces_row: bool) -> bool:
         """Write one entry if there is room for it; ``replaces_row`` drops all that the key held before."""
-        row = self._rows.get(key)
-        kept_size, kept_entries = 0, 0
-        if row is not None and not replaces_row:
-            former = row.entries.get(entry.packed)
-            kept_size = row.value_bytes - (0 if former is None else former.size)
-            kept_entries = len(row.entries) - (former is not None)
-        if kept_size + entry.size > self._max_record_bytes or kept_entries >= self._max_record_entries:
+        if entry.size > self._max_record_bytes:
+            return False
+        if not replaces_row and not self._make_room_in_row(key, entry):
             return False
         if not self._make_room(key, entry, replaces_row=replaces_row):
+            self._drop_if_empty(key)
             return False
         if replaces_row:
             self._drop_row(key)
@@ -201,6 +199,26 @@ class LocalStorage:
         heapq.heappush(self._heap, (kept_until, entry.serial, key, entry.packed))
         self._shed_ghosts()
         return True
+
+    def _make_room_in_row(self, key: DhtId, entry: _Entry) -> bool:
+        """The same for the bounds of one dictionary, so that nobody fills it with subkeys that mean nothing."""
+        row = self._rows[key]
+        while True:
+            former = row.entries.get(entry.packed)
+            kept_size = row.value_bytes - (0 if former is None else former.size)
+            kept_entries = len(row.entries) - (former is not None)
+            if kept_size + entry.size <= self._max_record_bytes and kept_entries < self._max_record_entries:
+                return True
+            used: Counter[PeerId] = Counter()
+            for held in row.entries.values():
+                if held.sender is not None:
+                    used[held.sender] += held.cost
+            heaviest, most = max(used.items(), key=lambda item: item[1], default=(None, 0))
+            if entry.sender is None or heaviest is None or most <= used[entry.sender] + entry.cost:
+                return False
+            self._drop_entry(
+                key, next(held.packed for held in row.entries.values() if held.sender == heaviest)
+            )
 
     def _make_room(self, key: DhtId, entry: _Entry, *, replaces_row: bool) -> bool:
         """Drop entries until ``entry`` fits beside what it does not replace. False if it may not have the room."""
@@ -245,7 +263,8 @@ class LocalStorage:
             self._release(key, entry)
 
     def _drop_if_empty(self, key: DhtId) -> None:
-        if not self._rows[key].entries:
+        row = self._rows.get(key)
+        if row is not None and not row.entries:
             del self._rows[key]
 
     def _drop_row(self, key: DhtId) -> None:

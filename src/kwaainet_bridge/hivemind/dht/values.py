@@ -90,27 +90,45 @@ def live_part(record: Record, now: float) -> Record | None:
 def merge(ours: Record | None, theirs: Record) -> Record:
     """The later of two replicas of a key: by entry for dictionaries, else as a whole; a tie keeps ours.
 
-    Entries of ``theirs`` beyond ``defaults.DHT_MAX_RECORD_BYTES`` in all are left out.
+    Entries beyond ``defaults.DHT_MAX_RECORD_BYTES`` in all are left out, so that neither of the two, however large,
+    drives out the other.
     """
     if ours is None:
         return theirs
     if isinstance(ours, Regular) or isinstance(theirs, Regular):
         return theirs if expiration_of(theirs) > expiration_of(ours) else ours
-    merged = {pack(entry[0]): entry for entry in ours.entries}
-    room = defaults.DHT_MAX_RECORD_BYTES - sum(record_bytes(key, entry[1]) for key, entry in merged.items())
-    for entry in theirs.entries:
-        key = pack(entry[0])
-        held = merged.get(key)
-        if held is None:
-            growth = record_bytes(key, entry[1])
-        elif held[2] < entry[2]:
-            growth = len(entry[1]) - len(held[1])
-        else:
-            continue
-        if growth <= room:
+    parts = [{pack(entry[0]): entry for entry in record.entries} for record in (ours, theirs)]
+    merged = parts[0].copy()
+    for key, entry in parts[1].items():
+        if key not in merged or merged[key][2] < entry[2]:
             merged[key] = entry
-            room -= growth
-    return dictionary(list(merged.values()))
+    return dictionary(list(_fair_part(merged, parts).values()))
+
+
+_Entries = dict[bytes, tuple[Hashable, bytes, float]]  # by packed subkey
+
+
+def _size(entries: _Entries) -> int:
+    return sum(record_bytes(key, entry[1]) for key, entry in entries.items())
+
+
+def _fair_part(merged: _Entries, parts: list[_Entries]) -> _Entries:
+    """As much of ``merged`` as there may be: half of the room for the smaller of its two parts, then the larger.
+
+    The smaller one's come first even if there is room for all, since the next merger leaves out the last.
+    """
+    kept: _Entries = {}
+    room = defaults.DHT_MAX_RECORD_BYTES
+    smaller, larger = sorted(parts, key=_size)
+    for part, reserved in ((smaller, room // 2), (larger, 0)):
+        for key in part:
+            size = record_bytes(key, merged[key][1])
+            if room <= reserved:
+                break
+            if key not in kept and size <= room:
+                kept[key] = merged[key]
+                room -= size
+    return kept
 
 
 def decode(record: Record, *, key: object) -> Found | None:
@@ -125,11 +143,14 @@ def decode(record: Record, *, key: object) -> Found | None:
         log.warning("the value of key %s cannot be read: %s", key, e)
         return None
     entries: dict[Hashable, FoundEntry] = {}
+    unread: list[str] = []
     for subkey, value, expiration in record.entries:
         try:
             entries[subkey] = FoundEntry(unpack(value), expiration)
         except RemoteError as e:
-            log.warning("subkey %.80r of key %s cannot be read: %s", subkey, key, e)
+            unread.append(f"{subkey!r:.80}: {e}")
+    if unread:  # in one line, however many
+        log.warning("%d subkeys of key %s cannot be read; the first is %s", len(unread), key, unread[0])
     if not entries:
         return None
     return Found(entries, max(entry.expiration for entry in entries.values()), is_dictionary=True)
