@@ -9,12 +9,14 @@ import trio
 import trio.testing
 from node_support import NOWHERE, PREFIX, node_config, running_node
 
+from kwaainet_bridge.config import parse_config
 from kwaainet_bridge.errors import CheckpointError, ConfigError, IdentityError
 from kwaainet_bridge.hivemind.dht import BootstrapResult, DhtNode
 from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 from kwaainet_bridge.net import HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node import daemon
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.state import NodeState, Phase
@@ -257,6 +259,23 @@ async def test_blocks_that_the_model_does_not_have(tmp_path):
 async def test_folder_without_a_model(tmp_path):
     config = node_config(tmp_path, "empty", model={"name": str(tmp_path), "dht_prefix": "x"})
     assert str(tmp_path) in await refused(config, CheckpointError)
+
+
+def test_limits_of_the_configuration_reach_the_host(monkeypatch):
+    monkeypatch.setattr(daemon, "_affordable_connections", lambda connections: connections)
+    text = """
+    limits:
+      connections: 90
+      connections_high: 50
+      connections_low: 40
+      connections_per_address: 5
+      streams: 300
+      streams_per_peer: 30
+      stream_buffers_mib: 7
+    """
+    limits = daemon._limits(parse_config(text, "x").limits)
+    assert limits == Limits(90, 50, 40, 5, streams=300, streams_per_peer=30, buffer_bytes=7 << 20)
+    assert daemon._limits(parse_config("", "x").limits) == Limits()
 
 
 @pytest.mark.parametrize(

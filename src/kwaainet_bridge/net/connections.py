@@ -14,7 +14,7 @@ from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
 from kwaainet_bridge.net.channel import SecureChannel, TcpSocket, WrongPeer, secure_inbound, secure_outbound
 from kwaainet_bridge.net.dialer import HostFull, Progress
-from kwaainet_bridge.net.fair_pool import FairPool, Share
+from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.origins import Origins, origin_of
 from kwaainet_bridge.net.pruning import Protection, expendable, preferred
@@ -50,7 +50,7 @@ class Connection(YamuxConnection):
         *,
         initiator: bool,
         accept: Callable[[Connection, YamuxStream], None],
-        memory: Share,
+        memory: FairPool,
         housekeeping: AbstractSet[str] = frozenset(),
         origin: str | None = None,
     ) -> None:
@@ -98,20 +98,20 @@ class Connection(YamuxConnection):
         known = self._streams.get(stream.stream_id) is stream
         super().forget(stream)
         if known and stream not in self._promised:
-            self._memory.release(stream.window_growth)
+            self._memory.release(self.remote, stream.window_growth)
 
     def reserve_window(self, growth: int) -> bool:
         """Take ``growth`` bytes from the connection's budget and from the host's."""
-        if not self._memory.reserve(growth):
+        if not self._memory.reserve(self.remote, growth):
             return False
         if super().reserve_window(growth):
             return True
-        self._memory.release(growth)
+        self._memory.release(self.remote, growth)
         return False
 
     def promise_window(self, stream: YamuxStream) -> bool:
         """Reserve memory for an inbound stream, until :meth:`withdraw_window`; False if there is none."""
-        if not self._memory.reserve(INITIAL_WINDOW):
+        if not self._memory.reserve(self.remote, INITIAL_WINDOW):
             return False
         self._promised.add(stream)
         return True
@@ -123,7 +123,7 @@ class Connection(YamuxConnection):
         """
         self._promised.discard(stream)
         over = self._streams.get(stream.stream_id) is not stream
-        self._memory.release(INITIAL_WINDOW + (stream.window_growth if over else 0))
+        self._memory.release(self.remote, INITIAL_WINDOW + (stream.window_growth if over else 0))
 
     def _is_use(self, stream: YamuxStream) -> bool:
         if not stream.protocol:
@@ -305,7 +305,7 @@ class Connections:
             channel,
             initiator=initiator,
             accept=self._accept,
-            memory=self._memory.share(channel.remote),
+            memory=self._memory,
             housekeeping=self._housekeeping,
             origin=origin,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from weakref import WeakValueDictionary
-
 from kwaainet_bridge.wire.peer_id import PeerId
 
 
@@ -19,43 +17,30 @@ class FairPool:
         self.limit = limit
         self.per_peer = limit if per_peer is None else per_peer
         self.used = 0
-        self._shares: WeakValueDictionary[PeerId, Share] = WeakValueDictionary()
+        self._held: dict[PeerId, int] = {}
 
-    @property
-    def free(self) -> int:
-        """What nobody holds."""
-        return self.limit - self.used
+    def held(self, peer: PeerId) -> int:
+        """What ``peer`` has."""
+        return self._held.get(peer, 0)
 
-    def share(self, peer: PeerId) -> Share:
-        """The share of ``peer``: the same object for as long as anybody holds it."""
-        share = self._shares.get(peer)
-        if share is None:
-            self._shares[peer] = share = Share(self)
-        return share
-
-    def __len__(self) -> int:
-        """Shares that somebody holds."""
-        return len(self._shares)
-
-
-class Share:
-    """What one peer has of a :class:`FairPool`; made by that only."""
-
-    def __init__(self, pool: FairPool) -> None:
-        self.held = 0
-        self._pool = pool
-
-    def reserve(self, amount: int) -> bool:
-        """Take ``amount``, above zero. False, and nothing is taken, if the peer would have more than its
-        part."""
-        pool = self._pool
-        if self.held + amount > min(pool.per_peer, pool.free):
+    def reserve(self, peer: PeerId, amount: int) -> bool:
+        """Take ``amount``, above zero, for ``peer``. False, and nothing is taken, if it would have too much."""
+        held = self._held.get(peer, 0) + amount
+        if held > self.limit - self.used or held > self.per_peer:
             return False
-        self.held += amount
-        pool.used += amount
+        self._held[peer] = held
+        self.used += amount
         return True
 
-    def release(self, amount: int) -> None:
+    def release(self, peer: PeerId, amount: int) -> None:
         """Give back what was reserved."""
-        self.held -= amount
-        self._pool.used -= amount
+        self.used -= amount
+        held = self._held.get(peer, 0) - amount
+        if held:
+            self._held[peer] = held
+        else:
+            self._held.pop(peer, None)
+
+    def __len__(self) -> int:
+        """Peers that have something."""
+        return len(self._held)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kwaainet_bridge import defaults
 from kwaainet_bridge.net.connections import Connection
 from kwaainet_bridge.net.fair_pool import FairPool
@@ -21,27 +19,26 @@ class InboundStreams:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._all = FairPool(limits.streams, per_peer=limits.streams_per_peer)
+        self._places = FairPool(limits.streams, per_peer=limits.streams_per_peer)
 
     @property
     def running(self) -> int:
         """Handlers that run, or wait for a protocol."""
-        return self._all.used
+        return self._places.used
 
-    def begin(self, connection: Connection, stream: YamuxStream) -> Callable[[], None] | None:
-        """Count a new stream; return what must be called when its handler has ended, or None to refuse it."""
-        places = self._all.share(stream.remote)
-        if not places.reserve(1):
-            return None
-        if not connection.promise_window(stream):
-            places.release(1)
-            return None
+    def begin(self, connection: Connection, stream: YamuxStream) -> bool:
+        """Count a new stream of ``connection``, until :meth:`end`; False to refuse it."""
+        if not self._places.reserve(stream.remote, 1):
+            return False
+        if connection.promise_window(stream):
+            return True
+        self._places.release(stream.remote, 1)
+        return False
 
-        def end() -> None:
-            connection.withdraw_window(stream)
-            places.release(1)
-
-        return end
+    def end(self, connection: Connection, stream: YamuxStream) -> None:
+        """Note that the handler has ended."""
+        connection.withdraw_window(stream)
+        self._places.release(stream.remote, 1)
 
 
 def limited(handler: StreamHandler) -> StreamHandler:
@@ -49,13 +46,12 @@ def limited(handler: StreamHandler) -> StreamHandler:
     pool = FairPool(defaults.MAX_STREAMS_PER_PROTOCOL, per_peer=defaults.MAX_STREAMS_PER_PROTOCOL_AND_PEER)
 
     async def serve(stream: Stream) -> None:
-        places = pool.share(stream.remote)
-        if not places.reserve(1):
+        if not pool.reserve(stream.remote, 1):
             await stream.reset()
             return
         try:
             await handler(stream)
         finally:
-            places.release(1)
+            pool.release(stream.remote, 1)
 
     return serve

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -279,17 +279,16 @@ class Libp2pHost(Host):
             self._push.changed()
 
     def _accept(self, connection: Connection, stream: YamuxStream) -> None:
-        ended = self._inbound.begin(connection, stream)
-        if ended is None:
-            stream.reset_now()
+        if self._inbound.begin(connection, stream):
+            self._nursery.start_soon(self._serve_counted, connection, stream)
         else:
-            self._nursery.start_soon(self._serve_counted, stream, ended)
+            stream.reset_now()
 
-    async def _serve_counted(self, stream: YamuxStream, ended: Callable[[], None]) -> None:
+    async def _serve_counted(self, connection: Connection, stream: YamuxStream) -> None:
         try:
             await self._serve_stream(stream)
         finally:
-            ended()
+            self._inbound.end(connection, stream)
 
     async def _serve_stream(self, stream: YamuxStream) -> None:
         # Whatever a peer sends, or a handler raises, ends here and touches no other stream.
