@@ -35,9 +35,8 @@ class Connection(YamuxConnection):
     """A yamux connection, and what is known of its other end.
 
     ``remote_address`` is the binary multiaddr it came from or goes to, ``remote_host`` the IP address in it,
-    ``origin`` who answers for an inbound
-    one; ``identified`` is set once the peer has said who it is, or has failed to. Streams of ``housekeeping``
-    protocols do not count as use.
+    ``origin`` who answers for an inbound one; ``identified`` is set once the peer has said who it is, or has
+    failed to. Streams of ``housekeeping`` protocols do not count as use.
     """
 
     security: Final = "/noise (X25519, ChaCha20-Poly1305, SHA-256)"
