@@ -351,6 +351,12 @@ DHT_CACHE_BYTES: Final = 32 * MIB
 DHT_MAX_RSA_BITS: Final = 4096
 """Largest RSA key whose signatures are checked (stock makes 2048): a check takes longer with the square of it."""
 
+DHT_AUTH_SKEW_SECONDS: Final = 60.0
+"""In a private swarm, how old a signed request may be (stock: 60). Its nonce is remembered three times as long."""
+
+DHT_AUTH_NONCES: Final = 256 * 1024
+"""Nonces remembered; with more than 1,400 requests a second further ones are refused, not let in unchecked."""
+
 DHT_CACHE_REFRESH_SECONDS: Final = 5.0
 """A cached record that was read is fetched again this long before it expires (stock: 5)."""
 

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import trio
 from child_processes import Driver, PeerError
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from stock_swarm import START_SECONDS, StockEnvironment
 
+from kwaainet_bridge.errors import HandlerError
 from kwaainet_bridge.hivemind.dht import (
+    AccessToken,
     DhtId,
     DhtNode,
     FoundEntry,
     Item,
     RsaSignatureValidator,
+    TokenAuthorizer,
     rsa_keys,
     signatures,
 )
@@ -249,6 +254,60 @@ async def test_protected_records_are_kept_for_their_owners_on_both_sides(stock_n
         assert {subkey: entry.value for subkey, entry in read.items()} == subkeys
         found = await stock_nodes.aask("get", node=theirs["node"], keys=["progress"])
         assert {key: entry["value"] for key, entry in found["progress"]["subkeys"].items()} == subkeys
+
+
+class Members(TokenAuthorizer):
+    """The rules of ``stock/dht_peer.py``."""
+
+    def __init__(self, authority: rsa.RSAPrivateKey) -> None:
+        super().__init__(rsa_keys.generate_key(), clock=time.time)
+        self._authority = authority
+
+    async def get_token(self) -> AccessToken:
+        await trio.lowlevel.checkpoint()
+        token = AccessToken(
+            username="ours", public_key=self.public_key, expiration_time=str(time.time() + 60)
+        )
+        token.signature = rsa_keys.sign(self._authority, self._signed(token))
+        return token
+
+    def is_token_valid(self, token: AccessToken) -> bool:
+        public = rsa_keys.public_bytes(self._authority)
+        return (
+            rsa_keys.verify(public, self._signed(token), token.signature)
+            and float(token.expiration_time) > time.time()
+        )
+
+    def needs_refresh(self, token: AccessToken) -> bool:
+        return float(token.expiration_time) < time.time() + 5
+
+    @staticmethod
+    def _signed(token: AccessToken) -> bytes:
+        return f"{token.username} {token.public_key} {token.expiration_time}".encode()
+
+
+async def test_members_of_a_private_swarm_work_together_and_strangers_stay_out(stock_nodes: Driver) -> None:
+    authority = rsa_keys.generate_key()
+    der = authority.private_bytes(Encoding.DER, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    async with our_node(authorizer=Members(authority)) as ours, our_node(client_mode=True) as stranger:
+        theirs = await stock_nodes.aask("start", initial_peers=ours.host.addresses(), authority=der.hex())
+        expiration = time.time() + 100
+        result = await ours.dht.store("ours", 1, expiration)
+        assert {str(peer) for peer in result.accepted} == {str(ours.host.peer_id), theirs["peer"]}
+        item = {"key": "theirs", "value": 2, "ttl": 100}
+        assert await stock_nodes.aask("store", node=theirs["node"], items=[item]) == [True]
+        assert (await ours.dht.get("theirs")).value == 2
+        found = await stock_nodes.aask("get", node=theirs["node"], keys=["ours"])
+        assert found["ours"]["value"] == 1
+
+        for address in (ours.host.addresses()[0], theirs["addresses"][0]):
+            peer = await stranger.host.connect(address)
+            (joined,) = await stranger.dht.bootstrap([peer])
+            assert isinstance(joined.error, HandlerError)
+        assert not (await stranger.dht.store("theirs", 3, expiration + 1)).ok
+        with pytest.raises(PeerError, match="none of the initial_peers responded"):
+            await stock_nodes.aask("start", initial_peers=ours.host.addresses())
+        assert (await ours.dht.get("theirs")).value == 2
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 Commands::
 
-    start {initial_peers, client_mode}                     -> {node, peer, addresses}
+    start {initial_peers, client_mode, authority}          -> {node, peer, addresses}; ``authority``, a private key in
+                                                              hex, makes it a member of that authority's swarm
     dht   {initial_peers, signing}                         -> the same, for a ``hivemind.DHT`` in its own process;
                                                               ``signing`` gives it a validator; ``owner`` is the marker of its key
     kill  {node}                                           -> null; its daemon ends without a word to anybody
@@ -21,14 +22,19 @@ import asyncio
 import json
 import os
 import sys
+import time
 from typing import Any
 
 import hivemind
+from cryptography.hazmat.primitives.serialization import load_der_private_key
 from hivemind.dht import DHTNode
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage
+from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils.auth import TokenAuthorizerBase
+from hivemind.utils.crypto import RSAPrivateKey
 from lines import Lines
 
 lines = Lines()
@@ -46,6 +52,38 @@ def readable(found: Any) -> Any:
     return {"value": value, "expiration": expiration}
 
 
+class Members(TokenAuthorizerBase):
+    """Tokens that an authority has signed. Each peer is the authority itself here, and makes its own."""
+
+    def __init__(self, authority: bytes) -> None:
+        super().__init__(RSAPrivateKey())
+        self._authority = RSAPrivateKey()
+        self._authority._private_key = load_der_private_key(authority, password=None)
+
+    async def get_token(self) -> AccessToken:
+        token = AccessToken(
+            username="stock",
+            public_key=self.local_public_key.to_bytes(),
+            expiration_time=str(time.time() + 60),
+        )
+        token.signature = self._authority.sign(self._signed(token))
+        return token
+
+    def is_token_valid(self, access_token: AccessToken) -> bool:
+        public = self._authority.get_public_key()
+        return (
+            public.verify(self._signed(access_token), access_token.signature)
+            and float(access_token.expiration_time) > time.time()
+        )
+
+    def does_token_need_refreshing(self, access_token: AccessToken) -> bool:
+        return float(access_token.expiration_time) < time.time() + 5
+
+    @staticmethod
+    def _signed(token: AccessToken) -> bytes:
+        return f"{token.username} {token.public_key} {token.expiration_time}".encode()
+
+
 class Commands:
     def __init__(self) -> None:
         self._nodes: list[Any] = []
@@ -58,8 +96,13 @@ class Commands:
             "addresses": [str(maddr) for maddr in maddrs],
         }
 
-    async def start(self, initial_peers: list[str], *, client_mode: bool = False) -> dict[str, Any]:
-        node = await DHTNode.create(initial_peers=initial_peers, client_mode=client_mode, **LOOPBACK)
+    async def start(
+        self, initial_peers: list[str], *, client_mode: bool = False, authority: str | None = None
+    ) -> dict[str, Any]:
+        authorizer = None if authority is None else Members(bytes.fromhex(authority))
+        node = await DHTNode.create(
+            initial_peers=initial_peers, client_mode=client_mode, authorizer=authorizer, **LOOPBACK
+        )
         return self._added(node, node.peer_id, await node.get_visible_maddrs())
 
     async def dht(self, initial_peers: list[str], *, signing: bool = False) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The Hivemind DHT: records that expire, kept by the nodes whose ids are nearest to their keys."""
 
+from kwaainet_bridge.hivemind.dht.authorization import AccessToken, Authorizer, TokenAuthorizer
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.node import BootstrapResult, DhtNode, Item
 from kwaainet_bridge.hivemind.dht.placement import StoreResult
@@ -10,6 +11,8 @@ from kwaainet_bridge.hivemind.dht.validation import CompositeValidator, DhtRecor
 from kwaainet_bridge.hivemind.dht.values import Found, FoundEntry
 
 __all__ = [
+    "AccessToken",
+    "Authorizer",
     "BootstrapResult",
     "CompositeValidator",
     "Contact",
@@ -24,4 +27,5 @@ __all__ = [
     "RsaSignatureValidator",
     "SchemaValidator",
     "StoreResult",
+    "TokenAuthorizer",
 ]

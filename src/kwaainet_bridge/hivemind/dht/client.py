@@ -10,13 +10,14 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import CallBackFailed, ClockSkew, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.dht import messages
+from kwaainet_bridge.hivemind.dht.authorization import Authorizer, Req, Res
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE, FindAnswer, StoreItem
 from kwaainet_bridge.hivemind.dht.routing import Contact
 from kwaainet_bridge.hivemind.dht.validation import RecordValidator, valid_part
 from kwaainet_bridge.rpc.client import RpcClient
-from kwaainet_bridge.rpc.method import Req, Res, UnaryMethod
+from kwaainet_bridge.rpc.method import UnaryMethod
 from kwaainet_bridge.wire.pb import dht_pb2 as pb
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -44,6 +45,7 @@ class DhtClient:
         client_mode: bool,
         clock: Callable[[], float],
         validator: RecordValidator | None = None,
+        authorizer: Authorizer | None = None,
         timeout: float = defaults.DHT_CALL_SECONDS,
         parallel: int = defaults.DHT_PARALLEL_CALLS,
     ) -> None:
@@ -51,6 +53,7 @@ class DhtClient:
         self._contacts = contacts
         self._clock = clock
         self._validator = validator
+        self._authorizer = authorizer
         self._timeout = timeout
         self._slots = trio.CapacityLimiter(parallel)
         self._called_back: set[PeerId] = set()
@@ -150,11 +153,17 @@ class DhtClient:
         timeout: float,
         back_off: bool = False,
     ) -> Res:
+        authorizer = self._authorizer
+        if authorizer is not None:
+            await authorizer.sign_request(request)
         try:
-            return await self._rpc.call(peer, method, request, timeout=timeout)
+            response = await self._rpc.call(peer, method, request, timeout=timeout)
         except (NetworkError, RemoteError):
             self._contacts.failed(peer, back_off=back_off)
             raise
+        if authorizer is not None and not await authorizer.check_response(response, request):
+            raise self._wrong(peer, "its answer is not authorized: it is no member here", back_off=back_off)
+        return response
 
     def _answered(
         self, peer: PeerId, response: pb.PingResponse | pb.StoreResponse | pb.FindResponse

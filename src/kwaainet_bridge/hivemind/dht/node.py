@@ -19,6 +19,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import BridgeError, NetworkError, RemoteError
+from kwaainet_bridge.hivemind.dht.authorization import Authorizer
 from kwaainet_bridge.hivemind.dht.client import DhtClient
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
@@ -76,7 +77,7 @@ class DhtNode:
     In ``client_mode`` it serves nothing, keeps nothing for others and is in nobody's table. ``clock`` tells
     unix time; records expire by it and must agree with that of other nodes to within 3 s. ``validator`` checks
     what others store and answer, and signs what is stored from here; all nodes of a network should have the
-    same.
+    same. With ``authorizer`` only peers that it lets in are answered and believed.
 
     Calls may be made from any task while ``running()`` is entered, any number at a time.
     """
@@ -92,6 +93,7 @@ class DhtNode:
         storage_bytes: int = defaults.DHT_STORAGE_BYTES,
         cache_bytes: int = defaults.DHT_CACHE_BYTES,
         validator: RecordValidator | None = None,
+        authorizer: Authorizer | None = None,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
@@ -116,7 +118,12 @@ class DhtNode:
             on_doubt=lambda contact: self._later(partial(self._check_alive, contact)),
         )
         self._remote = DhtClient(
-            client, self._contacts, client_mode=client_mode, clock=clock, validator=validator
+            client,
+            self._contacts,
+            client_mode=client_mode,
+            clock=clock,
+            validator=validator,
+            authorizer=authorizer,
         )
         self._reader = Reader(
             self._storage,
@@ -132,6 +139,7 @@ class DhtNode:
             call_back=self._remote.call_back,
             clock=clock,
             validator=validator,
+            authorizer=authorizer,
         )
 
     @asynccontextmanager

@@ -14,13 +14,14 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import Refusal, RemoteError
 from kwaainet_bridge.hivemind.dht import messages
+from kwaainet_bridge.hivemind.dht.authorization import Authorizer, Req, Res
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import FIND, PING, STORE, StoreItem
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
 from kwaainet_bridge.hivemind.dht.validation import RecordValidator, valid_part
 from kwaainet_bridge.hivemind.dht.values import Record, merge
-from kwaainet_bridge.rpc.server import CallContext, RpcServer
+from kwaainet_bridge.rpc.server import CallContext, RpcServer, UnaryHandler
 from kwaainet_bridge.wire.pb import dht_pb2 as pb
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -43,7 +44,7 @@ class DhtService:
     """Handles pings, stores and finds.
 
     ``call_back`` pings a peer and returns the node id that it gives, None if it cannot be reached. What
-    ``validator`` refuses is not kept.
+    ``validator`` refuses is not kept; whom ``authorizer`` refuses gets an error.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class DhtService:
         call_back: Callable[[PeerId], Awaitable[DhtId | None]],
         clock: Callable[[], float],
         validator: RecordValidator | None = None,
+        authorizer: Authorizer | None = None,
     ) -> None:
         self._contacts = contacts
         self._storage = storage
@@ -62,18 +64,37 @@ class DhtService:
         self._call_back = call_back
         self._clock = clock
         self._validator = validator
+        self._authorizer = authorizer
         self._node = pb.NodeInfo(node_id=contacts.own_id.to_bytes())
 
     def mount(self, server: RpcServer) -> None:
         """Serve the three methods. ValueError if one is served already."""
-        server.mount(PING, self.ping)
-        server.mount(STORE, self.store)
-        server.mount(FIND, self.find)
+        server.mount(PING, self._guarded(self.ping))
+        server.mount(STORE, self._guarded(self.store))
+        server.mount(FIND, self._guarded(self.find))
 
     def unmount(self, server: RpcServer) -> None:
         server.unmount(PING)
         server.unmount(STORE)
         server.unmount(FIND)
+
+    def _guarded(self, handler: UnaryHandler[Req, Res]) -> UnaryHandler[Req, Res]:
+        """``handler`` for those whom the authorizer lets in."""
+        authorizer = self._authorizer
+        if authorizer is None:
+            return handler
+
+        async def guarded(request: Req, context: CallContext) -> Res:
+            if not await authorizer.check_request(request):
+                raise Refusal(
+                    "not authorized: a valid token, a signature, a synchronous clock and a new nonce are needed",
+                    kind="PermissionError",
+                )
+            response = await handler(request, context)
+            await authorizer.sign_response(response, request)
+            return response
+
+        return guarded
 
     async def ping(self, request: pb.PingRequest, context: CallContext) -> pb.PingResponse:
         """Say who and when we are. Asked to validate, first find out whether the caller can be reached."""
