@@ -380,6 +380,44 @@ async def test_py_libp2p_in_both_roles(server: Host, client: Host) -> None:
         await stream.close()
 
 
+@pytest.mark.slow
+async def test_py_libp2p_with_transfers_and_many_streams(server: Host, client: Host) -> None:
+    """More than any initial window both ways, beside short streams, some of which are reset half-way."""
+    size = 8 << 20
+
+    async def transfer() -> None:
+        stream = await client.open_stream(peer, "Echo.run")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.write, bytes(size))
+            received = 0
+            while received < size:
+                received += len(await stream.read(65536))
+        await stream.close()
+
+    async def short(number: int) -> None:
+        stream = await client.open_stream(peer, "Echo.run")
+        await stream.write(b"%03d" % number)
+        if number % 4 == 3:
+            await stream.reset()
+            return
+        received = b""
+        while len(received) < 3:
+            received += await stream.read(3)
+        assert received == b"%03d" % number
+        await stream.close()
+
+    async with py_libp2p() as theirs:
+        peer = await client.connect(theirs.address)
+        await client.wait_identified()
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(transfer)
+                for number in range(100):
+                    nursery.start_soon(short, number)
+            assert await theirs.call(server.addresses()[0], size) == "same"
+            await short(0)  # it lives
+
+
 async def test_the_answer_reader_is_bounded() -> None:
     """A peer cannot make the answer grow: a message over the limit is refused as it arrives."""
     proposal = multistream.Proposal("Echo.run")
