@@ -54,8 +54,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(defaults, "CONNECTION_GRACE_SECONDS", 0)
     monkeypatch.setattr(defaults, "TEND_SECONDS", 0.02)
     monkeypatch.setattr(defaults, "RETIREMENT_SECONDS", 0.05)
-    monkeypatch.setattr(defaults, "SURPLUS_SECONDS", 0.1)
-    monkeypatch.setattr(defaults, "SURPLUS_OF_OTHERS_SECONDS", 0.2)
+    monkeypatch.setattr(defaults, "SURPLUS_SECONDS", 0.2)
+    monkeypatch.setattr(defaults, "SURPLUS_OF_OTHERS_SECONDS", 0.3)
 
 
 # --- watermarks
@@ -302,7 +302,8 @@ async def test_streams_on_the_other_connection_are_not_lost(impatient) -> None:
         kept = one.connections.find(two.peer_id)
         [surplus] = [c for c in one.connections if c is not kept]
         old = await one._negotiate(surplus, "Echo.run")
-        await trio.sleep(0.5)  # long past the time at which idle ones are closed
+        await assert_echoes(old)
+        await trio.sleep(0.6)  # long past the time at which idle ones are closed
         await assert_echoes(old)
         new = await stream_to(one, two)
         assert new.connection is kept
