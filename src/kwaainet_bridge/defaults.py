@@ -245,6 +245,9 @@ KAD_IDLE_SECONDS: Final = 60.0
 MAX_KAD_MESSAGE_BYTES: Final = 256 * KIB
 """20 peers with 32 addresses each make about 30 KiB; stock daemons accept 4 MiB."""
 
+INTERFACES_SECONDS: Final = 60.0
+"""How often a host that listens on all interfaces looks which addresses they have; leases and networks change."""
+
 MAX_MEASURED_BYTES: Final = 16 * 1024 * MIB
 """Bytes that one measurement of a connection's speed may send each way."""
 

@@ -10,8 +10,8 @@ import trio.testing
 from echo_protocol import echo
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.net import Libp2pHost
+from kwaainet_bridge.net.addresses import parse_listen_address
 from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH
 from kwaainet_bridge.net.identify_push import IdentifyPush
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -150,15 +150,17 @@ async def test_handlers_that_come_and_go(quick, server: Libp2pHost, client: Libp
     await until(lambda: not served())
 
 
-async def test_new_addresses(quick, server: Libp2pHost, client: Libp2pHost) -> None:
+async def test_new_addresses(quick, server: Libp2pHost, client: Libp2pHost, monkeypatch) -> None:
+    """A machine that got another lease: peers that are connected hear of it."""
     await introduce(client, server)
-    address = f"/dns4/node.example/tcp/31330/p2p/{server.peer_id}"
-    server.announce([address])
-    assert server.addresses() == [address]
-    await until(lambda: address in client.known_addresses(server.peer_id))
-    with pytest.raises(ConfigError, match="nonsense"):
-        server.announce(["nonsense"])
-    assert server.addresses() == [address]
+    before = server.addresses()
+    monkeypatch.setattr(defaults, "INTERFACES_SECONDS", 0.01)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.follow_interfaces, [parse_listen_address("/ip4/192.0.2.9/tcp/31330")])
+        address = f"/ip4/192.0.2.9/tcp/31330/p2p/{server.peer_id}"
+        await until(lambda: address in client.known_addresses(server.peer_id))
+        nursery.cancel_scope.cancel()
+    assert server.addresses() == [address] != before
 
 
 async def test_peers_that_take_no_pushes_get_none(quick, server: Libp2pHost, client: Libp2pHost) -> None:

@@ -97,6 +97,8 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
             host = Libp2pHost(config, own, nursery)
             nursery.start_soon(host.connections.tend)
             nursery.start_soon(host.run_pushes)
+            if not announce:
+                nursery.start_soon(host.follow_interfaces, [address for _, address in bound])
             listening = trio.CancelScope()
             if bound:
                 listeners = [listener for listener, _ in bound]
@@ -315,11 +317,15 @@ class Libp2pHost(Host):
 
     # --- identify
 
-    def announce(self, addresses: Sequence[str]) -> None:
-        """Tell others these addresses, with or without ``/p2p/…``, in place of those so far; connected peers
-        at once. ConfigError for a malformed one."""
-        self._own = tuple(parse_announce_address(text) for text in addresses)
-        self._push.changed()
+    async def follow_interfaces(self, listening: Sequence[Address]) -> None:
+        """Look every minute which addresses this machine has, and tell connected peers of changes."""
+        while True:
+            await trio.sleep(defaults.INTERFACES_SECONDS)
+            own = tuple(reachable_forms(listening))
+            if own != self._own:
+                log.info("this machine's addresses are now: %s", ", ".join(map(str, own)))
+                self._own, self._vicinity = own, Vicinity.here()
+                self._push.changed()
 
     async def run_pushes(self) -> None:
         """Tell connected peers of changes, until cancelled."""
