@@ -114,9 +114,9 @@ def view_array(buffer: Buffer, offset: int, count: int, dtype: type[np.generic])
 
 def from_bytes(buffer: Buffer, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     """``count`` values from ``offset`` on, as a new one-dimensional tensor: copied once."""
-    values = new_values(count, dtype)
-    np.copyto(values.view(torch.uint8).numpy(), view_array(buffer, offset, count * dtype.itemsize, np.uint8))
-    return values
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    return torch.from_numpy(view_array(buffer, offset, count * dtype.itemsize, np.uint8).copy()).view(dtype)
 
 
 def tiles(count: int, tile: int = TILE) -> Iterator[slice]:
