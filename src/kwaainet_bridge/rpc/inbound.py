@@ -60,10 +60,12 @@ class InboundRequests(Generic[Req, Res]):
                 while self._full:
                     await self._changed.wait()
                 self._put(self._reader.parse(frame), frames.HEADER_BYTES + len(frame.payload))
+                frame = None  # whoever takes the request decides how long its bytes stay
             self.ended = frame is not None
             self._notify()
             while frame is not None:
                 self._account.drop(frames.HEADER_BYTES + len(frame.payload))
+                frame = None
                 frame = await self._reader.next()
         except NetworkError:
             pass

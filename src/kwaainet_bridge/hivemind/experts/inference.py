@@ -37,6 +37,9 @@ class LiveSession:
     blocks: range
     batch_size: int
     call: ServerStream[ExpertRequest, ExpertResponse]
+    request: ExpertRequest | None
+    """The step that is served now. Its tensors hold all the bytes that it came with, so nobody else keeps it."""
+
     steps_done: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     def remember(self, step_id: str | None) -> None:
@@ -89,13 +92,15 @@ class InferenceService:
             raise Refusal(f"Cannot allocate KV cache for {max_length} tokens, max = {engine.max_length}")
         metadata.check_common()
         batch_size = _batch_size(first)
-        live = LiveSession(call.context.peer, metadata.session_id, blocks, batch_size, call)
+        live = LiveSession(call.context.peer, metadata.session_id, blocks, batch_size, call, first)
+        alloc_timeout = metadata.alloc_timeout
+        del first, metadata  # the session may outlive them by half an hour
         try:
             with self._registered(live), trio.fail_after(defaults.SESSION_TIMEOUT_SECONDS):
                 async with engine.open_session(
-                    blocks, batch_size, max_length, timeout=metadata.alloc_timeout
+                    blocks, batch_size, max_length, timeout=alloc_timeout
                 ) as session:
-                    await self._run(live, session, first)
+                    await self._run(live, session)
         except trio.TooSlowError:
             raise Refusal(
                 f"the session lasted longer than {defaults.SESSION_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
@@ -124,11 +129,11 @@ class InferenceService:
             self._changed.set()
             self._changed = trio.Event()
 
-    async def _run(self, live: LiveSession, session: Session, first: ExpertRequest) -> None:
-        request: ExpertRequest | None = first
-        while request is not None and request.tensors:
-            await self._step(live, session, request)
-            request = await _next_request(live.call)
+    async def _run(self, live: LiveSession, session: Session) -> None:
+        while live.request is not None and live.request.tensors:
+            await self._step(live, session, live.request)
+            live.request = None  # not while the session waits for the next
+            live.request = await _next_request(live.call)
 
     async def _step(self, live: LiveSession, session: Session, request: ExpertRequest) -> None:
         metadata = Metadata(request.metadata)
