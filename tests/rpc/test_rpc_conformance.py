@@ -509,3 +509,30 @@ async def test_a_peer_has_a_budget_of_waiting_bytes():
         assert budget.held == 0
         await pair.client.call(pair.peer, CALL, request("x" * 1_000_000), timeout=5)
         assert budget.held == 0
+
+
+async def test_offered_requests_are_on_the_budget_of_their_call():
+    async with memory_pair() as pair:
+        budget = ReceiveBudget(per_peer=3_000_000, in_all=10_000_000)
+        server = RpcServer(pair.server_host, budget=budget)
+        calls = []
+
+        async def wait_then_read(call):
+            calls.append(call)
+            await read.wait()
+            await call.receive()
+            await call.receive()
+            await trio.sleep_forever()
+
+        read = trio.Event()
+        server.mount_stream(TALK, wait_then_read)
+        async with pair.client.stream(pair.peer, TALK, open_timeout=10):
+            await trio.testing.wait_all_tasks_blocked()
+            offers = [calls[0].offer(request("x" * 900_000)) for _ in range(4)]
+            assert offers == [True, True, True, False]
+            assert 2_000_000 < budget.held < 3_000_000
+            read.set()
+            await trio.testing.wait_all_tasks_blocked()
+            assert 1_800_000 < budget.held < 2_000_000  # what the handler has and what waits
+        await trio.testing.wait_all_tasks_blocked()
+        assert budget.held == 0

@@ -13,8 +13,9 @@ from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.rpc.budget import Account
 from kwaainet_bridge.rpc.method import Req, Res, StreamMethod
-from kwaainet_bridge.rpc.streams import FrameReader
+from kwaainet_bridge.rpc.streams import FrameReader, parts
 from kwaainet_bridge.wire import frames
+from kwaainet_bridge.wire.fields import total
 
 
 class InboundRequests(Generic[Req, Res]):
@@ -86,10 +87,18 @@ class InboundRequests(Generic[Req, Res]):
         self._notify()
 
     def offer(self, request: Req) -> bool:
-        """Put a request in line that came another way. False if there is no room, or the end was read."""
+        """Put a request in line that came another way, as long as it is in memory.
+
+        False if there is no room in line or on the account, or the end was read.
+        """
         if self.ended or self._full:
             return False
-        self._put(request, 0)
+        count = total(parts(request))
+        try:
+            self._account.add(count)
+        except RemoteError:
+            return False
+        self._put(request, count)
         return True
 
     async def receive(self, *, hold: bool) -> Req:

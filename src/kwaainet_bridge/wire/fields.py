@@ -48,6 +48,10 @@ class BytesMessage(abc.ABC):
         """How many bytes ``parts`` has."""
         return total(self.parts())
 
+    def copied(self) -> Self:
+        """The same message in memory of its own, as long as itself: to keep without the bytes that it came in."""
+        return self.read(b"".join(self.parts()))
+
 
 def total(parts: Iterable[Buffer]) -> int:
     return sum(map(len, parts))

@@ -176,7 +176,7 @@ class InferenceService:
         # without a step id it could not be told from the client's own copy
         candidates = self._by_id.get(session_id, ()) if metadata.step_id is not None else ()
         for live in candidates:
-            if live.accepts_push(request, blocks, hidden_size) and live.call.offer(request):
+            if live.accepts_push(request, blocks, hidden_size) and live.call.offer(request.copied()):
                 return ExpertResponse()
         self._push_limit.count_unknown(context.peer)
         return ExpertResponse()

@@ -61,7 +61,8 @@ class Pusher:
         if request.length() > defaults.MAX_UNARY_BYTES - _ENVELOPE_ROOM:
             return  # a long prompt: the unary call cannot carry it
         self._under_way += 1
-        self._nursery.start_soon(self._send, target, request)
+        # the step and its bytes, which may be many more, are done with once it is answered
+        self._nursery.start_soon(self._send, target, request.copied())
 
     async def _send(self, target: NextServer, request: ExpertRequest) -> None:
         try:
