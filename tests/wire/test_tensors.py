@@ -122,6 +122,18 @@ def test_strides_do_not_show(compression):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compression", list(CompressionType))
+def test_strides_do_not_show_in_sums_over_many_values(compression, dtype):
+    """torch adds in another order where values do not follow each other."""
+    wide = torch.randn(700, 900, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    for view in (wide.T, wide[0, :1].expand(5000), wide.view(-1)[::7]):
+        plain = view.clone(memory_format=torch.contiguous_format)
+        assert joined_bytes(encode_tensor(view, compression)) == joined_bytes(
+            encode_tensor(plain, compression)
+        )
+
+
 @pytest.mark.parametrize("compression", list(CompressionType))
 def test_input_is_left_alone_and_output_is_ours(compression):
     tensor = torch.randn(1, 2, 5, requires_grad=True)

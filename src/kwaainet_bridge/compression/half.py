@@ -87,7 +87,7 @@ class MeanStd16(Codec):
             # row of several: a piece of many rows must never be left as one such row
             at_a_time = rows if width > _WIDE else _rows_at_a_time(width)
             for tile in tiles(rows, at_a_time):
-                part = values[tile].to(torch.float32)
+                part = values[tile].to(torch.float32).contiguous()  # sums depend on strides, bytes must not
                 mean = torch.mean(part, dim=-1, keepdim=True, out=means[tile])
                 centered = torch.sub(part, mean)
                 std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True, out=stds[tile])
