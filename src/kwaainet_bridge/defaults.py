@@ -64,6 +64,10 @@ MAX_MESSAGE_FIELDS: Final = 64
 """Fields of one expert message or tensor. A request carries 2 to 5 tensors; a tensor has 6 fields, 21 if its
 dimensions come one by one. These are read by Python code: it bounds to 10 ms how long one message keeps the loop."""
 
+MAX_UID_BYTES: Final = 256 * KIB
+"""Longest uid of an expert request: a chain of 1024 blocks under a prefix of 200 characters. Text may take four times
+the memory of its bytes."""
+
 MAX_TENSOR_ELEMENTS: Final = 1 << 31
 """Elements of one tensor. Far above what a step carries; it keeps products of dimensions within 64 bits."""
 

@@ -185,6 +185,16 @@ def test_messages_that_are_no_tensor(data, complaint):
         decode_tensor(TensorMessage.read(data), name="hidden states")
 
 
+def test_long_names_are_neither_decoded_nor_quoted_at_length():
+    """Half a gigabyte of bad UTF-8 would take the loop for seconds."""
+    message = TensorMessage.read(b"\x22\x80\x80\x40" + b"\xff" * (1 << 20))
+    assert len(message.dtype) < 100
+    with pytest.raises(RemoteError, match=r"dtype '\ufffd.* does not travel"):
+        decode_tensor(message)
+    with pytest.raises(RemoteError, match=r"^uid has 1048576 bytes"):
+        ExpertRequest.read(b"\x0a\x80\x80\x40" + b"a" * (1 << 20))
+
+
 UNKNOWN = b"\x3a\x02zz" + b"\x41" + bytes(8) + b"\x4d" + bytes(4) + b"\x50\x07"
 
 

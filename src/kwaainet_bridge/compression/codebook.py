@@ -50,7 +50,9 @@ class CodebookCodec(Codec):
     def parts(self, tensor: torch.Tensor) -> list[Buffer]:
         if not tensor.dtype.is_floating_point:
             self.refuse(f"{tensor.dtype} tensors")
-        values = host_values(tensor).reshape(-1).contiguous()  # sums depend on strides, a peer's bytes must not
+        values = (
+            host_values(tensor).reshape(-1).contiguous()
+        )  # sums depend on strides, a peer's bytes must not
         if values.numel() == 0:
             return [_HEADER, bytes(4 * BUCKETS)]
         codes = self._codes(values)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.wire.fields import (
     DELIMITED,
@@ -42,6 +43,8 @@ class ExpertRequest(BytesMessage):
     @classmethod
     def read(cls, data: Buffer) -> Self:
         uid, tensors, metadata = _read(data, _REQUEST)
+        if len(uid) > defaults.MAX_UID_BYTES:
+            raise RemoteError(f"uid has {len(uid)} bytes, at most {defaults.MAX_UID_BYTES} are accepted")
         try:
             return cls(uid=str(uid, "utf-8"), tensors=tensors, metadata=bytes(metadata))
         except UnicodeDecodeError as e:

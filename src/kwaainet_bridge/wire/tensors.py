@@ -42,6 +42,9 @@ _KNOWN: Final[Known] = {
     _CHUNKS: "chunks",
 }
 
+_NAME_BYTES: Final = 64
+"""What is read of a dtype: more than any name that travels."""
+
 
 @dataclass(slots=True, kw_only=True)
 class TensorMessage(BytesMessage):
@@ -85,7 +88,7 @@ class TensorMessage(BytesMessage):
             elif tag == _REQUIRES_GRAD:
                 message.requires_grad = value != 0
             elif tag == _DTYPE:
-                message.dtype = str(content, "utf-8", "replace")
+                message.dtype = str(content[:_NAME_BYTES], "utf-8", "replace")
             elif tag == _COMPRESSION:
                 message.compression = value
             else:
