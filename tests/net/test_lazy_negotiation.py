@@ -151,6 +151,60 @@ async def test_a_writer_without_window_hears_of_the_refusal() -> None:
         await peer.send(WINDOW_UPDATE, RST, 1, 0)
 
 
+async def test_a_writer_who_hears_of_a_reset_leaves_the_answer_to_the_reader() -> None:
+    """A server that has had enough says why and resets; callers read on although sending failed."""
+    async with against_script(initiator=True) as (connection, peer, _):
+        stream = await connection.open_stream()
+        stream.propose("Echo.run")
+        await stream.write(b"hello")
+        await peer.send(DATA, ACK, 1, len(AGREED) + 3, AGREED + b"why")
+        await peer.send(WINDOW_UPDATE, RST, 1, 0)
+        await stream.wait_ended()
+        for _ in range(2):
+            with pytest.raises(StreamReset):
+                await stream.write(b"more")
+        assert await stream.read(100) == b"why"
+        with pytest.raises(StreamReset):
+            await stream.read(100)
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(AGREED + b"why", b"why"), (REFUSED, ProtocolNotSupported)])
+@pytest.mark.parametrize("writer_first", [True, False])
+async def test_a_waiting_reader_gets_the_answer_whoever_wakes_first(
+    answer: bytes, expected: object, writer_first: bool
+) -> None:
+    async with against_script(initiator=True) as (connection, peer, _), trio.open_nursery() as nursery:
+        stream = await connection.open_stream()
+        stream.propose("Echo.run")
+        got: list[object] = []
+
+        async def write() -> None:
+            with pytest.raises((StreamReset, ProtocolNotSupported)):
+                await stream.write(bytes(2 * INITIAL_WINDOW))
+
+        async def read() -> None:
+            try:
+                got.append(await stream.read(100))
+            except Exception as e:
+                got.append(type(e))
+
+        nursery.start_soon(write)
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        if writer_first:  # else the order in which trio runs the two is random
+            wake, stream._wake_reader = stream._wake_reader, lambda: None
+        await peer.send(DATA, ACK, 1, len(answer), answer)
+        await peer.send(WINDOW_UPDATE, RST, 1, 0)
+        await stream.wait_ended()
+        if writer_first:
+            await trio.testing.wait_all_tasks_blocked()
+            wake()
+        nursery.cancel_scope.deadline = trio.current_time() + 5
+        while not got:
+            await trio.testing.wait_all_tasks_blocked()
+        assert got == [expected]
+
+
 @pytest.mark.parametrize("answer", [HEADER + b"\x04x.y\n", b"HTTP/1.1 400\r\n", HEADER + b"\x00"])
 async def test_a_malformed_answer(answer: bytes) -> None:
     async with against_script(initiator=True) as (connection, peer, _):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING
 
 import trio
 
 from kwaainet_bridge.defaults import ABANDONED_WRITE_SECONDS, MAX_STREAM_WINDOW_BYTES, STREAM_SHARE_BYTES
 from kwaainet_bridge.errors import (
+    NetworkError,
     PeerUnreachable,
     ProtocolNotSupported,
     RemoteError,
@@ -117,17 +119,22 @@ class YamuxStream(Stream):
         proposal, self._proposal = self._proposal, None
         assert proposal is not None
         try:
-            rest = proposal.feed(data)
-        except ProtocolNotSupported as e:
+            rest = self._check_answer(proposal, data)
+        except NetworkError:
             self.reset_now()
-            raise ProtocolNotSupported(f"{self.remote} does not serve {self.protocol}") from e
-        except RemoteError as e:
-            self.reset_now()
-            raise PeerUnreachable(f"{self.remote}: {self.protocol}: {e}", hop="protocol") from e
+            raise
         if rest is None:
             self._proposal = proposal
         elif rest:
             self.unread(rest)
+
+    def _check_answer(self, proposal: Proposal, data: bytes) -> bytes | None:
+        try:
+            return proposal.feed(data)
+        except ProtocolNotSupported as e:
+            raise ProtocolNotSupported(f"{self.remote} does not serve {self.protocol}") from e
+        except RemoteError as e:
+            raise PeerUnreachable(f"{self.remote}: {self.protocol}: {e}", hop="protocol") from e
 
     # --- the user's side
 
@@ -207,7 +214,8 @@ class YamuxStream(Stream):
                 raise StreamClosed("write after close")
             if self._was_reset:
                 if self._proposal is not None and self._chunks:
-                    self._take_answer(b"".join(self._chunks))  # a peer that refuses resets at the payload
+                    # A peer that refuses resets at the payload. The answer stays where it is, for the reader.
+                    self._check_answer(copy(self._proposal), b"".join(self._chunks))
                 raise StreamReset(f"{self.remote} or the connection to it reset the stream")
             if not view:
                 return
