@@ -248,9 +248,12 @@ async def test_reset_before_any_write() -> None:
         stream.propose("Echo.run")
         await stream.reset()
         assert connection.open_streams == 0
+        with pytest.raises(StreamClosed):
+            await stream.read(1)
         other = await connection.open_stream()
         other.announce()
-        assert (await peer.expect(WINDOW_UPDATE)).stream_id == other.stream_id
+        await connection.close()
+        assert {frame.stream_id for frame in await peer.until_closed()} == {0, other.stream_id}
 
 
 async def test_the_connection_ends_before_any_write() -> None:

@@ -347,6 +347,7 @@ class YamuxStream(Stream):
         """
         if not (self._finished and self._peer_finished):
             self._was_reset = True
+        self._opening = b""
         self._ended.set()
         self._wake_reader()
         self._writable.set()
