@@ -18,6 +18,7 @@ from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.ping import PING
 from kwaainet_bridge.net.yamux import YamuxConnection
+from kwaainet_bridge.net.yamux_frames import GO_AWAY, NORMAL_TERMINATION
 
 
 @asynccontextmanager
@@ -145,6 +146,19 @@ async def test_a_full_host_makes_room_for_a_newcomer() -> None:
             await until(lambda caller=caller: caller.peer_id in server.connected_peers())
         await until(lambda: server.connections.count == 2)
         assert server.connected_peers() == [c.peer_id for c in callers[1:]]
+
+
+async def test_peers_that_ask_for_no_streams_and_stay_count_and_make_room() -> None:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(host(connections=2))
+        for _ in range(4):
+            caller = await stack.enter_async_context(host(listen=False))
+            await caller.connect(server.addresses()[0])
+            await until(lambda caller=caller: caller.peer_id in server.connected_peers())
+            [connection] = caller.connections
+            connection.send_frame(GO_AWAY, 0, 0, NORMAL_TERMINATION)
+            await until(lambda caller=caller: caller.peer_id not in server.connected_peers())
+        await until(lambda: server.connections.count == 2)
 
 
 async def test_many_identities_do_not_fill_a_host_for_ever() -> None:

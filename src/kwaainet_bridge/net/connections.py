@@ -78,8 +78,11 @@ class Connection(YamuxConnection):
 
     @property
     def leaving(self) -> bool:
-        """Whether this side is closing it."""
-        return self.retired_at is not None or not super().usable
+        """Whether this side is closing it.
+
+        Not if the peer has asked for no more streams: it may stay for ever.
+        """
+        return self.retired_at is not None or self.ending
 
     @property
     def usable(self) -> bool:

@@ -135,7 +135,12 @@ class YamuxConnection:
     @property
     def usable(self) -> bool:
         """Whether new streams can be opened."""
-        return not (self.closed.is_set() or self._stopping.is_set() or self._peer_leaves)
+        return not (self.ending or self._peer_leaves)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it is closed, or being closed by this side."""
+        return self.closed.is_set() or self._stopping.is_set()
 
     @property
     def open_streams(self) -> int:
