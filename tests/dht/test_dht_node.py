@@ -11,7 +11,7 @@ from dht_nodes import START, CountingClient, clock, peer_id, swarm
 from trio.testing import MockClock
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import ClockSkew, PeerUnreachable, ProtocolNotSupported
+from kwaainet_bridge.errors import ClockSkew, NetworkError, PeerUnreachable, ProtocolNotSupported
 from kwaainet_bridge.hivemind.dht import Contact, DhtId, DhtNode, Found, FoundEntry, Item
 from kwaainet_bridge.hivemind.dht.messages import StoreItem
 from kwaainet_bridge.hivemind.dht.values import dictionary
@@ -364,6 +364,34 @@ async def test_leaving_stops_the_service(autojump_clock: MockClock) -> None:
                     pass
         with pytest.raises(ProtocolNotSupported):
             await nodes.nodes[0].ping(host.peer_id)
+
+
+async def test_reads_that_outlive_their_node_end_with_an_error(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    async with swarm(2) as nodes:
+        silent = nodes.network.host(peer_id(500))
+        silent.serve("DHTProtocol.rpc_find", stay_silent)
+        host = nodes.host()
+        node = DhtNode(host, RpcServer(host), CountingClient(host), clock=clock)
+        ended = trio.Event()
+
+        async def read() -> None:
+            with pytest.raises(NetworkError, match="has stopped"):
+                await node.get("key")
+            ended.set()
+
+        async with node.running():
+            node._contacts.heard_from(DhtId(1), silent.peer_id)
+            node._contacts.heard_from(nodes.nodes[0].node_id, nodes.nodes[0].peer_id)
+            node._contacts.may_ask = lambda contact: contact.peer == silent.peer_id  # type: ignore[method-assign]
+            nursery.start_soon(read)
+            await trio.sleep(1)
+            node._contacts.may_ask = lambda _contact: True  # type: ignore[method-assign]
+            node._contacts.heard_from(nodes.nodes[1].node_id, nodes.nodes[1].peer_id)
+        with pytest.raises(NetworkError, match="has stopped"):
+            await node.get("another")
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(

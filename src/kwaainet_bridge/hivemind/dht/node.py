@@ -146,7 +146,8 @@ class DhtNode:
     async def running(self) -> AsyncIterator[DhtNode]:
         """Serve the DHT's methods and do background chores within the block. To be entered once.
 
-        Leaving it stops serving and cancels the chores; records are lost with the node.
+        Leaving it stops serving and cancels the chores; records are lost with the node, and searches of other
+        tasks end with NetworkError.
         """
         if not self.client_mode:
             self._service.mount(self._server)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import NetworkError
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.routing import Contact
 
@@ -190,8 +191,9 @@ async def search(
 
     At most ``workers`` calls of ``ask`` run at a time, each with at most ``targets_per_call`` targets, besides
     those that are late: they take several times as long as answers usually took. Such are waited for only where
-    few others answer; when the search ends they go on in ``background``. Nodes that must not be asked, as the own one,
-    ``ask`` fails. Has no deadline: ``ask`` does. Cancelled: all its calls are cancelled, nothing remains.
+    few others answer; when the search ends they go on in ``background``. Nodes that must not be asked, as the own
+    one, ``ask`` fails. Has no deadline: ``ask`` does. Raises NetworkError once ``background`` is cancelled, and
+    what ``ask`` raises. Cancelled: all its calls are cancelled, nothing remains.
     """
     beams = {target: Beam(target, width=width, max_asked=max_asked) for target in targets}
     seeds = list(seeds)
@@ -218,7 +220,7 @@ async def search(
             progress.set()
 
     try:
-        while not errors:
+        while not errors and not background.cancel_scope.cancel_called:
             usual = times[len(times) // 2] if times else 0.0
             patience = max(defaults.DHT_PATIENCE_SECONDS, defaults.DHT_PATIENCE_FACTOR * usual)
             now = trio.current_time()
@@ -243,7 +245,7 @@ async def search(
         _cancel(calls)
         raise
     _cancel(calls)
-    raise errors[0]
+    raise errors[0] if errors else NetworkError("the DHT node has stopped")
 
 
 def _cancel(calls: Iterable[_Call]) -> None:
