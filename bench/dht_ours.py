@@ -4,8 +4,9 @@
     run   {jobs, parallel}    -> {"seconds": in all, "done": for each job the part that succeeded}
     close {}                  -> null
 
-A job is ``{"do": "store", "key", "nodes"}``: each of the nodes stores its subkey; ``{"do": "get", "key", "nodes",
-"subkeys"}``: each reads the latest and looks for the subkeys; or ``{"do": "kill", "node"}``.
+A job is ``{"do": "store", "key", "nodes", "counted"}``: each of the nodes stores its subkey, and those in ``counted``
+matter for the result; ``{"do": "get", "key", "nodes", "counted", "subkeys"}``: each reads the latest and looks for the
+subkeys; or ``{"do": "kill", "node"}``.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class Swarm:
 
         async def call(node: DhtNode, number: int, place: int, job: dict[str, Any]) -> None:
             with contextlib.suppress(NetworkError):  # it was killed
-                part = await _call(node, number, job) / len(job["nodes"])
-                done[place] += part  # not across the await: others add to it meanwhile
+                part = await _call(node, number, job)
+                if number in job["counted"]:
+                    done[place] += part / len(job["counted"])
 
         async def work() -> None:
             for place, job in left:

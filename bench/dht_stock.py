@@ -43,8 +43,10 @@ class Swarm:
                 if job["do"] == "kill":
                     self.nodes.pop(job["node"]).p2p._child.kill()  # noqa: SLF001 - no other way to end it at once
                     continue
-                calls = [call(self.nodes[n], n, job) for n in job["nodes"] if n in self.nodes]
-                done[number] = sum(await asyncio.gather(*calls)) / len(job["nodes"])
+                nodes = [n for n in job["nodes"] if n in self.nodes]
+                parts = await asyncio.gather(*(call(self.nodes[n], n, job) for n in nodes))
+                counted = sum(part for n, part in zip(nodes, parts, strict=True) if n in job["counted"])
+                done[number] = counted / len(job["counted"])
 
         await asyncio.gather(*(work() for _ in range(parallel)))
         return {"seconds": time.perf_counter() - began, "done": done}
