@@ -42,8 +42,7 @@ _KNOWN: Final[Known] = {
     _CHUNKS: "chunks",
 }
 
-_NAME_BYTES: Final = 64
-"""What is read of a dtype: more than any name that travels."""
+_MAX_NAME_BYTES: Final = 64  # of a dtype; bad UTF-8 takes seconds where there are hundreds of megabytes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +87,11 @@ class TensorMessage(BytesMessage):
             elif tag == _REQUIRES_GRAD:
                 message.requires_grad = value != 0
             elif tag == _DTYPE:
-                message.dtype = str(content[:_NAME_BYTES], "utf-8", "replace")
+                if len(content) > _MAX_NAME_BYTES:
+                    raise RemoteError(
+                        f"dtype has {len(content)} bytes, at most {_MAX_NAME_BYTES} are accepted"
+                    )
+                message.dtype = str(content, "utf-8", "replace")
             elif tag == _COMPRESSION:
                 message.compression = value
             else:
