@@ -153,6 +153,13 @@ def test_meanstd_loses_only_the_row_that_is_not_finite():
     assert torch.equal(got[[0, 3]], whole[[0, 3]])
 
 
+def test_meanstd_loses_a_row_whose_squares_overflow():
+    values = torch.tensor([[1e20, -1e20], [1.0, 2.0]])
+    result = round_trip(CompressionType.MEANSTD_16BIT, values)
+    assert result[0].isnan().all()
+    assert torch.equal(result[1], values[1])
+
+
 def test_meanstd_of_equal_values():
     data = codec(CompressionType.MEANSTD_16BIT).compress(torch.zeros(1, 2))
     assert data.hex() == "00000000" + "00000000" + "00000034"

@@ -69,7 +69,8 @@ class MeanStd16(Codec):
     """``[float16 * values][float32 mean * rows][float32 std * rows]``, a row being the last dimension.
 
     float32, float64 and float16 tensors of one dimension at least. A row that holds an infinity or NaN has no
-    mean, and all of it decodes to NaN, as between stock peers; other rows are unharmed.
+    mean, one whose squares float32 cannot sum no deviation, and all of it decodes to NaN, as between stock peers;
+    other rows are unharmed.
     """
 
     compression = CompressionType.MEANSTD_16BIT
