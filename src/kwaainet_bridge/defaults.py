@@ -123,7 +123,8 @@ OVERFLOW_HANDSHAKES: Final = 64
 """Handshakes beyond MAX_CONNECTIONS: idle connections make room only for peers that have proved who they are."""
 
 RESOLVER_THREADS: Final = 8
-"""Names of hosts that are looked up at one time."""
+"""Names of hosts that are looked up at one time, those included that nobody waits for any more: one holds a thread
+until the system's resolver gives up, half a minute with three silent servers. trio has 40 threads for everybody."""
 
 SPARE_DESCRIPTORS: Final = 256 + OVERFLOW_HANDSHAKES
 """File descriptors kept free of connections: files, listeners, libraries, and handshakes of a full host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -289,3 +290,30 @@ async def test_ipv6(client: Host) -> None:
     config = HostConfig(Identity.generate("ed25519"), listen=["/ip6/::1/tcp/0"])
     async with open_host(config) as host:
         assert await client.connect(host.addresses()[0]) == host.peer_id
+
+
+async def test_lookups_that_nobody_waits_for_hold_few_threads(client: Host, monkeypatch) -> None:
+    """A name server that is slow on purpose does not stop whoever else needs a thread."""
+    go_on, asked = threading.Event(), list[str]()
+
+    def slow(host, *rest):
+        if not rest[-1] & socket.AI_NUMERICHOST:
+            asked.append(host)
+            go_on.wait()
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr(defaults, "DIAL_SECONDS", 0.02)
+    try:
+        for number in range(6):
+            peer = PeerId(b"\x12\x20" + bytes([number]) * 32)
+            client.add_addresses(
+                peer, [f"/dns4/n{i}.example/tcp/1" for i in range(defaults.RESOLVER_THREADS)]
+            )
+            with pytest.raises(PeerUnreachable, match="no answer within"):
+                await client.open_stream(peer, "Echo.run")
+        assert len(asked) <= defaults.RESOLVER_THREADS
+        with trio.fail_after(5):
+            await trio.to_thread.run_sync(lambda: None)
+    finally:
+        go_on.set()

@@ -118,6 +118,16 @@ class _Attempt:
         return PeerUnreachable(f"cannot reach {self.peer} ({hop}): {reasons}", hop=hop)
 
 
+@dataclass(eq=False)
+class _Lookup:
+    """A name that the system resolves, whether anybody still waits for it or not."""
+
+    address: Address
+    done: trio.Event = field(default_factory=trio.Event)
+    found: list[tuple[int, Target]] = field(default_factory=list)
+    error: OSError | UnicodeError | None = None
+
+
 class Dialer:
     """Dials in ``nursery``, so that a caller who is cancelled takes nothing from the others who wait.
 
@@ -199,25 +209,44 @@ class Dialer:
         attempt.untried[address] = sum(added)
 
     async def _resolve(self, attempt: _Attempt, address: Address) -> None:
-        # The resolver of the system: it knows /etc/hosts. Peers announce names too: slow name servers must
-        # not hold up all threads of the process.
         try:
             with trio.fail_after(defaults.DIAL_SECONDS):
-                async with self._resolvers:
-                    found = await trio.socket.getaddrinfo(
-                        address.host, address.port, family=address.family, type=trio.socket.SOCK_STREAM
-                    )
+                found = await self._look_up(address)
         except trio.TooSlowError:
             self._note(attempt, address, "dns", f"no answer within {defaults.DIAL_SECONDS:g} s")
         except (OSError, UnicodeError) as e:
             self._note(attempt, address, "dns", str(e) or type(e).__name__)
         else:
-            usable = [(family, target) for family, _, _, _, target in found]
-            self._add(attempt, address, usable[: defaults.MAX_ENDPOINTS_PER_NAME])
+            self._add(attempt, address, found[: defaults.MAX_ENDPOINTS_PER_NAME])
         finally:
             attempt.resolving -= 1
             attempt.resolved.set()
             attempt.resolved = trio.Event()
+
+    async def _look_up(self, address: Address) -> list[tuple[int, Target]]:
+        # A lookup cannot be stopped, only left alone, and then goes on to hold one of the process's threads. So
+        # it keeps its place until it ends: peers announce names too, and choose how slow their servers are.
+        lookup = _Lookup(address)
+        await self._resolvers.acquire_on_behalf_of(lookup)
+        self._nursery.start_soon(self._ask, lookup)
+        await lookup.done.wait()
+        if lookup.error is not None:
+            raise lookup.error
+        return lookup.found
+
+    async def _ask(self, lookup: _Lookup) -> None:
+        # The resolver of the system: it knows /etc/hosts.
+        address = lookup.address
+        try:
+            found = await trio.socket.getaddrinfo(
+                address.host, address.port, family=address.family, type=trio.socket.SOCK_STREAM
+            )
+            lookup.found = [(family, target) for family, _, _, _, target in found]
+        except (OSError, UnicodeError) as e:
+            lookup.error = e
+        finally:
+            self._resolvers.release_on_behalf_of(lookup)
+            lookup.done.set()
 
     def _note(self, attempt: _Attempt, address: Address, hop: str, error: str) -> None:
         attempt.failures.append((hop, f"{address}: {hop}: {error}"))
