@@ -205,6 +205,9 @@ STREAM_SHARE_BYTES: Final = 128 * KIB
 """A stream that has put this much into one write of its connection waits for the next, so that a step of another
 stream is behind two shares of a transfer at most. Also the longest data frame. Larger shares gain no speed."""
 
+MIN_STREAM_SHARE_BYTES: Final = 4 * KIB
+"""Where that share stops shrinking as more streams wait than SEND_QUEUE_BYTES has room for: 256 of these fill it."""
+
 UNREAD_CONTROL_BYTES: Final = 4 * MIB
 """A peer that provokes answers (pings, resets) and reads none of them is dropped at this much queued."""
 

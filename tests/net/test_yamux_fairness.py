@@ -108,6 +108,25 @@ async def test_a_step_is_behind_one_share_of_a_transfer() -> None:
         assert before <= defaults.STREAM_SHARE_BYTES + 100
 
 
+@pytest.mark.parametrize("count", [9, 64, 250])
+async def test_many_transfers_are_all_in_each_write(count: int) -> None:
+    """And with them a step that came too late for the write before."""
+    async with gated() as (connection, channel, nursery):
+        for _ in range(count):
+            stream = await connection.open_stream()
+            stream.add_send_credit(1 << 30)
+            nursery.start_soon(stream.write, bytes(2 << 20))
+        step = await connection.open_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        await channel.take(3)  # the second was filled by those who came first; the fifth is full by now
+        nursery.start_soon(step.write, b"step")
+        await channel.take(3)
+        for write in range(2, 6):
+            sent = {frame.stream_id for frame in channel.frames(write) if frame.type == DATA}
+            assert len(sent - {step.stream_id}) == count
+        assert b"step" in channel.writes[5]
+
+
 async def test_what_waits_for_the_socket_is_bounded() -> None:
     async with gated() as (connection, channel, nursery):
         for _ in range(100):

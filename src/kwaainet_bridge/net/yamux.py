@@ -104,6 +104,9 @@ class YamuxConnection:
         self._queue_filled = trio.Event()
         self.write_round = 0
         """How many writes have taken the queue; streams count their shares of the next one by it."""
+        self.write_share = defaults.STREAM_SHARE_BYTES
+        """Bytes that each stream may put into the next write: less if many wait for it, so that it has room for all
+        of them."""
         self._room = trio.Event()  # set, and replaced, whenever the queue goes out
         self._idle = trio.Event()  # set while nothing is queued or being written
 
@@ -296,6 +299,9 @@ class YamuxConnection:
                 self._queue.clear()
                 self._queued = 0
                 self.write_round += 1
+                waiting = max(1, self._room.statistics().tasks_waiting)
+                fair = max(defaults.SEND_QUEUE_BYTES // waiting, defaults.MIN_STREAM_SHARE_BYTES)
+                self.write_share = min(fair, defaults.STREAM_SHARE_BYTES)
                 self._room.set()
                 self._room = trio.Event()
                 await self._channel.send_all(data)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from kwaainet_bridge.defaults import ABANDONED_WRITE_SECONDS, MAX_STREAM_WINDOW_BYTES, STREAM_SHARE_BYTES
+from kwaainet_bridge.defaults import ABANDONED_WRITE_SECONDS, MAX_STREAM_WINDOW_BYTES
 from kwaainet_bridge.errors import (
     NetworkError,
     PeerUnreachable,
@@ -221,12 +221,12 @@ class YamuxStream(Stream):
                 return
             if self._round != self.connection.write_round:
                 self._round, self._share = self.connection.write_round, 0
-            if self.connection.congested or self._share >= STREAM_SHARE_BYTES:
+            if self.connection.congested or self._share >= self.connection.write_share:
                 await self.connection.wait_for_room()
             elif not self._send_credit:
                 await self._wait_for_credit()
             else:
-                size = min(len(view), self._send_credit, STREAM_SHARE_BYTES - self._share)
+                size = min(len(view), self._send_credit, self.connection.write_share - self._share)
                 self._send_credit -= size
                 self._share += size
                 self._send(DATA, 0, size, view[:size])
