@@ -378,6 +378,18 @@ async def test_go_away_ends_opening_not_what_is_open() -> None:
             await connection.open_stream()
 
 
+async def test_a_connection_without_stream_ids_left_is_not_used() -> None:
+    """So that the peer is dialled anew: at a thousand streams a second the ids last for 25 days."""
+    async with against_script(initiator=True) as (connection, peer, _):
+        connection._next_id = (1 << 32) - 1
+        last = await connection.open_stream()
+        assert not connection.usable
+        with pytest.raises(StreamReset, match="no stream ids are left"):
+            await connection.open_stream()
+        await peer.send(DATA, ACK, last.stream_id, 2, b"ok")
+        assert await last.read(10) == b"ok"
+
+
 @pytest.mark.parametrize(
     "frame",
     [

@@ -138,7 +138,7 @@ class YamuxConnection:
     @property
     def usable(self) -> bool:
         """Whether new streams can be opened."""
-        return not (self.ending or self._peer_leaves)
+        return not (self.ending or self._peer_leaves or self._next_id > _MAX_STREAM_ID)
 
     @property
     def ending(self) -> bool:
@@ -221,11 +221,12 @@ class YamuxConnection:
             self._unacknowledged.acquire_nowait()  # without giving way: what was queued just now leaves with this
         except trio.WouldBlock:
             await self._unacknowledged.acquire()
-        if not self.usable or self._next_id > _MAX_STREAM_ID:
+        if not self.usable:
             self._unacknowledged.release()
-            raise StreamReset(
-                f"the connection to {self.remote} is closed: {self.close_reason or 'the peer leaves'}"
+            reason = self.close_reason or (
+                "the peer leaves" if self._peer_leaves else "no stream ids are left"
             )
+            raise StreamReset(f"the connection to {self.remote} is closed: {reason}")
         stream = YamuxStream(self, self._next_id, outbound=True)
         self._next_id += 2
         self._streams[stream.stream_id] = stream
