@@ -63,8 +63,8 @@ class Host(abc.ABC):
         """Open a stream that speaks ``protocol``, dialling or looking up the peer if need be.
 
         Raises PeerUnreachable, ProtocolNotSupported or StreamReset. A peer that is known to serve ``protocol``
-        is not waited for; should it refuse after all, the first read raises these. Has no deadline beyond
-        those of dialling: the caller brings one. Cancelled: no stream stays open.
+        is not waited for; should it refuse after all, the first read raises these, and writes may. Has no
+        deadline beyond those of dialling: the caller brings one. Cancelled: no stream stays open.
         """
 
     @abc.abstractmethod
