@@ -93,6 +93,7 @@ async def dialer(network: Network) -> AsyncIterator[Dialer]:
             connect=network.connect,
             misplaced=lambda peer, address: misplaced.append((peer, address)),
         )
+        nursery.cancel_scope.cancel()  # lookups outlive the dials
 
 
 def at(*hosts: str) -> list[Address]:
