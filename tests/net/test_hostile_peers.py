@@ -22,9 +22,11 @@ from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel, secure_ou
 from kwaainet_bridge.net.connections import YAMUX
 from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH
 from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.net.kademlia import KAD
 from kwaainet_bridge.net.library import noise_transport
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.multistream import ByteChannel
+from kwaainet_bridge.net.ping import PING
 from kwaainet_bridge.net.yamux import YamuxConnection
 from kwaainet_bridge.net.yamux_frames import DATA, INITIAL_WINDOW, SYN, WINDOW_UPDATE, encode_header
 
@@ -402,3 +404,30 @@ async def test_a_connection_that_trickles_frames(client: Host) -> None:
         await assert_serves(server, client)
         assert server._memory.used <= 3 * INITIAL_WINDOW
         channel.abort()
+
+
+@pytest.mark.parametrize("protocol", [PING, KAD])
+async def test_a_burst_of_small_requests_gives_way_to_others(
+    server: Host, client: Host, protocol: str
+) -> None:
+    """Reads and writes that need not wait do not yield: so whoever serves many requests of one read has to."""
+    request = bytes(32) if protocol == PING else b"\x02\x08\x05"
+    count = 2000
+    await client.connect(server.addresses()[0])
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    stream = await client.open_stream(server.peer_id, protocol)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others)
+        await stream.write(request * count)
+        left = len(request) * count
+        while left:
+            left -= len(await stream.read(left))
+        nursery.cancel_scope.cancel()
+    assert turns >= count

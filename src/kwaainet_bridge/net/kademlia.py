@@ -105,6 +105,7 @@ class Kademlia:
                     if answer is None:
                         return
                     await stream.write(_encode(answer))
+                    await trio.lowlevel.checkpoint()  # thousands may have come at once
                 idle.deadline = trio.current_time() + defaults.KAD_IDLE_SECONDS
 
     def answer(self, request: kad_pb2.Message) -> kad_pb2.Message | None:

@@ -22,6 +22,7 @@ async def answer_pings(stream: Stream) -> None:
     with trio.move_on_after(PING_IDLE_SECONDS) as idle:
         while data := await stream.read(_SIZE):
             await stream.write(data)
+            await trio.lowlevel.checkpoint()  # thousands may have come at once
             idle.deadline = trio.current_time() + PING_IDLE_SECONDS
 
 
