@@ -66,6 +66,21 @@ async def test_without_a_change_nobody_is_told(autojump_clock, swarm: Swarm) -> 
     assert swarm.got == []
 
 
+async def test_who_leaves_while_waiting_for_a_push_is_forgotten(autojump_clock, swarm: Swarm) -> None:
+    peers = [PeerId(b"\x12\x20" + bytes([i]) * 32) for i in range(defaults.IDENTIFY_PUSHES_AT_ONCE + 10)]
+    for peer in peers:
+        swarm.join(peer)
+        swarm.takes[peer] = 10
+    swarm.push.changed()
+    await trio.sleep(DELAY + 1)
+    for peer in peers:
+        swarm.push.forget(peer)
+    swarm.listeners.clear()
+    await trio.sleep(100)
+    assert len(swarm.got) == defaults.IDENTIFY_PUSHES_AT_ONCE
+    assert not swarm.push._told
+
+
 async def test_who_asked_after_the_change_is_not_told(autojump_clock, swarm: Swarm) -> None:
     swarm.join(ONE)
     swarm.push.changed()

@@ -62,5 +62,7 @@ class IdentifyPush:
 
     async def _push(self, peer: PeerId, places: trio.CapacityLimiter) -> None:
         async with places:
+            if peer not in self._told:  # it has gone meanwhile
+                return
             self.told(peer)  # one that fails is told of the next change: it may not listen at all
             await self._send(peer)
