@@ -169,8 +169,17 @@ async def test_clocks_are_compared_when_joining(
         assert result.error.seconds == pytest.approx(offset, abs=0.01)
 
 
+@pytest.mark.parametrize("offset", [2.5, -2.5])
+async def test_a_check_tells_how_far_the_clock_is_ahead(
+    autojump_clock: MockClock, peer: Peer, offset: float
+) -> None:
+    peer.pong = pb.PingResponse(peer=peer.info, dht_time=START + offset, available=True)
+    assert (await peer.node.check(peer.host.peer_id)).ahead == pytest.approx(offset, abs=0.01)
+
+
 async def test_a_peer_that_tells_no_time_is_trusted(autojump_clock: MockClock, peer: Peer) -> None:
     peer.pong = pb.PingResponse(peer=peer.info, available=True)
+    assert (await peer.node.check(peer.host.peer_id)).ahead is None
     (result,) = await peer.node.bootstrap([peer.host.peer_id])
     assert result.ok
 

@@ -225,6 +225,7 @@ async def test_an_address_that_failed_is_left_alone_for_a_while(server: Host, cl
     assert caught.value.hop == "tcp"
     [result] = client.dial_results(NOBODY)
     assert (str(result.address), result.hop, result.failures) == (address, "tcp", 1)
+    assert [hop for hop, _ in result.times] == ["tcp"]
 
 
 async def test_whoever_asks_for_an_address_gets_it_tried(client: Host) -> None:
@@ -237,6 +238,20 @@ async def test_whoever_asks_for_an_address_gets_it_tried(client: Host) -> None:
         await client.connect(f"{address}/p2p/{identity.peer_id}")
         [result] = client.dial_results(identity.peer_id)
         assert (result.error, result.failures) == ("", 0)
+        assert [hop for hop, _ in result.times] == ["tcp", "noise", "yamux"]
+        assert all(seconds > 0 for _, seconds in result.times)
+
+
+async def test_the_time_of_a_lookup_is_told(autojump_clock: trio.testing.MockClock, client: Host) -> None:
+    class Slow(Resolver):
+        async def getaddrinfo(self, host, port, *_):
+            await trio.sleep(3)
+            return await super().getaddrinfo(host, port)
+
+    trio.socket.set_custom_hostname_resolver(Slow({}))
+    assert (await failure(client, NOBODY, "/dns4/no.such.example/tcp/4001")).hop == "dns"
+    [result] = client.dial_results(NOBODY)
+    assert result.times == (("dns", pytest.approx(3)),)
 
 
 async def test_an_address_of_another_peer_is_forgotten(server: Host, client: Host) -> None:

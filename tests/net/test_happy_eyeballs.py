@@ -42,7 +42,7 @@ class Network:
     async def upgrade(self, stream: str, _: PeerId, progress) -> str:
         await trio.lowlevel.checkpoint()
         if self.upgraded is not None:
-            progress.hop = "noise"
+            progress.enter("noise")
             raise self.upgraded
         return f"connection to {stream}"
 

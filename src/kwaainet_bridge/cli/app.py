@@ -223,6 +223,33 @@ def ping(
     trio.run(ping_peer, address, count, as_json)
 
 
+@app.command()
+def doctor(
+    addresses: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Peers to examine, or presets; left out: the configuration's bootstrap peers.",
+            metavar="ADDR...",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    listen: Annotated[
+        str | None, typer.Option(help="Listen here and see whether each peer calls back.", metavar="ADDR")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Examine the way to bootstrap peers step by step, and say what would mend the step that fails."""
+    overrides: dict[str, Any] = {}
+    if addresses:
+        overrides["networks"] = {"petals": {"bootstrap": addresses}}
+    node_config = _load(config, overrides)
+
+    from kwaainet_bridge.cli.doctor import examine_peers
+
+    if not trio.run(examine_peers, node_config, listen, as_json):
+        raise typer.Exit(1)
+
+
 @bench_app.command("net")
 def bench_net(
     address: Annotated[

@@ -215,12 +215,12 @@ class Connections:
         Raises RemoteError or a NetworkError with ``progress.hop`` at the hop that failed; the stream is then
         closed, as it is when cancelled.
         """
-        progress.hop = "noise"
+        progress.enter("noise")
         socket = TcpSocket(stream, initiator=True)
         self._handshakes += 1
         try:
             channel = await self._secure_outbound(socket, peer)
-            progress.hop = "yamux"
+            progress.enter("yamux")
             await multistream.propose(channel, YAMUX)
             self._demand_room()
         except BaseException:

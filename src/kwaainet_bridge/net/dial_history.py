@@ -13,6 +13,9 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.wire.peer_id import PeerId
 
+HopTimes = tuple[tuple[str, float], ...]
+"""The hops of a dial in order, each with the seconds it took."""
+
 _MAX_DOUBLINGS = 32  # far beyond any cap; keeps the power finite
 
 
@@ -21,7 +24,8 @@ class DialResult:
     """How the last dial of one address of a peer ended.
 
     ``error`` is empty when it led to a connection, else what happened at ``hop``. ``failures`` are those since the
-    last success. Times are seconds of the trio clock; before ``retry_at`` the address is left alone.
+    last success; ``times`` has the hops that were reached. ``at`` and ``retry_at`` are seconds of the trio clock;
+    before the latter the address is left alone.
     """
 
     address: Address
@@ -30,6 +34,7 @@ class DialResult:
     failures: int
     at: float
     retry_at: float
+    times: HopTimes = ()
 
 
 class DialHistory:
@@ -59,12 +64,12 @@ class DialHistory:
         """How long the address is still left alone."""
         return max(0.0, result.retry_at - self._clock())
 
-    def succeeded(self, peer: PeerId, address: Address) -> None:
+    def succeeded(self, peer: PeerId, address: Address, times: HopTimes = ()) -> None:
         """Note that ``address`` led to ``peer``."""
         now = self._clock()
-        self._note(peer, DialResult(address, "", "", 0, now, now))
+        self._note(peer, DialResult(address, "", "", 0, now, now, times))
 
-    def failed(self, peer: PeerId, address: Address, hop: str, error: str) -> None:
+    def failed(self, peer: PeerId, address: Address, hop: str, error: str, times: HopTimes = ()) -> None:
         """Note that it did not."""
         before = self._peers.get(peer, {}).get(address)
         failures = 1 if before is None else before.failures + 1
@@ -74,7 +79,7 @@ class DialHistory:
         )
         now = self._clock()
         wait = self._rng.uniform(bound / 2, bound)
-        self._note(peer, DialResult(address, hop, error, failures, now, now + wait))
+        self._note(peer, DialResult(address, hop, error, failures, now, now + wait, times))
 
     def forgive(self, peer: PeerId, addresses: Iterable[Address]) -> None:
         """Forget the failures of ``addresses``."""

@@ -19,7 +19,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, PeerUnreachable, ProtocolNotSupported, RemoteError
 from kwaainet_bridge.net.addresses import Address, private_block
 from kwaainet_bridge.net.channel import WrongPeer
-from kwaainet_bridge.net.dial_history import DialHistory
+from kwaainet_bridge.net.dial_history import DialHistory, HopTimes
 from kwaainet_bridge.net.yamux import YamuxConnection
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -43,10 +43,21 @@ class HostFull(NetworkError):
 
 
 class Progress:
-    """Which hop an attempt at one address is at."""
+    """Which hop an attempt at one address is at, and how long each one took."""
 
     def __init__(self) -> None:
         self.hop = "tcp"
+        self._began = trio.current_time()
+        self._passed: HopTimes = ()
+
+    def enter(self, hop: str) -> None:
+        """Note that the hop before is done and that ``hop`` begins."""
+        self._passed = self.times()
+        self.hop, self._began = hop, trio.current_time()
+
+    def times(self) -> HopTimes:
+        """The hops so far; of the last one the time until now."""
+        return (*self._passed, (self.hop, trio.current_time() - self._began))
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,9 @@ class _Attempt:
     resolving: int = 0
     resolved: trio.Event = field(default_factory=trio.Event)
     untried: dict[Address, int] = field(default_factory=dict)  # endpoints that have not failed yet
-    worst: dict[Address, tuple[str, str]] = field(default_factory=dict)  # furthest hop, what happened
+    # furthest hop, what happened, and the way there
+    worst: dict[Address, tuple[str, str, HopTimes]] = field(default_factory=dict)
+    lookups: dict[Address, HopTimes] = field(default_factory=dict)  # of names that were resolved
 
     def error(self) -> NetworkError:
         if self.full is not None:
@@ -209,14 +222,16 @@ class Dialer:
         attempt.untried[address] = sum(added)
 
     async def _resolve(self, attempt: _Attempt, address: Address) -> None:
+        began = trio.current_time()
         try:
             with trio.fail_after(defaults.DIAL_SECONDS):
                 found = await self._look_up(address)
         except trio.TooSlowError:
-            self._note(attempt, address, "dns", f"no answer within {defaults.DIAL_SECONDS:g} s")
+            self._unresolved(attempt, address, began, f"no answer within {defaults.DIAL_SECONDS:g} s")
         except (OSError, UnicodeError) as e:
-            self._note(attempt, address, "dns", str(e) or type(e).__name__)
+            self._unresolved(attempt, address, began, str(e) or type(e).__name__)
         else:
+            attempt.lookups[address] = (("dns", trio.current_time() - began),)
             self._add(attempt, address, found[: defaults.MAX_ENDPOINTS_PER_NAME])
         finally:
             attempt.resolving -= 1
@@ -252,10 +267,16 @@ class Dialer:
         attempt.failures.append((hop, f"{address}: {hop}: {error}"))
         self.history.failed(attempt.peer, address, hop, error)
 
+    def _unresolved(self, attempt: _Attempt, address: Address, began: float, error: str) -> None:
+        attempt.failures.append(("dns", f"{address}: dns: {error}"))
+        times = (("dns", trio.current_time() - began),)
+        self.history.failed(attempt.peer, address, "dns", error, times)
+
     async def _try(
         self, attempt: _Attempt, endpoint: _Endpoint, failed: trio.Event, others: trio.CancelScope
     ) -> None:
         address, progress = endpoint.address, Progress()
+        lookup = attempt.lookups.get(address, ())
         try:
             with trio.fail_after(defaults.DIAL_SECONDS):
                 stream = await self._connect(endpoint.family, endpoint.target)
@@ -279,14 +300,14 @@ class Dialer:
         else:
             if attempt.connection is None:
                 attempt.connection = connection
-            self.history.succeeded(attempt.peer, address)
+            self.history.succeeded(attempt.peer, address, (*lookup, *progress.times()))
             others.cancel()
             return
         attempt.failures.append((progress.hop, f"{endpoint}: {progress.hop}: {reason}"))
         attempt.untried[address] -= 1
-        hop, _ = attempt.worst.get(address, ("address", ""))
+        hop, *_ = attempt.worst.get(address, ("address",))
         if HOPS.index(progress.hop) >= HOPS.index(hop):
-            attempt.worst[address] = (progress.hop, reason)
+            attempt.worst[address] = (progress.hop, reason, (*lookup, *progress.times()))
         if not attempt.untried[address]:
             self.history.failed(attempt.peer, address, *attempt.worst[address])
         failed.set()

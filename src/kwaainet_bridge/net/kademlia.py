@@ -20,7 +20,7 @@ import trio
 from google.protobuf.message import DecodeError
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import NetworkError, RemoteError
+from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
 from kwaainet_bridge.net.addresses import Address, parse_binary_address
 from kwaainet_bridge.net.identify import PeerDescription
 from kwaainet_bridge.net.stream import Stream
@@ -189,7 +189,11 @@ class Kademlia:
                 nursery.start_soon(ask, peer)
         return answers
 
-    async def _ask(self, peer: PeerId, addresses: Sequence[Address], target: PeerId) -> list[Found]:
+    async def ask(self, peer: PeerId, addresses: Sequence[Address], target: PeerId) -> list[Found]:
+        """Ask one peer for those nearest to ``target``; their addresses are those that can be dialled from here.
+
+        Raises NetworkError or RemoteError if it does not answer. Cancelled: no stream stays open.
+        """
         try:
             with trio.fail_after(defaults.KAD_REQUEST_SECONDS):
                 stream = await self._host.open_stream_at(peer, addresses, KAD)
@@ -199,7 +203,15 @@ class Kademlia:
                     return [(who, tuple(self._host.dialable(where, peer))) for who, where in found]
                 finally:
                     await stream.close()
-        except (NetworkError, RemoteError, trio.TooSlowError) as e:
+        except trio.TooSlowError:
+            raise DeadlineExceeded(
+                f"{peer} did not answer FIND_NODE within {defaults.KAD_REQUEST_SECONDS:g} s"
+            ) from None
+
+    async def _ask(self, peer: PeerId, addresses: Sequence[Address], target: PeerId) -> list[Found]:
+        try:
+            return await self.ask(peer, addresses, target)
+        except (NetworkError, RemoteError) as e:
             log.debug("%s does not say where %s is: %s", peer, target, e)
             return []
 

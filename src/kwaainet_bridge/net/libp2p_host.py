@@ -151,11 +151,11 @@ class Libp2pHost(Host):
         self._described: dict[PeerId, PeerDescription] = {}
         self._inbound = InboundStreams(config.limits)
         self._push = IdentifyPush(self._push_listeners, self._send_push)
-        self._kademlia = Kademlia(self)
+        self.kademlia = Kademlia(self)
         self._handlers: dict[str, StreamHandler] = {}
         self.serve(IDENTIFY, self._identify)
         self.serve(IDENTIFY_PUSH, self._take_push)
-        self.serve(KAD, self._kademlia.serve)
+        self.serve(KAD, self.kademlia.serve)
         self.serve(PING, answer_pings)
 
     # --- peers
@@ -236,7 +236,7 @@ class Libp2pHost(Host):
         try:
             return await self._dialer.dial(peer, known)
         except PeerUnreachable as unreachable:
-            found = [a for a in await self._kademlia.find_peer(peer) if a not in known]
+            found = [a for a in await self.kademlia.find_peer(peer) if a not in known]
             if not found:
                 raise
             log.debug("%s; found %d more addresses", unreachable, len(found))

@@ -1,6 +1,7 @@
 """The Hivemind DHT: records that expire, kept by the nodes whose ids are nearest to their keys."""
 
 from kwaainet_bridge.hivemind.dht.authorization import AccessToken, Authorizer, TokenAuthorizer
+from kwaainet_bridge.hivemind.dht.client import Pong
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.node import BootstrapResult, DhtNode, Item
 from kwaainet_bridge.hivemind.dht.placement import StoreResult
@@ -22,6 +23,7 @@ __all__ = [
     "Found",
     "FoundEntry",
     "Item",
+    "Pong",
     "ProtectedSubkey",
     "RecordValidator",
     "RsaSignatureValidator",

@@ -24,10 +24,15 @@ from kwaainet_bridge.wire.peer_id import PeerId
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """The answer to a ping: the peer's node id (None from clients) and the round trip in seconds."""
+    """The answer to a ping: the peer's node id (None from clients) and the round trip in seconds.
+
+    ``ahead`` is how many seconds the peer's clock is ahead of ours, to within half a round trip; None if it told
+    no time.
+    """
 
     node_id: DhtId | None
     seconds: float
+    ahead: float | None
 
 
 class DhtClient:
@@ -97,7 +102,9 @@ class DhtClient:
                 # its call-back has introduced it meanwhile
                 self._contacts.failed(peer, back_off=True)
                 raise
-        pong = Pong(self._answered(peer, response), seconds)
+        told = response.dht_time
+        ahead = told - (sent + received) / 2 if told else None
+        pong = Pong(self._answered(peer, response), seconds, ahead)
         if validate and not self._client_mode and not response.available:
             raise CallBackFailed(
                 f"{peer} answers but could not call us back: check that our announced addresses work"

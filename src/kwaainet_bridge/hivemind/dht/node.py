@@ -20,7 +20,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import BridgeError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.dht.authorization import Authorizer
-from kwaainet_bridge.hivemind.dht.client import DhtClient
+from kwaainet_bridge.hivemind.dht.client import DhtClient, Pong
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import StoreItem, read_record
@@ -174,6 +174,13 @@ class DhtNode:
         """Round-trip time to a peer's DHT in seconds. Raises NetworkError or RemoteError."""
         return (await self._remote.ping(peer)).seconds
 
+    async def check(self, peer: PeerId) -> Pong:
+        """Compare clocks with a peer and, unless in client mode, have it call us back.
+
+        Raises ClockSkew, CallBackFailed, or another NetworkError or RemoteError.
+        """
+        return await self._remote.ping(peer, validate=True)
+
     async def bootstrap(self, peers: Sequence[PeerId]) -> list[BootstrapResult]:
         """Join the network that ``peers`` belong to; may be repeated. Raises nothing for peers that fail.
 
@@ -185,7 +192,7 @@ class DhtNode:
 
         async def join(peer: PeerId) -> None:
             try:
-                pong = await self._remote.ping(peer, validate=True)
+                pong = await self.check(peer)
             except (NetworkError, RemoteError) as e:
                 log.info("DHT bootstrap peer %s: %s", peer, e)
                 results[peer] = BootstrapResult(peer, None, e)
