@@ -289,7 +289,7 @@ async def test_private_addresses_of_another_network_are_told_and_not_dialled(
     await client.wait_identified()
     [connection] = client.connections
     monkeypatch.setattr(connection, "remote_host", "203.0.114.7")
-    client._describe(server.peer_id, PeerDescription("", frozenset(), tuple(said)))
+    client._described(connection, PeerDescription("", frozenset(), tuple(said)))
     assert set(said) <= set(client.where(server.peer_id))
     dialled = {a.split("/")[2] for a in client.known_addresses(server.peer_id) if "/tcp/1/" in a}
     assert dialled == {"8.8.8.8", "10.9.9.9"}

@@ -241,5 +241,5 @@ async def test_connections_leave_nothing_behind(times: int) -> None:
         assert descriptors() == before
         assert len(server._memory) == 0
         assert len(server._inbound._places) == 0
-        assert not server._described
+        assert not server.introductions._descriptions
         assert not server.connections._retired | server.connections._shared

@@ -32,16 +32,10 @@ from kwaainet_bridge.net.dial_history import DialResult
 from kwaainet_bridge.net.dialer import Dialer
 from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.host import Host, StreamHandler
-from kwaainet_bridge.net.identify import (
-    IDENTIFY,
-    IDENTIFY_PUSH,
-    PeerDescription,
-    encode_identify,
-    read_identify,
-)
-from kwaainet_bridge.net.identify_push import IdentifyPush
+from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH, PeerDescription
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.inbound_streams import InboundStreams, limited
+from kwaainet_bridge.net.introductions import Introductions
 from kwaainet_bridge.net.kademlia import KAD, Kademlia
 from kwaainet_bridge.net.library import check_library, noise_transport
 from kwaainet_bridge.net.limits import Limits
@@ -96,7 +90,7 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
         async with trio.open_nursery() as nursery:
             host = Libp2pHost(config, own, nursery)
             nursery.start_soon(host.connections.tend)
-            nursery.start_soon(host.run_pushes)
+            nursery.start_soon(host.introductions.run)
             if not announce:
                 nursery.start_soon(host.follow_interfaces, [address for _, address in bound])
             listening = trio.CancelScope()
@@ -136,25 +130,30 @@ class Libp2pHost(Host):
             config.identity.peer_id,
             noise_transport(config.identity),
             accept=self._accept,
-            greet=self._ask_who,
-            gone=self._forget,
+            greet=lambda connection: self.introductions.greet(connection),
+            gone=lambda peer: self.introductions.forget(peer),
             limits=config.limits,
             memory=self._memory,
             housekeeping=HOUSEKEEPING,
         )
-        self._identity = config.identity
         self._own = tuple(own)
         self._nursery = nursery
         self._book = AddressBook()
         self._vicinity = Vicinity.here()
         self._dialer = Dialer(nursery, self.connections.upgrade_outbound, misplaced=self._book.remove)
-        self._described: dict[PeerId, PeerDescription] = {}
+        self.introductions = Introductions(
+            self.connections,
+            config.identity.public_key,
+            own_addresses=lambda: self._own,
+            protocols=lambda: self._handlers,
+            negotiate=self._negotiate,
+            described=self._described,
+        )
         self._inbound = InboundStreams(config.limits)
-        self._push = IdentifyPush(self._push_listeners, self._send_push)
         self.kademlia = Kademlia(self)
         self._handlers: dict[str, StreamHandler] = {}
-        self.serve(IDENTIFY, self._identify)
-        self.serve(IDENTIFY_PUSH, self._take_push)
+        self.serve(IDENTIFY, self.introductions.answer)
+        self.serve(IDENTIFY_PUSH, self.introductions.hear)
         self.serve(KAD, self.kademlia.serve)
         self.serve(PING, answer_pings)
 
@@ -201,7 +200,7 @@ class Libp2pHost(Host):
 
     def description(self, peer: PeerId) -> PeerDescription | None:
         """What a connected peer has said of itself; None before it has."""
-        return self._described.get(peer)
+        return self.introductions.of(peer)
 
     async def wait_identified(self) -> None:
         """Return once every peer that is connected now has said who it is, or has failed to within 10 s."""
@@ -265,7 +264,7 @@ class Libp2pHost(Host):
         Never a guess: a peer that does not know the protocol reads the payload as the next proposal. Daemons
         reset the stream then; an unmodified py-libp2p host can end.
         """
-        described = self._described.get(connection.remote)
+        described = self.introductions.of(connection.remote)
         return protocol in connection.agreed or (described is not None and protocol in described.protocols)
 
     # --- protocols
@@ -274,11 +273,11 @@ class Libp2pHost(Host):
         if protocol in self._handlers:
             raise ValueError(f"{protocol} is served already")
         self._handlers[protocol] = limited(handler)
-        self._push.changed()
+        self.introductions.changed()
 
     def unserve(self, protocol: str) -> None:
         if self._handlers.pop(protocol, None) is not None:
-            self._push.changed()
+            self.introductions.changed()
 
     def _accept(self, connection: Connection, stream: YamuxStream) -> None:
         if self._inbound.begin(connection, stream):
@@ -315,7 +314,7 @@ class Libp2pHost(Host):
             if stream.closed_at is None:  # cancelled
                 stream.reset_now()
 
-    # --- identify
+    # --- who is who
 
     async def follow_interfaces(self, listening: Sequence[Address]) -> None:
         """Look every minute which addresses this machine has, and tell connected peers of changes."""
@@ -325,79 +324,12 @@ class Libp2pHost(Host):
             if own != self._own:
                 log.info("this machine's addresses are now: %s", ", ".join(map(str, own)))
                 self._own, self._vicinity = own, Vicinity.here()
-                self._push.changed()
+                self.introductions.changed()
 
-    async def run_pushes(self) -> None:
-        """Tell connected peers of changes, until cancelled."""
-        await self._push.run()
-
-    def _introduction(self, peer: PeerId) -> bytes:
-        connection = self.connections.find(peer)
-        observed = connection.remote_address if connection is not None else b""
-        return encode_identify(self._identity.public_key, self._own, self._handlers, observed)
-
-    async def _identify(self, stream: Stream) -> None:
-        if self.connections.find(stream.remote) is not None:
-            self._push.told(stream.remote)
-        said = self._introduction(stream.remote)
-        with trio.move_on_after(defaults.NEGOTIATION_SECONDS) as waiting:
-            await stream.write(said)
-        if waiting.cancelled_caught:
-            await stream.reset()
-
-    async def _take_push(self, stream: Stream) -> None:
-        with trio.move_on_after(defaults.NEGOTIATION_SECONDS) as waiting:
-            self._describe(stream.remote, await read_identify(stream))
-        if waiting.cancelled_caught:
-            await stream.reset()
-
-    async def _ask_who(self, connection: Connection) -> None:
-        try:
-            with trio.fail_after(defaults.NEGOTIATION_SECONDS):
-                stream = await self._negotiate(connection, IDENTIFY)
-                try:
-                    self._describe(connection.remote, await read_identify(stream))
-                finally:
-                    await stream.close()
-        except (NetworkError, RemoteError, trio.TooSlowError) as e:
-            log.debug("no identify from %s: %s", connection.remote, e)
-        except Exception:
-            # this runs on a stranger's behalf: whatever it says must not end the host
-            log.exception("identify of %s failed", connection.remote)
-        finally:
-            connection.identified.set()
-
-    def _push_listeners(self) -> list[PeerId]:
-        return [
-            peer
-            for peer in self.connected_peers()
-            if (described := self._described.get(peer)) is not None and IDENTIFY_PUSH in described.protocols
-        ]
-
-    async def _send_push(self, peer: PeerId) -> None:
-        connection = self.connections.find(peer)
-        if connection is None:
-            return
-        try:
-            with trio.fail_after(defaults.NEGOTIATION_SECONDS):
-                stream = await self._negotiate(connection, IDENTIFY_PUSH)
-                try:
-                    await stream.write(self._introduction(peer))
-                finally:
-                    await stream.close()
-        except (NetworkError, RemoteError, trio.TooSlowError) as e:
-            log.debug("%s does not hear of changes: %s", peer, e)
-
-    def _forget(self, peer: PeerId) -> None:
-        self._described.pop(peer, None)
-        self._push.forget(peer)
-
-    def _describe(self, peer: PeerId, description: PeerDescription) -> None:
-        connection = self.connections.find(peer)
-        if connection is not None:
-            self._described[peer] = description
-            self._push.described(peer)
-            told_by = connection.remote_host
-            self._book.add(
-                peer, description.addresses, here=lambda address: self._vicinity.has(address, told_by=told_by)
-            )
+    def _described(self, connection: Connection, description: PeerDescription) -> None:
+        told_by = connection.remote_host
+        self._book.add(
+            connection.remote,
+            description.addresses,
+            here=lambda address: self._vicinity.has(address, told_by=told_by),
+        )
