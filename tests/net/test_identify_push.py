@@ -182,7 +182,7 @@ async def test_peers_that_take_no_pushes_get_none(quick, server: Libp2pHost, cli
     client.unserve(IDENTIFY_PUSH)
     await introduce(client, server)
     sent = []
-    server._push._send = sent.append
+    server.introductions._push._send = sent.append
     server.serve("Late.run", echo)
     await trio.sleep(0.1)
     assert sent == []

@@ -130,8 +130,8 @@ class Libp2pHost(Host):
             config.identity.peer_id,
             noise_transport(config.identity),
             accept=self._accept,
-            greet=lambda connection: self.introductions.greet(connection),
-            gone=lambda peer: self.introductions.forget(peer),
+            greet=self._greet,
+            gone=self._forget,
             limits=config.limits,
             memory=self._memory,
             housekeeping=HOUSEKEEPING,
@@ -325,6 +325,12 @@ class Libp2pHost(Host):
                 log.info("this machine's addresses are now: %s", ", ".join(map(str, own)))
                 self._own, self._vicinity = own, Vicinity.here()
                 self.introductions.changed()
+
+    async def _greet(self, connection: Connection) -> None:
+        await self.introductions.greet(connection)
+
+    def _forget(self, peer: PeerId) -> None:
+        self.introductions.forget(peer)
 
     def _described(self, connection: Connection, description: PeerDescription) -> None:
         told_by = connection.remote_host
