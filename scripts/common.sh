@@ -15,7 +15,7 @@ first_python() {
 # need_to_build PYTHON WHAT COMMAND|HEADER...: install from the system's packages what is missing to build
 # WHAT for PYTHON: a compiler, Python's headers and its venv module, and the C headers named.
 need_to_build() {
-  local python=$1 what=$2 version header missing=() install
+  local python=$1 what=$2 version header missing=()
   shift 2
   version=python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   command -v gcc >/dev/null || missing+=(gcc libc6-dev)
@@ -25,18 +25,34 @@ need_to_build() {
   "$python" -c 'import os, sysconfig as s; raise SystemExit(not os.path.exists(s.get_path("include") + "/Python.h"))' ||
     missing+=("$version-dev")
   "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=("$version-venv")
-  [ ${#missing[@]} -gt 0 ] || return 0
+  install_packages "to build $what" ${missing[@]+"${missing[@]}"}
+}
 
-  command -v apt-get >/dev/null || die "these are needed to build $what: ${missing[*]}"
-  install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}")
+# need_network_tools: what the tests use that build networks of their own, where this user may do that.
+need_network_tools() {
+  local missing=()
+  unshare --net true 2>/dev/null || return 0
+  PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null || missing+=(iproute2)
+  PATH=$PATH:/usr/sbin:/sbin command -v nft >/dev/null || missing+=(nftables)
+  install_packages "to build networks in tests" ${missing[@]+"${missing[@]}"}
+}
+
+# install_packages WHY PACKAGE...: from the system's packages, as root or by sudo.
+install_packages() {
+  local why=$1 install
+  shift
+  [ $# -gt 0 ] || return 0
+
+  command -v apt-get >/dev/null || die "these are needed $why: $*"
+  install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@")
   if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null ||
-      die "these are needed to build $what; as root: apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
-    echo "$(basename "$0"): with sudo, installing ${missing[*]} (to build $what)"
+      die "these are needed $why; as root: apt-get update && apt-get install -y --no-install-recommends $*"
+    echo "$(basename "$0"): with sudo, installing $* ($why)"
     sudo apt-get update -qq
     sudo "${install[@]}" >/dev/null
   else
-    echo "$(basename "$0"): installing ${missing[*]} (to build $what)"
+    echo "$(basename "$0"): installing $* ($why)"
     apt-get update -qq
     "${install[@]}" >/dev/null
   fi

@@ -13,6 +13,7 @@ python=${PYTHON:-$(first_python python3.11 python3.12 python3.13)} ||
 
 # libp2p needs fastecdsa, which comes as C source that uses GMP
 need_to_build "$python" "fastecdsa, a part of libp2p" gmp
+[ "$kind" != dev ] || need_network_tools
 make_venv "$python" "$venv"
 "$venv/bin/python" -m pip install -q --upgrade 'pip>=25.1'
 if [ "$kind" = dev ]; then

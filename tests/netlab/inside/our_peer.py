@@ -1,0 +1,167 @@
+"""One host of ours on a machine of the laboratory, driven over stdin and stdout (interop/stock/lines.py).
+
+It serves ``Echo.run``, which sends back all it reads, and the unary method ``Echo.rpc_echo``.
+
+Commands::
+
+    start       {key, **options}        -> {peer, addresses}; ``key``: identity file, made when missing; the others
+                                           are fields of HostConfig
+    addresses   {}                      -> what it tells others
+    connect     {address}               -> peer id
+    call        {peer, size}            -> seconds until ``size`` bytes had come back over ``Echo.run``, unchanged
+    unary       {peer, size, timeout}   -> seconds of a call of ``Echo.rpc_echo``
+    connections {}                      -> [{peer, address, initiator, streams}]
+    known       {peer}                  -> where that peer may be dialled
+    add         {peer, addresses}       -> null; they may be dialled from now on
+    gone        {peer}                  -> seconds until no connection to the peer is open
+    keep        {addresses}             -> null; stays connected to these from now on. Event ``kept`` {address, error}
+    stop        {}                      -> null
+
+Event: ``ready``. Several commands run at a time; a new one is a method of Commands.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from functools import partial
+from typing import Any
+
+import trio
+from lines import Lines
+from multiaddr import Multiaddr
+
+from kwaainet_bridge.net import HostConfig, Libp2pHost, Stream, open_host
+from kwaainet_bridge.net.bootstrap import BootstrapEvent, keep_bootstrapped
+from kwaainet_bridge.net.identity import load_identity
+from kwaainet_bridge.net.limits import Limits
+from kwaainet_bridge.rpc import CallContext, RpcClient, RpcServer, unary
+from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.peer_id import PeerId
+
+ECHO = "Echo.run"
+UNARY_ECHO = unary("Echo.rpc_echo", ExpertRequest, ExpertResponse)
+
+lines = Lines()
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.read(1 << 20):
+        await stream.write(data)
+
+
+async def unary_echo(request: ExpertRequest, _context: CallContext) -> ExpertResponse:
+    return ExpertResponse(metadata=request.metadata)
+
+
+class Commands:
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._stop = trio.Event()
+        self._stopped = trio.Event()
+        self._host: Libp2pHost | None = None
+
+    @property
+    def host(self) -> Libp2pHost:
+        assert self._host is not None, "start it first"
+        return self._host
+
+    async def start(self, key: str, limits: dict[str, int] | None = None, **options: Any) -> dict[str, Any]:
+        more = {"limits": Limits(**limits or {}), **options}
+        self._host = await self._nursery.start(self._run, key, more)
+        return {"peer": str(self.host.peer_id), "addresses": self.host.addresses()}
+
+    async def _run(self, key: str, options: dict[str, Any], *, task_status: Any) -> None:
+        with load_identity(key, kind="ed25519") as identity:
+            async with open_host(HostConfig(identity, **options)) as host:
+                host.serve(ECHO, echo)
+                RpcServer(host).mount(UNARY_ECHO, unary_echo)
+                task_status.started(host)
+                await self._stop.wait()
+        self._stopped.set()
+
+    async def addresses(self) -> list[str]:
+        return self.host.addresses()
+
+    async def connect(self, address: str) -> str:
+        return str(await self.host.connect(address))
+
+    async def call(self, peer: str, size: int = 1000) -> float:
+        began, payload, received = trio.current_time(), secrets.token_bytes(size), bytearray()
+        stream = await self.host.open_stream(PeerId.parse(peer), ECHO)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.write, payload)
+                while len(received) < size:
+                    data = await stream.read(1 << 20)
+                    if not data:
+                        raise EOFError(f"{ECHO}: {len(received)} of {size} bytes came back")
+                    received += data
+        finally:
+            stream.reset_now()
+        if received != payload:
+            raise ValueError(f"{size} bytes came back changed")
+        return trio.current_time() - began
+
+    async def unary(self, peer: str, size: int = 1000, timeout: float = 30.0) -> float:
+        began, payload = trio.current_time(), secrets.token_bytes(size)
+        request = ExpertRequest(metadata=payload)
+        response = await RpcClient(self.host).call(PeerId.parse(peer), UNARY_ECHO, request, timeout=timeout)
+        if response.metadata != payload:
+            raise ValueError(f"{size} bytes came back changed")
+        return trio.current_time() - began
+
+    async def connections(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "peer": str(connection.remote),
+                "address": str(Multiaddr(connection.remote_address)),
+                "initiator": connection.initiator,
+                "streams": connection.open_streams,
+            }
+            for connection in self.host.connections
+        ]
+
+    async def known(self, peer: str) -> list[str]:
+        return self.host.known_addresses(PeerId.parse(peer))
+
+    async def add(self, peer: str, addresses: list[str]) -> None:
+        self.host.add_addresses(PeerId.parse(peer), addresses)
+
+    async def gone(self, peer: str) -> float:
+        began = trio.current_time()
+        await self.host.wait_disconnected(PeerId.parse(peer))
+        return trio.current_time() - began
+
+    async def keep(self, addresses: list[str]) -> None:
+        def tell(event: BootstrapEvent) -> None:
+            error = None if event.error is None else str(event.error)
+            lines.event("kept", address=event.address, error=error)
+
+        self._nursery.start_soon(partial(keep_bootstrapped, self.host, addresses, on_event=tell))
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await self._stopped.wait()
+
+
+async def main() -> None:
+    async with trio.open_nursery() as nursery:
+        commands = Commands(nursery)
+
+        async def run(request: dict[str, Any]) -> None:
+            arguments = {k: v for k, v in request.items() if k not in ("id", "do")}
+            try:
+                lines.result(request, await getattr(commands, request["do"])(**arguments))
+            except Exception as e:
+                lines.error(request, e)
+
+        lines.event("ready")
+        while line := await trio.to_thread.run_sync(sys.stdin.readline):
+            nursery.start_soon(run, json.loads(line))
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(main)
