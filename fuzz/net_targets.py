@@ -1,4 +1,4 @@
-"""Yamux, multistream-select, identify, Kademlia and addresses."""
+"""Yamux, multistream-select, identify, Kademlia, AutoNAT and addresses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import libp2p.identity.identify.pb.identify_pb2  # noqa: F401
 
 from fuzz.wire_targets import expect, pieces
 from kwaainet_bridge.errors import NetworkError, RemoteError
+from kwaainet_bridge.net import autonat as nat
 from kwaainet_bridge.net import kademlia as kad
 from kwaainet_bridge.net import multistream
 from kwaainet_bridge.net.addresses import Address, parse_address, parse_binary_address
@@ -108,7 +109,7 @@ def identify(data: bytes) -> None:
     described = decode_identify(data)
     expect(isinstance(described.agent, str), "an agent that is no text")
     expect(all(isinstance(p, str) for p in described.protocols), "a protocol that is no text")
-    _check_addresses(described.addresses)
+    _check_addresses([a for a in (*described.addresses, described.observed) if a is not None])
 
 
 def _check_addresses(addresses: Sequence[Address]) -> None:
@@ -160,6 +161,19 @@ def kademlia(data: bytes) -> None:
         _check_addresses(addresses)
 
 
+def autonat(data: bytes) -> None:
+    """As an answer and as a request."""
+    try:
+        verdict = nat.read_answer(data)
+    except RemoteError:
+        verdict = nat.DialBack(None)
+    expect(verdict.text.isprintable(), "a text that is not fit for a terminal")
+    expect(verdict.address is None or verdict.reachable is True, "an address that was not reached")
+    named = nat._decode(data).dial.peer  # noqa: SLF001 - the decoder is under test
+    for found in nat._at_host("203.0.113.9", named.addrs):  # noqa: SLF001
+        expect(found.host == "203.0.113.9" and 0 < found.port < 1 << 16, "dialled elsewhere")
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "yamux": yamux,
     "multistream-propose": multistream_propose,
@@ -167,4 +181,5 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "identify": identify,
     "address": address,
     "kademlia": kademlia,
+    "autonat": autonat,
 }

@@ -27,7 +27,7 @@ from kwaainet_bridge.wire import frames
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
 from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.msgpack import pack
-from kwaainet_bridge.wire.pb import dht_pb2, kad_pb2
+from kwaainet_bridge.wire.pb import autonat_pb2, dht_pb2, kad_pb2
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo
 from kwaainet_bridge.wire.peer_id import PeerId
 from kwaainet_bridge.wire.tensors import TensorMessage, split_tensor
@@ -156,6 +156,8 @@ def _petals() -> Iterator[Seed]:
     )
     yield "server-record", pack(info.to_value())
     yield "server-record", pack((2, 1.0))
+    yield "model-record", pack({"num_blocks": 8, "repository": "https://huggingface.co/a/b"})
+    yield "model-record", pack({"num_blocks": 1, "repository": None})
 
 
 def _dht() -> Iterator[Seed]:
@@ -207,3 +209,10 @@ def _net() -> Iterator[Seed]:
         message = kad_pb2.Message(type=kind, key=_PEER.raw)
         message.closer_peers.add(id=_PEER.raw, addrs=[a.binary for a in _ADDRESSES], connection=1)
         yield "kademlia", message.SerializeToString()
+    named = autonat_pb2.PeerInfo(id=_PEER.raw, addrs=[a.binary for a in _ADDRESSES])
+    yield "autonat", autonat_pb2.Message(type=0, dial=autonat_pb2.Dial(peer=named)).SerializeToString()
+    for answer in (
+        autonat_pb2.DialResponse(status=0, addr=_ADDRESSES[0].binary),
+        autonat_pb2.DialResponse(status=100, status_text="dial failed"),
+    ):
+        yield "autonat", autonat_pb2.Message(type=1, dial_response=answer).SerializeToString()

@@ -22,7 +22,7 @@ from kwaainet_bridge.compression.kwaai import (
 )
 from kwaainet_bridge.errors import CompressionError, Refusal, RemoteError
 from kwaainet_bridge.hivemind.client.calls import parse_traits
-from kwaainet_bridge.hivemind.experts.records import ServerInfo
+from kwaainet_bridge.hivemind.experts.records import ModelRecord, ServerInfo
 from kwaainet_bridge.hivemind.experts.requests import Metadata
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
 from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
@@ -214,6 +214,11 @@ def server_record(data: bytes) -> None:
     expect(ServerInfo.from_value(unpack(pack(info.to_value()))) == info, "round trip")
 
 
+def model_record(data: bytes) -> None:
+    record = ModelRecord.from_value(unpack(data))
+    expect(1 <= record.num_blocks <= defaults.MAX_MODEL_BLOCKS, "the number of blocks is bounded")
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     **{
         "codec-" + kind.name.lower().replace("_", "-"): partial(_decompress, codec(kind))
@@ -229,4 +234,5 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "expert-response": expert_response,
     "rpc-info": rpc_info,
     "server-record": server_record,
+    "model-record": model_record,
 }

@@ -138,9 +138,13 @@ HIGH_CONNECTIONS_SHARE: Final = 0.8
 LOW_CONNECTIONS_SHARE: Final = 0.6
 """Low watermark: far enough below the high one that idle connections are closed in batches, not one by one."""
 
+STRANGERS_SHARE: Final = 0.1
+"""Connections kept for peers that are in no network of this host, as a share of those allowed: 200 neighbours are more
+than a lookup in a public Kademlia network asks."""
+
 CONNECTION_GRACE_SECONDS: Final = 30.0
-"""A younger connection is not closed for being idle: identify and a first call take a few round trips, and a
-peer that was asked to dial back some seconds more."""
+"""A younger connection is neither closed for being idle nor taken for a stranger's: identify and a first call take a
+few round trips, and a peer that was asked to dial back some seconds more."""
 
 MAX_CONNECTIONS_PER_ADDRESS: Final = 64
 """Inbound connections from one public IPv4 address or IPv6 /64. A university's or carrier's NAT hides dozens
@@ -256,6 +260,34 @@ MAX_KAD_MESSAGE_BYTES: Final = 256 * KIB
 INTERFACES_SECONDS: Final = 60.0
 """How often a host that listens on all interfaces looks which addresses they have; leases and networks change."""
 
+AUTONAT_DIAL_SECONDS: Final = 15.0
+"""One dial-back by AutoNAT. One that fails takes all of it, whatever the reason (go-libp2p: 15 s, likewise)."""
+
+AUTONAT_SECONDS: Final = 30.0
+"""A question of AutoNAT and its answer: one dial-back, and as long for connecting and reading."""
+
+AUTONAT_DIALS_AT_ONCE: Final = 8
+"""Dial-backs at one time: as many as can fail within half of the period."""
+
+AUTONAT_PERIOD_SECONDS: Final = 60.0
+"""Dial-backs are counted over this long (go-libp2p: 1 minute)."""
+
+AUTONAT_DIALS: Final = 30
+"""Dial-backs in a period, for all peers together (go-libp2p: 30). Identities cost nothing, so this is what bounds the
+connections that strangers can make this host open."""
+
+AUTONAT_DIALS_PER_PEER: Final = 3
+"""The same of one peer (go-libp2p: 3), so that one that asks all the time leaves some for others."""
+
+MAX_AUTONAT_ADDRESSES: Final = 16
+"""Addresses named in a question, and ports tried for one (go-libp2p: 16)."""
+
+MAX_AUTONAT_BYTES: Final = 4 * KIB
+"""A message of AutoNAT; go-libp2p accepts no more."""
+
+MAX_AUTONAT_CHARACTERS: Final = 200
+"""Kept of a peer's explanation why it does not dial."""
+
 MAX_MEASURED_BYTES: Final = 16 * 1024 * MIB
 """Bytes that one measurement of a connection's speed may send each way."""
 
@@ -264,6 +296,54 @@ BOOTSTRAP_RETRY_SECONDS: Final = 2.0
 
 BOOTSTRAP_MAX_RETRY_SECONDS: Final = 300.0
 """Where that bound stops doubling."""
+
+MAX_OBSERVERS: Final = 64
+"""Peers whose view of this host's address is remembered, the latest."""
+
+MAX_SUPPOSED_ADDRESSES: Final = 4
+"""Addresses as which peers see this host that are worth a check: one or two families, one or two routers."""
+
+RELAYS_WANTED: Final = 2
+"""Relays at which a host that cannot be dialled holds places: one may fail (go-libp2p: 2)."""
+
+RELAY_LOOK_SECONDS: Final = 5.0
+"""How often a host that lacks a relay looks for one among its peers, and the shortest time between renewals."""
+
+RELAY_RETRY_SECONDS: Final = 60.0
+"""How long a relay that refused or left is left alone."""
+
+RELAY_ANSWER_SECONDS: Final = 15.0
+"""Longest wait for a relay's answer, or for that of the peer behind it."""
+
+RELAY_RENEWAL_SECONDS: Final = 300.0
+"""A place at a relay is renewed this long before it expires; of a short one at half time."""
+
+MAX_RELAY_ADDRESSES: Final = 8
+"""Addresses of one relay that are told to others."""
+
+RELAY_RESERVATION_SECONDS: Final = 3600
+"""How long a place at this host is good for (go-libp2p: one hour)."""
+
+RELAY_RESERVATIONS: Final = 128
+"""Peers that have a place at this host at one time (stock daemon: 128)."""
+
+RELAY_CIRCUITS: Final = 256
+"""Circuits through this host at one time: each takes two windows of memory and a share of the link."""
+
+RELAY_CIRCUITS_PER_PEER: Final = 16
+"""Circuits at one time that one peer is an end of (stock daemon: 16)."""
+
+RELAY_CIRCUIT_SECONDS: Final = 1800
+"""Longest life of a circuit (stock daemon that is public: 30 minutes)."""
+
+RELAY_CIRCUIT_BYTES: Final = 4096 * MIB
+"""Bytes in each direction of a circuit (stock daemon that is public: 2^32): hidden states go through it."""
+
+HOLE_PUNCH_ATTEMPTS: Final = 3
+"""Tries to dial a peer at the same time as it dials us, before the relayed connection is left at that (go-libp2p: 3)."""
+
+HOLE_PUNCH_SECONDS: Final = 5.0
+"""Longest time of one such try: a dial that succeeds takes a few round trips."""
 
 # --- hivemind dht ---------------------------------------------------------------------------------------
 
@@ -322,6 +402,9 @@ DHT_BACKOFF_LIMIT_SECONDS: Final = 3600.0
 
 DHT_BACKOFF_PEERS: Final = 4096
 """Failing peers remembered."""
+
+DHT_REMEMBERED_NEIGHBOURS: Final = 16384
+"""Neighbours named in answers that are kept read, the latest of the process: some 500 bytes each."""
 
 DHT_RETENTION_SECONDS: Final = 24 * 3600.0
 """Records are dropped after this long even if they claim to live longer. Stock records live 1 to 5 minutes."""
@@ -486,6 +569,36 @@ MAX_PINGED_SERVERS: Final = 16
 
 PING_SECONDS: Final = 2.0
 """Longest wait for those round trips; who does not answer counts as far away (stock: 2 s)."""
+
+MAX_MODEL_BLOCKS: Final = 1024
+"""Blocks of a model in the swarm's registry: each is looked up. The deepest models in use have about 130."""
+
+MAX_SURVEYED_MODELS: Final = 64
+"""Models of a registry that are looked up at one go; anybody may register as many as he likes."""
+
+SURVEYED_AT_ONCE: Final = 4
+"""Models whose records are read at one time: the DHT node makes DHT_PARALLEL_CALLS calls in all anyway."""
+
+SERVER_CHECKS_AT_ONCE: Final = 32
+"""Servers that are dialled at one time to see who can be reached."""
+
+SERVER_CHECK_SECONDS: Final = 8.0
+"""Limit of one such check: finding the addresses, a dial with its handshakes, two pings."""
+
+SERVER_CHECKS_SECONDS: Final = 60.0
+"""Limit of all such checks together; who has not had his turn counts as not checked."""
+
+WALK_MAX_PEERS: Final = 1000
+"""Peers that a walk through the DHT asks, so that invented ones cannot keep it going."""
+
+WALK_PARALLEL_PEERS: Final = 32
+"""Peers that it asks at one time. Those that are gone take DHT_CALL_SECONDS each."""
+
+WALK_SECONDS: Final = 90.0
+"""Limit of a whole walk."""
+
+STORE_TTL_SECONDS: Final = 300.0
+"""How long a record lives that was stored by hand without a word about it."""
 
 UNKNOWN_RTT_SECONDS: Final = 0.15
 """Round trip assumed for a server that was not measured (stock: 0.15 s)."""

@@ -17,10 +17,12 @@ from hivemind.utils.multiaddr import Multiaddr
 peers: dict[int, P2P] = {}
 
 
-async def start(at, initial_peers=(), identity_path=None):
-    peers[at] = p2p = await P2P.create(initial_peers=list(initial_peers), identity_path=identity_path)
+async def start(at, initial_peers=(), identity_path=None, **options):
+    peers[at] = p2p = await P2P.create(
+        initial_peers=list(initial_peers), identity_path=identity_path, **options
+    )
     await p2p.add_binary_stream_handler("Echo.run", echo)
-    [address] = await p2p.get_visible_maddrs()
+    address, *_ = await p2p.get_visible_maddrs()
     return str(address)
 
 

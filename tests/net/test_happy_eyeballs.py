@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import PeerUnreachable
+from kwaainet_bridge.errors import NetworkError, PeerUnreachable
 from kwaainet_bridge.net.addresses import Address, parse_address
 from kwaainet_bridge.net.channel import WrongPeer
 from kwaainet_bridge.net.dialer import Dialer, HostFull
@@ -38,6 +38,16 @@ class Network:
             raise answer
         await trio.sleep(answer)
         return host
+
+    async def connect_through(self, address: Address, _: PeerId) -> str:
+        """Relays are asked like hosts, under their own ids."""
+        relay = str(address.relay)
+        self.tried.append((round(trio.current_time() - self.start, 3), relay))
+        answer = self.answers.get(relay, math.inf)
+        if isinstance(answer, Exception):
+            raise answer
+        await trio.sleep(answer)
+        return relay
 
     async def upgrade(self, stream: str, _: PeerId, progress) -> str:
         await trio.lowlevel.checkpoint()
@@ -91,6 +101,7 @@ async def dialer(network: Network) -> AsyncIterator[Dialer]:
             nursery,
             network.upgrade,
             connect=network.connect,
+            connect_through=network.connect_through,
             misplaced=lambda peer, address: misplaced.append((peer, address)),
         )
         nursery.cancel_scope.cancel()  # lookups outlive the dials
@@ -280,3 +291,18 @@ async def test_a_leaver_takes_nothing_from_the_others(autojump_clock, network, d
             await dialer.dial(PEER, at("8.8.8.1"))
     assert connections == ["connection to 8.8.8.1"]
     assert len(network.tried) == 1
+
+
+async def test_relays_are_the_last_resort(autojump_clock, network: Network, dialer: Dialer) -> None:
+    """A relayed address waits for its turn, behind private ones, and wins if nobody else answers."""
+    network.answers[str(OTHER)] = 0.1
+    addresses = [Address("ip4", "8.8.8.8", 1, relay=OTHER), *at("192.168.1.1", "9.9.9.9")]
+    assert await dialer.dial(PEER, addresses) == f"connection to {OTHER}"
+    assert network.tried == [(0.0, "9.9.9.9"), (0.25, "192.168.1.1"), (0.5, str(OTHER))]
+
+
+async def test_a_relay_that_refuses_is_a_hop_of_its_own(network: Network, dialer: Dialer) -> None:
+    network.answers[str(OTHER)] = NetworkError("no place")
+    with pytest.raises(PeerUnreachable, match=r"relay: no place") as failed:
+        await dialer.dial(PEER, [Address("ip4", "8.8.8.8", 1, relay=OTHER)])
+    assert failed.value.hop == "relay"

@@ -19,7 +19,7 @@ from kwaainet_bridge.errors import NetworkError, StreamReset
 from kwaainet_bridge.net import Host, HostConfig, Libp2pHost, Stream, multistream, open_host
 from kwaainet_bridge.net.addresses import parse_binary_address, split_peer_address
 from kwaainet_bridge.net.channel import ConnectionLost, SecureChannel, secure_outbound
-from kwaainet_bridge.net.connections import YAMUX
+from kwaainet_bridge.net.connection import YAMUX
 from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.kademlia import KAD

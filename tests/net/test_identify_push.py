@@ -10,7 +10,7 @@ import trio.testing
 from echo_protocol import echo
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.net import Libp2pHost
+from kwaainet_bridge.net import Libp2pHost, own_addresses
 from kwaainet_bridge.net.addresses import parse_listen_address
 from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH
 from kwaainet_bridge.net.identify_push import IdentifyPush
@@ -170,8 +170,10 @@ async def test_new_addresses(quick, server: Libp2pHost, client: Libp2pHost, monk
     await introduce(client, server)
     before = server.addresses()
     monkeypatch.setattr(defaults, "INTERFACES_SECONDS", 0.01)
+    moved = [parse_listen_address("/ip4/192.0.2.9/tcp/31330")]
+    monkeypatch.setattr(own_addresses, "reachable_forms", lambda _: moved)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.follow_interfaces, [parse_listen_address("/ip4/192.0.2.9/tcp/31330")])
+        nursery.start_soon(server.follow_interfaces)
         address = f"/ip4/192.0.2.9/tcp/31330/p2p/{server.peer_id}"
         await until(lambda: address in client.known_addresses(server.peer_id))
         nursery.cancel_scope.cancel()

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
 import trio.testing
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import PeerUnreachable, RemoteError
-from kwaainet_bridge.net import Host, HostConfig, open_host
+from kwaainet_bridge.errors import PeerUnreachable, ProtocolNotSupported, RemoteError
+from kwaainet_bridge.net import Host, HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.net.identify import PeerDescription
 from kwaainet_bridge.net.identity import Identity
@@ -36,20 +37,23 @@ class PretendNetwork:
         self.nursery = nursery
         self.hosts: dict[PeerId, PretendHost] = {}
 
-    def host(self, number: int, *neighbours: int) -> PretendHost:
-        host = PretendHost(self, number, neighbours)
+    def host(self, number: int, *neighbours: int, protocol: str = KAD) -> PretendHost:
+        host = PretendHost(self, number, neighbours, protocol)
         self.hosts[host.peer_id] = host
         return host
 
 
 class PretendHost:
-    def __init__(self, network: PretendNetwork, number: int, neighbours: Sequence[int]) -> None:
+    def __init__(
+        self, network: PretendNetwork, number: int, neighbours: Sequence[int], protocol: str
+    ) -> None:
         self.network = network
+        self.protocol = protocol
         self.peer_id = peer_id(number)
         self.neighbours = [peer_id(n) for n in neighbours]
         self.addresses = {peer_id(n): [address(4000 + n)] for n in neighbours}
         self.addresses[self.peer_id] = [address(4000 + number)]
-        self.kademlia = Kademlia(self)
+        self.kademlia = Kademlia(self, protocol)
         self.asked: list[PeerId] = []
         self.silent = False
 
@@ -63,15 +67,17 @@ class PretendHost:
         return list(addresses)
 
     def description(self, peer: PeerId) -> PeerDescription:
-        return PeerDescription("pretend", frozenset([KAD]), ())
+        host = self.network.hosts.get(peer)
+        return PeerDescription("pretend", frozenset([KAD if host is None else host.protocol]), ())
 
     async def wait_identified(self) -> None:
         await trio.lowlevel.checkpoint()
 
     async def open_stream_at(self, peer: PeerId, addresses: Sequence[Address], protocol: str):
-        assert protocol == KAD
         self.asked.append(peer)
         remote = self.network.hosts.get(peer)
+        if remote is not None and protocol != remote.protocol:
+            raise ProtocolNotSupported(protocol)
         if remote is None:
             raise PeerUnreachable("down", hop="tcp")
         ours, theirs = memory_stream_pair(self.peer_id, peer, protocol)
@@ -239,6 +245,63 @@ async def test_an_answer_with_a_bad_id(network: PretendNetwork) -> None:
 
     network.host(1).kademlia = Liar(seeker)
     assert await seeker.kademlia.find_peer(peer_id(5)) == []
+
+
+# --- networks and modes
+
+KWAAI = "/kwaai/kad/1.0.0"
+
+
+async def test_a_network_with_another_id_is_neither_asked_nor_named(network: PretendNetwork) -> None:
+    host = network.host(0, 1, 2, protocol=KWAAI)
+    network.host(1, 0, 9)
+    network.host(2, 0, protocol=KWAAI)
+    answer = host.kademlia.answer(kad_pb2.Message(type=FIND_NODE, key=b"anything"))
+    assert [p.id for p in answer.closer_peers] == [peer_id(2).raw]
+    assert await host.kademlia.find_peer(peer_id(9)) == []
+    assert host.asked == [peer_id(2)]
+
+
+async def test_two_networks_on_one_host(network: PretendNetwork) -> None:
+    host = network.host(0, 1, 2)
+    other = Kademlia(host, KWAAI)
+    network.host(1, 0, 9)
+    network.host(2, 0, 8, protocol=KWAAI)
+    assert await host.kademlia.find_peer(peer_id(9)) == [address(4009)]
+    assert await other.find_peer(peer_id(8)) == [address(4008)]
+    assert await other.find_peer(peer_id(9)) == []
+    assert host.asked == [peer_id(1), peer_id(2), peer_id(2)]
+
+
+async def test_a_client_asks_and_is_not_asked(server: Host) -> None:
+    async with (
+        open_host(HostConfig(Identity.generate("ed25519"))) as middle,
+        open_host(HostConfig(Identity.generate("ed25519"), kad_mode="client")) as client,
+    ):
+        await server.connect(middle.addresses()[0])
+        await middle.wait_identified()
+        await client.connect(middle.addresses()[0])
+        stream = await client.open_stream(server.peer_id, "Echo.run")
+        await stream.write(b"found")
+        assert await stream.read(10) == b"found"
+        await middle.wait_identified()
+        assert KAD not in middle.description(client.peer_id).protocols
+        with pytest.raises(ProtocolNotSupported):
+            await middle.open_stream(client.peer_id, KAD)
+
+
+@pytest.mark.parametrize(("spoken", "found"), [(KWAAI, True), (KAD, False)])
+async def test_real_hosts_of_another_network(spoken: str, found: bool) -> None:
+    async def host(stack: AsyncExitStack, protocol: str) -> Libp2pHost:
+        config = HostConfig(Identity.generate("ed25519"), kad_protocol=protocol)
+        return await stack.enter_async_context(open_host(config))
+
+    async with AsyncExitStack() as stack:
+        seeker, middle, hidden = [await host(stack, protocol) for protocol in (KWAAI, spoken, spoken)]
+        await hidden.connect(middle.addresses()[0])
+        await middle.wait_identified()
+        await seeker.connect(middle.addresses()[0])
+        assert bool(await seeker.kademlia.find_peer(hidden.peer_id)) == found
 
 
 async def test_three_real_hosts(server: Host, client: Host) -> None:

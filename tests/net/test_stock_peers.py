@@ -20,7 +20,8 @@ from echo_protocol import echo
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import PeerUnreachable, ProtocolNotSupported, StreamReset
-from kwaainet_bridge.net import Host, HostConfig, open_host
+from kwaainet_bridge.net import Host, HostConfig, Libp2pHost, autonat, open_host
+from kwaainet_bridge.net.addresses import parse_address
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.ping import ping
 from kwaainet_bridge.rpc import RpcClient, unary
@@ -88,6 +89,13 @@ async def another_peer(stock: StockPeer, *initial_peers: str, **options: Any) ->
     finally:
         with trio.CancelScope(shield=True):
             await peer.do("stop")
+
+
+@asynccontextmanager
+async def our_host(**options: Any) -> AsyncIterator[Libp2pHost]:
+    async with open_host(HostConfig(Identity.generate("ed25519"), **options)) as host:
+        host.serve("Echo.run", echo)
+        yield host
 
 
 def payload(size: int) -> bytes:
@@ -222,6 +230,39 @@ async def test_we_find_them_by_peer_id_alone(client: Host, stock: StockPeer) -> 
         assert await call(client, hidden.peer_id, 100) == payload(100)
 
 
+async def test_in_client_mode_we_find_them_and_they_us(stock: StockPeer) -> None:
+    """A daemon names a peer that it is connected to, in its table or not."""
+    async with (
+        our_host(kad_mode="client") as ours,
+        another_peer(stock, stock.address) as hidden,
+        another_peer(stock, stock.address) as stranger,
+    ):
+        await ours.connect(stock.address)
+        assert await call(ours, hidden.peer_id, 100) == payload(100)
+        digest = await stranger.do("call", peer=str(ours.peer_id), size=100)
+        assert digest == hashlib.sha256(payload(100)).hexdigest()
+
+
+async def test_in_client_mode_we_are_in_nobodys_table(stock: StockPeer) -> None:
+    async with our_host(kad_mode="client") as ours, another_peer(stock, ours.addresses()[0]) as stranger:
+        await ours.connect(stock.address)
+        with pytest.raises(StockError, match="failed to find any peer in table"):
+            await stranger.do("call", peer=str(stock.peer_id), size=100)
+
+
+async def test_networks_with_other_ids_do_not_meet(stock: StockPeer) -> None:
+    async with (
+        our_host(kad_protocol="/kwaai/kad/1.0.0") as ours,
+        another_peer(stock, stock.address) as hidden,
+        another_peer(stock, ours.addresses()[0]) as stranger,
+    ):
+        await ours.connect(stock.address)
+        with pytest.raises(PeerUnreachable, match="no address is known"):
+            await ours.open_stream(hidden.peer_id, "Echo.run")
+        with pytest.raises(StockError, match="failed to find any peer in table"):
+            await stranger.do("call", peer=str(stock.peer_id), size=100)
+
+
 async def test_nobody_knows(client: Host, stock: StockPeer) -> None:
     await client.connect(stock.address)
     with pytest.raises(PeerUnreachable, match="no address is known"):
@@ -238,6 +279,16 @@ async def test_a_killed_peer_is_noticed(client: Host, stock: StockPeer) -> None:
         with pytest.raises(StreamReset):
             await stream.read(1)
         assert client.connected_peers() == []
+
+
+# --- AutoNAT
+
+
+async def test_they_do_not_dial_private_addresses_back(client: Libp2pHost, stock: StockPeer) -> None:
+    await client.connect(stock.address)
+    own = [a for a in map(parse_address, client.addresses()) if a is not None]
+    verdict = await autonat.ask(client, stock.peer_id, own)
+    assert verdict == autonat.DialBack(None, text="refusing to dial peer with blocked observed address")
 
 
 # --- identity files

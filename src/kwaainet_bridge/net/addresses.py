@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from multiaddr import Multiaddr
@@ -33,12 +33,17 @@ _MULTIADDR_ERRORS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A TCP multiaddr: ``/<ip4|ip6|dns|dns4|dns6>/<host>/tcp/<port>``, with or without ``/p2p/<peer>``."""
+    """A TCP multiaddr: ``/<ip4|ip6|dns|dns4|dns6>/<host>/tcp/<port>``, with or without ``/p2p/<peer>``.
+
+    With ``relay`` that is where this relay listens, and the peer is reached through it:
+    ``/ip4/<host>/tcp/<port>/p2p/<relay>/p2p-circuit``.
+    """
 
     protocol: str
     host: str
     port: int
     peer: PeerId | None = None
+    relay: PeerId | None = None
 
     @property
     def family(self) -> socket.AddressFamily:
@@ -47,13 +52,18 @@ class Address:
 
     @property
     def transport(self) -> str:
-        """The address without ``/p2p/…``."""
-        return f"/{self.protocol}/{self.host}/tcp/{self.port}"
+        """The address without the ``/p2p/…`` of the peer."""
+        direct = f"/{self.protocol}/{self.host}/tcp/{self.port}"
+        return direct if self.relay is None else f"{direct}/p2p/{self.relay}/p2p-circuit"
 
     @property
     def binary(self) -> bytes:
         """:attr:`transport` in the binary form that peers exchange."""
         return bytes(Multiaddr(self.transport).to_bytes())
+
+    def binary_of(self, peer: PeerId) -> bytes:
+        """The address of ``peer`` in full, in the binary form."""
+        return bytes(Multiaddr(str(replace(self, peer=peer))).to_bytes())
 
     @property
     def is_name(self) -> bool:
@@ -61,15 +71,23 @@ class Address:
         return self.protocol.startswith("dns")
 
     def without_peer(self) -> Address:
-        """The same address without ``/p2p/…``."""
-        return Address(self.protocol, self.host, self.port)
+        """The same address without the ``/p2p/…`` of the peer."""
+        return replace(self, peer=None)
+
+    def of_relay(self) -> Address:
+        """Where the relay of a relayed address listens."""
+        return Address(self.protocol, self.host, self.port, self.relay)
+
+    def through(self, relay: PeerId) -> Address:
+        """The address of whoever is reached through ``relay``, which listens at this one."""
+        return Address(self.protocol, self.host, self.port, relay=relay)
 
     def __str__(self) -> str:
         return self.transport if self.peer is None else f"{self.transport}/p2p/{self.peer}"
 
 
 def parse_address(text: str) -> Address | None:
-    """Read a multiaddr. None if it is valid but not TCP (QUIC, WebSocket, circuits, dnsaddr).
+    """Read a multiaddr. None if it is valid but neither TCP nor a circuit over TCP (QUIC, WebSocket, dnsaddr).
 
     Raises RemoteError if it is malformed.
     """
@@ -97,16 +115,21 @@ def parse_binary_address(data: bytes) -> Address | None:
 
 def _from_parts(parts: list[tuple[str, str | None]]) -> Address | None:
     names = [name for name, _ in parts]
-    if (
-        len(parts) not in (2, 3)
-        or names[0] not in _FAMILIES
-        or names[1] != "tcp"
-        or names[2:] not in ([], ["p2p"])
-    ):
+    if len(names) < 2 or names[0] not in _FAMILIES or names[1] != "tcp":
         return None
-    host, port = parts[0][1], parts[1][1]
-    peer = PeerId.parse(parts[2][1] or "") if len(parts) == 3 else None
-    return Address(names[0], host or "", int(port or 0), peer)
+    ids = [PeerId.parse(value or "") for name, value in parts if name == "p2p"]
+    match names[2:]:
+        case []:
+            peer = relay = None
+        case ["p2p"]:
+            [peer], relay = ids, None
+        case ["p2p", "p2p-circuit"]:
+            peer, [relay] = None, ids
+        case ["p2p", "p2p-circuit", "p2p"]:
+            relay, peer = ids
+        case _:
+            return None
+    return Address(names[0], parts[0][1] or "", int(parts[1][1] or 0), peer, relay)
 
 
 def split_peer_address(text: str) -> tuple[PeerId, Address]:
@@ -115,7 +138,8 @@ def split_peer_address(text: str) -> tuple[PeerId, Address]:
     if address is None or address.peer is None:
         raise RemoteError(
             f"address {text!r} cannot be dialled: "
-            "expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>/p2p/<peer id>"
+            "expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>/p2p/<peer id>, or "
+            "/…/tcp/<port>/p2p/<relay>/p2p-circuit/p2p/<peer id>"
         )
     return address.peer, address
 
@@ -127,7 +151,7 @@ def parse_listen_address(text: str) -> Address:
         address = parse_address(text)
     except RemoteError as e:
         raise ConfigError(f"listen address {text!r}: {e}") from e
-    if address is None or address.protocol not in ("ip4", "ip6") or address.peer is not None:
+    if address is None or address.protocol not in ("ip4", "ip6") or address.peer or address.relay:
         raise ConfigError(
             f"listen address {text!r}: expected /ip4/<address>/tcp/<port> or /ip6/<address>/tcp/<port>"
         )
@@ -140,7 +164,7 @@ def parse_announce_address(text: str) -> Address:
         address = parse_address(text)
     except RemoteError as e:
         raise ConfigError(f"announced address {text!r}: {e}") from e
-    if address is None or not address.port:
+    if address is None or not address.port or address.relay is not None:
         raise ConfigError(f"announced address {text!r}: expected /ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>")
     return address.without_peer()
 

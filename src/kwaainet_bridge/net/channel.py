@@ -12,6 +12,7 @@ connections no memory, and small ones no allocation.
 
 from __future__ import annotations
 
+import abc
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -22,6 +23,7 @@ from multiaddr import Multiaddr
 
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
+from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.wire.peer_id import PeerId
 
 NOISE = "/noise"
@@ -46,7 +48,72 @@ class WrongPeer(RemoteError):
         self.found = found
 
 
-class TcpSocket(IRawConnection):  # type: ignore[misc]  # libp2p is not followed by the type checker
+class RawChannel(IRawConnection):  # type: ignore[misc]  # libp2p is not followed by the type checker
+    """Bytes to a peer before anything is proven: what the handshake, the negotiation and the channel want.
+
+    ``remote_host`` is the IP address of the other end, empty if a relay is between; ``remote_address`` the binary
+    multiaddr, empty likewise; ``local_port`` the port here, 0 then. ``relay`` is who carries the bytes.
+    """
+
+    is_initiator: bool
+    remote_host: str = ""
+    remote_address: bytes = b""
+    local_port: int = 0
+    relay: PeerId | None = None
+
+    _unread: bytes = b""
+
+    def unread(self, data: bytes) -> None:
+        """Put back what was read too far."""
+        self._unread = data + self._unread
+
+    def take_unread(self) -> bytes:
+        """What was put back and not read again, as far as :meth:`receive_into` would leave it out."""
+        data, self._unread = self._unread, b""
+        return data
+
+    @abc.abstractmethod
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """Return at least one byte, or ``b""`` at the end. Cancelled: nothing is lost."""
+
+    @abc.abstractmethod
+    async def wait_readable(self) -> None:
+        """Return when :meth:`receive_into` has something, be it the end."""
+
+    @abc.abstractmethod
+    def receive_into(self, buffer: memoryview) -> int | None:
+        """Fill ``buffer`` as far as bytes have arrived; their number, 0 at the end, None if there are none."""
+
+    @abc.abstractmethod
+    async def send_all(self, data: bytes) -> None:
+        """Send ``data``. Cancelled: an unknown part was sent."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Close at once; what the system has accepted is still sent."""
+
+    # py-libp2p's names for the same
+
+    async def read(self, n: int | None = None) -> bytes:
+        return await self.receive_some(_HANDSHAKE_READ_BYTES if n is None else n)
+
+    async def write(self, data: bytes) -> None:
+        await self.send_all(data)
+
+    async def close(self) -> None:
+        self.abort()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return None
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        return []
+
+    def get_connection_type(self) -> ConnectionType:
+        return ConnectionType.DIRECT if self.relay is None else ConnectionType.RELAYED
+
+
+class TcpSocket(RawChannel):
     """A TCP connection as py-libp2p's handshake, the protocol negotiation and the channel want it.
 
     It takes the socket out of ``stream``, which is then closed: trio's own yields to other tasks at each call, ready
@@ -55,12 +122,15 @@ class TcpSocket(IRawConnection):  # type: ignore[misc]  # libp2p is not followed
 
     def __init__(self, stream: trio.SocketStream, *, initiator: bool) -> None:
         self.is_initiator = initiator
-        self._unread = b""
         try:
-            self._remote: tuple[str, int] = stream.socket.getpeername()[:2]
+            host, port = stream.socket.getpeername()[:2]
+            self.local_port = stream.socket.getsockname()[1]
         except OSError:
             stream.socket.close()
             raise
+        self.remote_host = host
+        family_name = "ip6" if ":" in host else "ip4"
+        self.remote_address = Address(family_name, host.partition("%")[0], port).binary
         family, kind, number = stream.socket.family, stream.socket.type, stream.socket.proto
         self._socket = socket.socket(family, kind, number, fileno=stream.socket.detach())
         self._socket.setblocking(False)
@@ -78,14 +148,6 @@ class TcpSocket(IRawConnection):  # type: ignore[misc]  # libp2p is not followed
                 continue
             except OSError as e:
                 raise self._lost(e) from e
-
-    def unread(self, data: bytes) -> None:
-        self._unread = data + self._unread
-
-    def take_unread(self) -> bytes:
-        """What was put back and not read again."""
-        data, self._unread = self._unread, b""
-        return data
 
     async def wait_readable(self) -> None:
         """Return when :meth:`receive_into` has something, be it the end."""
@@ -133,33 +195,11 @@ class TcpSocket(IRawConnection):  # type: ignore[misc]  # libp2p is not followed
             trio.lowlevel.notify_closing(number)
             self._socket.close()
 
-    # py-libp2p's names for the same
-
-    async def read(self, n: int | None = None) -> bytes:
-        return await self.receive_some(_HANDSHAKE_READ_BYTES if n is None else n)
-
-    async def write(self, data: bytes) -> None:
-        await self.send_all(data)
-
-    async def close(self) -> None:
-        self.abort()
-
-    def get_remote_address(self) -> tuple[str, int]:
-        return self._remote
-
-    def get_transport_addresses(self) -> list[Multiaddr]:
-        host, port = self._remote
-        family = "ip6" if ":" in host else "ip4"
-        return [Multiaddr(f"/{family}/{host.partition('%')[0]}/tcp/{port}")]
-
-    def get_connection_type(self) -> ConnectionType:
-        return ConnectionType.DIRECT
-
 
 class SecureChannel:
     """An authenticated peer and an encrypted byte stream to it."""
 
-    def __init__(self, socket: TcpSocket, remote: PeerId, session: NoiseTransportReadWriter) -> None:
+    def __init__(self, socket: RawChannel, remote: PeerId, session: NoiseTransportReadWriter) -> None:
         self.remote = remote
         self.socket = socket
         noise = session.noise_state.noise_protocol
@@ -247,28 +287,35 @@ class SecureChannel:
         await self.socket.send_all(b"".join(parts))
 
 
-async def secure_outbound(socket: TcpSocket, transport: ISecureTransport, peer: PeerId) -> SecureChannel:
+async def secure_outbound(socket: RawChannel, transport: ISecureTransport, peer: PeerId) -> SecureChannel:
     """Shake hands as the dialling side. Raises RemoteError if the peer there fails to prove who it is, WrongPeer if
     that is not ``peer``."""
     await multistream.propose(socket, NOISE)
     # py-libp2p would compare the ids, too, and not say whom it found
-    channel = await _handshake(socket, transport.secure_outbound(socket, None))
-    if channel.remote != peer:
-        raise WrongPeer(channel.remote)
-    return channel
+    return await _handshake(socket, transport.secure_outbound(socket, None), peer)
 
 
-async def secure_inbound(socket: TcpSocket, transport: ISecureTransport) -> SecureChannel:
-    """Shake hands as the listening side; nothing but noise is offered. Raises RemoteError or StreamReset."""
+async def secure_inbound(
+    socket: RawChannel, transport: ISecureTransport, peer: PeerId | None = None
+) -> SecureChannel:
+    """Shake hands as the listening side, with ``peer`` alone if that is given; nothing but noise is offered.
+
+    Raises RemoteError, StreamReset or WrongPeer.
+    """
     await multistream.answer(socket, lambda protocol: True if protocol == NOISE else None)
-    return await _handshake(socket, transport.secure_inbound(socket))
+    return await _handshake(socket, transport.secure_inbound(socket), peer)
 
 
-async def _handshake(socket: TcpSocket, handshake: Awaitable[ISecureConn]) -> SecureChannel:
+async def _handshake(
+    socket: RawChannel, handshake: Awaitable[ISecureConn], expected: PeerId | None
+) -> SecureChannel:
     try:
         session = await handshake
     except NetworkError:
         raise
     except Exception as e:  # protobuf, cipher and library errors alike: the peer did not prove who it is
         raise RemoteError(f"noise handshake failed: {type(e).__name__} {e}".rstrip()) from e
-    return SecureChannel(socket, PeerId(session.get_remote_peer().to_bytes()), session.conn)
+    channel = SecureChannel(socket, PeerId(session.get_remote_peer().to_bytes()), session.conn)
+    if expected is not None and channel.remote != expected:
+        raise WrongPeer(channel.remote)
+    return channel

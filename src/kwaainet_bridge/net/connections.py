@@ -5,21 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
-from kwaainet_bridge.net.channel import SecureChannel, TcpSocket, WrongPeer, secure_inbound, secure_outbound
+from kwaainet_bridge.net.channel import (
+    RawChannel,
+    SecureChannel,
+    TcpSocket,
+    WrongPeer,
+    secure_inbound,
+    secure_outbound,
+)
+from kwaainet_bridge.net.connection import YAMUX, Connection
 from kwaainet_bridge.net.dialer import HostFull, Progress
 from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.limits import Limits
+from kwaainet_bridge.net.membership import Membership
 from kwaainet_bridge.net.origins import Origins, origin_of
-from kwaainet_bridge.net.pruning import Protection, expendable, preferred
-from kwaainet_bridge.net.yamux import YamuxConnection
-from kwaainet_bridge.net.yamux_frames import GO_AWAY, INITIAL_WINDOW, NORMAL_TERMINATION
+from kwaainet_bridge.net.pruning import Pruning, preferred
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -28,118 +35,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-YAMUX = "/yamux/1.0.0"
-
-
-class Connection(YamuxConnection):
-    """A yamux connection, and what is known of its other end.
-
-    ``remote_address`` is the binary multiaddr it came from or goes to, ``remote_host`` the IP address in it,
-    ``origin`` who answers for an inbound one; ``identified`` is set once the peer has said who it is, or has
-    failed to. Streams of ``housekeeping`` protocols do not count as use.
-    """
-
-    security: Final = "/noise (X25519, ChaCha20-Poly1305, SHA-256)"
-    """The only one that is offered or accepted, with its only cipher."""
-    muxer: Final = YAMUX
-
-    def __init__(
-        self,
-        channel: SecureChannel,
-        *,
-        initiator: bool,
-        accept: Callable[[Connection, YamuxStream], None],
-        memory: FairPool,
-        housekeeping: AbstractSet[str] = frozenset(),
-        origin: str | None = None,
-    ) -> None:
-        super().__init__(
-            channel, channel.remote, initiator=initiator, accept=lambda stream: accept(self, stream)
-        )
-        self.identified = trio.Event()
-        self.remote_address = bytes(channel.socket.get_transport_addresses()[0].to_bytes())
-        self.remote_host = channel.socket.get_remote_address()[0]
-        self.origin = origin
-        self.retired_at: float | None = None
-        self._memory = memory
-        self._promised: set[YamuxStream] = set()
-        self._housekeeping = housekeeping
-        self._used_at = self.opened_at
-
-    @property
-    def in_use(self) -> bool:
-        """Whether a stream is open that is more than housekeeping, or is about to be."""
-        return any(self._is_use(stream) for stream in self._streams.values())
-
-    @property
-    def used_at(self) -> float:
-        """When the last stream that was more than housekeeping ended; before the first, when it was opened."""
-        return self._used_at
-
-    @property
-    def leaving(self) -> bool:
-        """Whether this side is closing it.
-
-        Not if the peer has asked for no more streams: it may stay for ever.
-        """
-        return self.retired_at is not None or self.ending
-
-    @property
-    def usable(self) -> bool:
-        return self.retired_at is None and super().usable
-
-    def retire(self) -> None:
-        """Ask the peer to open no more streams; those that are open go on."""
-        if self.retired_at is None:
-            self.retired_at = trio.current_time()
-            self.send_frame(GO_AWAY, 0, 0, NORMAL_TERMINATION)
-
-    def forget(self, stream: YamuxStream) -> None:
-        if self._is_use(stream):
-            self._used_at = trio.current_time()
-        known = self._streams.get(stream.stream_id) is stream
-        super().forget(stream)
-        if known and stream not in self._promised:
-            self._memory.release(self.remote, stream.window_growth)
-
-    def reserve_window(self, growth: int) -> bool:
-        """Take ``growth`` bytes from the connection's budget and from the host's."""
-        if not self._memory.reserve(self.remote, growth):
-            return False
-        if super().reserve_window(growth):
-            return True
-        self._memory.release(self.remote, growth)
-        return False
-
-    def promise_window(self, stream: YamuxStream) -> bool:
-        """Reserve memory for an inbound stream, until :meth:`withdraw_window`; False if there is none."""
-        if not self._memory.reserve(self.remote, INITIAL_WINDOW):
-            return False
-        self._promised.add(stream)
-        return True
-
-    def withdraw_window(self, stream: YamuxStream) -> None:
-        """Give the memory back: what arrives for ``stream`` from now on is not kept.
-
-        A peer's reset does not do that, since what came before can still be read.
-        """
-        self._promised.discard(stream)
-        over = self._streams.get(stream.stream_id) is not stream
-        self._memory.release(self.remote, INITIAL_WINDOW + (stream.window_growth if over else 0))
-
-    def _is_use(self, stream: YamuxStream) -> bool:
-        if not stream.protocol:
-            return stream.outbound  # what a peer only announces costs it nothing
-        return stream.protocol not in self._housekeeping
-
 
 class Connections:
     """Upgrades TCP streams to yamux connections and runs them.
 
     ``accept`` is given each inbound stream with its connection; the windows of streams are reserved from
     ``memory``. ``greet`` runs beside each new connection, and is cancelled when that ends; ``gone`` is told of
-    a peer whose last connection ended. A connection counts against the limit from the first byte of its
-    handshake until it ends. :meth:`tend` must be running.
+    a peer whose last connection ended. ``membership`` says whose connections are worth keeping. A connection
+    counts against the limit from the first byte of its handshake until it ends. :meth:`tend` must be running.
     """
 
     def __init__(
@@ -153,6 +56,7 @@ class Connections:
         gone: Callable[[PeerId], None],
         limits: Limits,
         memory: FairPool,
+        membership: Membership,
         housekeeping: AbstractSet[str] = frozenset(),
     ) -> None:
         self._nursery = nursery
@@ -170,7 +74,7 @@ class Connections:
         self._origins = Origins(
             connections=limits.connections_per_address, handshakes=defaults.MAX_HANDSHAKES_PER_ADDRESS
         )
-        self._protection = Protection()
+        self._pruning = Pruning(limits, membership)
         self._retired: set[Connection] = set()
         self._shared: set[PeerId] = set()  # peers with more than one connection
         self._attention = trio.Event()
@@ -185,8 +89,9 @@ class Connections:
         return [peer for peer in self._live if self.find(peer) is not None]
 
     def find(self, peer: PeerId) -> Connection | None:
-        """Return the usable connection to ``peer`` that new streams should use."""
-        usable = (c for c in self._live.get(peer, ()) if c.usable)
+        """Return the usable connection to ``peer`` that new streams should use: a direct one if there is any."""
+        usable = [c for c in self._live.get(peer, ()) if c.usable]
+        usable = [c for c in usable if c.relay is None] or usable
         return preferred(self._own, usable, simultaneous=defaults.DIAL_SECONDS)
 
     def __iter__(self) -> Iterator[Connection]:
@@ -194,11 +99,11 @@ class Connections:
 
     def protect(self, peer: PeerId, tag: str) -> None:
         """Keep connections to ``peer`` when idle ones are closed, until ``tag`` is unprotected as often."""
-        self._protection.add(peer, tag)
+        self._pruning.protection.add(peer, tag)
 
     def unprotect(self, peer: PeerId, tag: str) -> None:
         """Undo one :meth:`protect`. ValueError if there was none."""
-        self._protection.remove(peer, tag)
+        self._pruning.protection.remove(peer, tag)
 
     async def wait_disconnected(self, peer: PeerId) -> None:
         """Return once no connection to ``peer`` is open."""
@@ -208,51 +113,59 @@ class Connections:
     # --- new connections
 
     async def upgrade_outbound(
-        self, stream: trio.SocketStream, peer: PeerId, progress: Progress
-    ) -> YamuxConnection:
-        """Secure, multiplex and run a stream that this host opened to ``peer``.
+        self, channel: RawChannel, peer: PeerId, progress: Progress, *, responder: bool = False
+    ) -> Connection:
+        """Secure, multiplex and run a channel that this host opened to ``peer``.
 
-        Raises RemoteError or a NetworkError with ``progress.hop`` at the hop that failed; the stream is then
-        closed, as it is when cancelled.
+        As ``responder`` it plays the part of the side that was dialled: of two that dial each other at the same
+        time, one has to. Raises RemoteError or a NetworkError with ``progress.hop`` at the hop that failed; the
+        channel is then closed, as it is when cancelled.
         """
         progress.enter("noise")
-        socket = TcpSocket(stream, initiator=True)
         self._handshakes += 1
         try:
-            channel = await self._secure_outbound(socket, peer)
+            secured = await self._secure(channel, peer, responder=responder)
             progress.enter("yamux")
-            await multistream.propose(channel, YAMUX)
+            if responder:
+                await multistream.answer(secured, lambda protocol: True if protocol == YAMUX else None)
+            else:
+                await multistream.propose(secured, YAMUX)
             self._demand_room()
         except BaseException:
-            socket.abort()
+            channel.abort()
             raise
         finally:
             self._handshakes -= 1
-        connection = self._connection(channel, initiator=True, origin=None)
+        connection = self._connection(secured, initiator=not responder, origin=None)
         self._add(connection)
         self._nursery.start_soon(self._run, connection)
         return connection
 
-    async def _secure_outbound(self, socket: TcpSocket, peer: PeerId) -> SecureChannel:
+    async def _secure(self, channel: RawChannel, peer: PeerId, *, responder: bool) -> SecureChannel:
         try:
-            return await secure_outbound(socket, self._noise, peer)
+            secure = secure_inbound if responder else secure_outbound
+            return await secure(channel, self._noise, peer)
         except WrongPeer as e:
             if e.found == self._own:
                 raise WrongPeer(e.found, "this host itself answers at this address") from e
             raise
 
     async def serve(self, stream: trio.SocketStream) -> None:
-        """Secure, multiplex and run a stream that a peer opened; returns when the connection has ended."""
+        """Secure, multiplex and run a TCP stream that a peer opened; returns when the connection has ended."""
         try:
             socket = TcpSocket(stream, initiator=False)
         except OSError:  # the peer has gone already
             return
-        try:
-            await self._serve(socket)
-        finally:
-            socket.abort()
+        await self.serve_channel(socket)
 
-    async def _serve(self, socket: TcpSocket) -> None:
+    async def serve_channel(self, channel: RawChannel) -> None:
+        """The same for any channel, as one that a relay brings."""
+        try:
+            await self._serve(channel)
+        finally:
+            channel.abort()
+
+    async def _serve(self, channel: RawChannel) -> None:
         # What has no session yet is closed without a word: saying one would take the handshake.
         if (
             self._handshakes >= defaults.MAX_HANDSHAKES
@@ -260,14 +173,15 @@ class Connections:
         ):
             log.debug("refused a connection: %d are open, %d of them unproven", self.count, self._handshakes)
             return
-        origin = origin_of(socket.get_remote_address()[0])
+        # a relay answers for those whom it brings: nobody else knows where they are
+        origin = origin_of(channel.remote_host) if channel.relay is None else str(channel.relay)
         if not self._origins.begin(origin, free=self._limits.connections - self.count):
             log.debug("refused a connection: %s has too many", origin)
             return
         self._handshakes += 1
         connection = None
         try:
-            connection = await self._admit(socket, origin)
+            connection = await self._admit(channel, origin)
         finally:
             self._handshakes -= 1
             self._origins.end(origin)
@@ -275,18 +189,18 @@ class Connections:
             self._add(connection)
             await self._run(connection)
 
-    async def _admit(self, socket: TcpSocket, origin: str | None) -> Connection | None:
+    async def _admit(self, raw: RawChannel, origin: str | None) -> Connection | None:
         """Shake hands with who has connected; None if that fails, or if there is no room."""
         channel = None
         try:
             with trio.move_on_after(defaults.HANDSHAKE_SECONDS):
-                secured = await secure_inbound(socket, self._noise)
+                secured = await secure_inbound(raw, self._noise)
                 await multistream.answer(secured, lambda protocol: True if protocol == YAMUX else None)
                 channel = secured
         except (NetworkError, RemoteError) as e:
-            log.debug("inbound handshake with %s: %s", socket.get_remote_address(), e)
+            log.debug("inbound handshake with %s: %s", _whence(raw), e)
         except Exception:
-            log.exception("inbound handshake with %s failed", socket.get_remote_address())
+            log.exception("inbound handshake with %s failed", _whence(raw))
         if channel is None:
             return None
         connection = self._connection(channel, initiator=False, origin=origin)
@@ -318,7 +232,7 @@ class Connections:
             return True
         if sum(not c.leaving for c in self) < self._limits.connections:
             return True
-        idle = expendable(self, self._protection, opened_before=trio.current_time())
+        idle = self._pruning.expendable(self, opened_before=trio.current_time())
         if not idle:
             return False
         idle[0].stop("idle, and this host is full")
@@ -340,7 +254,7 @@ class Connections:
         if len(siblings) > 1:
             self._shared.add(connection.remote)
             self._attention.set()
-        if self._count > self._limits.high:
+        if self._count > self._pruning.few:
             self._attention.set()
 
     async def _run(self, connection: Connection) -> None:
@@ -367,7 +281,8 @@ class Connections:
     # --- connections that are not needed
 
     async def tend(self) -> None:
-        """Close what is idle: above the high watermark, and beside another connection to the same peer.
+        """Close what is idle: above the high watermark, beside another connection to the same peer, and strangers'
+        beyond their number.
 
         Runs until cancelled. Peers are asked first to open no more streams, and streams that are open are
         waited for.
@@ -377,21 +292,17 @@ class Connections:
             self._prune()
             self._close_surplus()
             self._finish_retired()
-            if not self._retired and not self._shared and self._count <= self._limits.high:
+            if not self._retired and not self._shared and self._count <= self._pruning.few:
                 self._attention = trio.Event()
             await trio.sleep(defaults.TEND_SECONDS)
 
     def _prune(self) -> None:
-        if self._count <= self._limits.high:
-            return
-        staying = sum(not c.leaving for c in self)
-        if staying <= self._limits.high:
-            return
         oldest = trio.current_time() - defaults.CONNECTION_GRACE_SECONDS
-        chosen = expendable(self, self._protection, opened_before=oldest)[: staying - self._limits.low]
+        chosen = self._pruning.surplus(self, opened_before=oldest)
         for connection in chosen:
             self._retire(connection)
-        log.debug("%d connections: closing %d idle ones", staying, len(chosen))
+        if chosen:
+            log.debug("%d connections: closing %d idle ones", self._count, len(chosen))
 
     def _close_surplus(self) -> None:
         now = trio.current_time()
@@ -424,3 +335,7 @@ class Connections:
         async with trio.open_nursery() as nursery:
             for connection in self:
                 nursery.start_soon(connection.close)
+
+
+def _whence(channel: RawChannel) -> str:
+    return channel.remote_host if channel.relay is None else f"somebody behind relay {channel.relay}"

@@ -2,11 +2,13 @@
 
 Several addresses are raced as RFC 8305 has it: names are resolved side by side, the families take turns with
 IPv6 first, and the next attempt begins a quarter of a second after the last, or when that has failed. Public
-addresses and names come before private ones, which mean something in one network only.
+addresses and names come before private ones, which mean something in one network only, and those before relayed
+ones.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -18,24 +20,27 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, PeerUnreachable, ProtocolNotSupported, RemoteError
 from kwaainet_bridge.net.addresses import Address, private_block
-from kwaainet_bridge.net.channel import WrongPeer
+from kwaainet_bridge.net.channel import RawChannel, WrongPeer
 from kwaainet_bridge.net.dial_history import DialHistory, HopTimes
 from kwaainet_bridge.net.yamux import YamuxConnection
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
 
-HOPS: Final = ("address", "dns", "tcp", "noise", "yamux", "protocol")
+HOPS: Final = ("address", "dns", "tcp", "relay", "noise", "yamux", "protocol")
 """The steps to a peer, in order."""
 
 Target = tuple[str | int, ...]
 """What a socket connects to: host, port, and for IPv6 flow and scope."""
 
-Upgrade = Callable[[trio.SocketStream, PeerId, "Progress"], Awaitable[YamuxConnection]]
-"""Turns a TCP stream to a peer into a running connection, and names each hop as it begins."""
+Upgrade = Callable[[RawChannel, PeerId, "Progress"], Awaitable[YamuxConnection]]
+"""Turns a channel to a peer into a running connection, and names each hop as it begins."""
 
-Connect = Callable[[int, Target], Awaitable[trio.SocketStream]]
-"""Opens a TCP stream, given the family and the target. Raises OSError."""
+Connect = Callable[[int, Target], Awaitable[RawChannel]]
+"""Opens a TCP connection, given the family and the target. Raises OSError."""
+
+ConnectThrough = Callable[[Address, PeerId], Awaitable[RawChannel]]
+"""Has the relay of a relayed address connect to a peer. Raises NetworkError or RemoteError."""
 
 
 class HostFull(NetworkError):
@@ -45,8 +50,8 @@ class HostFull(NetworkError):
 class Progress:
     """Which hop an attempt at one address is at, and how long each one took."""
 
-    def __init__(self) -> None:
-        self.hop = "tcp"
+    def __init__(self, hop: str = "tcp") -> None:
+        self.hop = hop
         self._began = trio.current_time()
         self._passed: HopTimes = ()
 
@@ -60,6 +65,14 @@ class Progress:
         return (*self._passed, (self.hop, trio.current_time() - self._began))
 
 
+class _Tier(enum.IntEnum):
+    """In which order addresses are tried."""
+
+    PUBLIC = 0
+    PRIVATE = 1
+    RELAYED = 2
+
+
 @dataclass(frozen=True)
 class _Endpoint:
     """One socket address behind ``address``."""
@@ -67,6 +80,12 @@ class _Endpoint:
     address: Address
     family: int
     target: Target
+
+    @property
+    def tier(self) -> _Tier:
+        if self.address.relay is not None:
+            return _Tier.RELAYED
+        return _Tier.PUBLIC if private_block(str(self.target[0])) is None else _Tier.PRIVATE
 
     def __str__(self) -> str:
         host = self.target[0]
@@ -77,8 +96,8 @@ class _Candidates:
     """Endpoints that were not tried yet, in the order in which they should be."""
 
     def __init__(self) -> None:
-        self._queues: dict[tuple[bool, bool], deque[_Endpoint]] = {
-            (private, ipv6): deque() for private in (False, True) for ipv6 in (False, True)
+        self._queues: dict[tuple[_Tier, bool], deque[_Endpoint]] = {
+            (tier, ipv6): deque() for tier in _Tier for ipv6 in (False, True)
         }
         self._seen: set[Target] = set()
         self._ipv6_next = True
@@ -88,13 +107,14 @@ class _Candidates:
         if endpoint.target in self._seen:
             return False
         self._seen.add(endpoint.target)
-        private = private_block(str(endpoint.target[0])) is not None
-        self._queues[private, endpoint.family == trio.socket.AF_INET6].append(endpoint)
+        self._queues[endpoint.tier, endpoint.family == trio.socket.AF_INET6].append(endpoint)
         return True
 
-    def next(self, *, private: bool) -> _Endpoint | None:
-        """The next one to try; private ones only if they may be."""
-        for tier in (False, True) if private else (False,):
+    def next(self, last: _Tier) -> _Endpoint | None:
+        """The next one to try, of those up to the tier ``last``."""
+        for tier in _Tier:
+            if tier > last:
+                break
             for ipv6 in (self._ipv6_next, not self._ipv6_next):
                 if queue := self._queues[tier, ipv6]:
                     self._ipv6_next = not ipv6
@@ -153,14 +173,16 @@ class Dialer:
         upgrade: Upgrade,
         *,
         misplaced: Callable[[PeerId, Address], None],
+        connect: Connect,
+        connect_through: ConnectThrough,
         history: DialHistory | None = None,
-        connect: Connect | None = None,
     ) -> None:
         self.history = DialHistory() if history is None else history
         self._nursery = nursery
         self._upgrade = upgrade
         self._misplaced = misplaced
-        self._connect = _connect_tcp if connect is None else connect
+        self._connect = connect
+        self._connect_through = connect_through
         self._attempts: dict[PeerId, _Attempt] = {}
         self._resolvers = trio.CapacityLimiter(defaults.RESOLVER_THREADS)
 
@@ -189,7 +211,10 @@ class Dialer:
         try:
             async with trio.open_nursery() as nursery:
                 for address in self._due(attempt):
-                    if address.is_name:
+                    if address.relay is not None:
+                        relayed = (address.host, address.port, str(address.relay))
+                        self._add(attempt, address, [(address.family, relayed)])
+                    elif address.is_name:
                         attempt.resolving += 1
                         nursery.start_soon(self._resolve, attempt, address)
                     else:
@@ -275,12 +300,16 @@ class Dialer:
     async def _try(
         self, attempt: _Attempt, endpoint: _Endpoint, failed: trio.Event, others: trio.CancelScope
     ) -> None:
-        address, progress = endpoint.address, Progress()
+        address = endpoint.address
+        progress = Progress("tcp" if address.relay is None else "relay")
         lookup = attempt.lookups.get(address, ())
         try:
             with trio.fail_after(defaults.DIAL_SECONDS):
-                stream = await self._connect(endpoint.family, endpoint.target)
-                connection = await self._upgrade(stream, attempt.peer, progress)
+                if address.relay is None:
+                    channel = await self._connect(endpoint.family, endpoint.target)
+                else:
+                    channel = await self._connect_through(address, attempt.peer)
+                connection = await self._upgrade(channel, attempt.peer, progress)
         except HostFull as e:
             attempt.full = e
             others.cancel()
@@ -316,21 +345,11 @@ class Dialer:
 async def _next(attempt: _Attempt) -> _Endpoint | None:
     """The next endpoint to try, None when all were; waits for names if need be."""
     while True:
-        endpoint = attempt.candidates.next(private=not attempt.resolving)
+        endpoint = attempt.candidates.next(_Tier.PUBLIC if attempt.resolving else _Tier.RELAYED)
         if endpoint is not None or not attempt.resolving:
             return endpoint
         # A name may stand for a public address, which goes first, if it is not too slow to resolve.
         with trio.move_on_after(defaults.DIAL_STAGGER_SECONDS) as waiting:
             await attempt.resolved.wait()
-        if waiting.cancelled_caught and (endpoint := attempt.candidates.next(private=True)) is not None:
+        if waiting.cancelled_caught and (endpoint := attempt.candidates.next(_Tier.RELAYED)) is not None:
             return endpoint
-
-
-async def _connect_tcp(family: int, target: Target) -> trio.SocketStream:
-    connection = trio.socket.socket(family, trio.socket.SOCK_STREAM)
-    try:
-        await connection.connect(target)
-        return trio.SocketStream(connection)
-    except BaseException:
-        connection.close()
-        raise

@@ -16,8 +16,9 @@ from kwaainet_bridge.defaults import (
 )
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.net.addresses import Address, parse_binary_address
+from kwaainet_bridge.net.delimited import read_one
 from kwaainet_bridge.net.stream import Stream
-from kwaainet_bridge.wire.envelope import DelimitedDecoder, text_of
+from kwaainet_bridge.wire.envelope import text_of
 from kwaainet_bridge.wire.varint import encode_uvarint
 
 IDENTIFY = "/ipfs/id/1.0.0"
@@ -25,16 +26,20 @@ IDENTIFY_PUSH = "/ipfs/id/push/1.0.0"
 
 _PROTOCOL_VERSION = "ipfs/0.1.0"
 _AGENT_VERSION = f"kwaainet-bridge/{kwaainet_bridge.__version__}"
-_READ_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True)
 class PeerDescription:
-    """What a connected peer says of itself. Only its identity is proven; the rest is its word."""
+    """What a connected peer says of itself. Only its identity is proven; the rest is its word.
+
+    ``observed``: where it says this host's end of the connection is; None if it does not say, or names no IP
+    address and TCP port.
+    """
 
     agent: str
     protocols: frozenset[str]
     addresses: tuple[Address, ...]
+    observed: Address | None = None
 
 
 def encode_identify(
@@ -74,14 +79,18 @@ def decode_identify(body: bytes) -> PeerDescription:
         agent=agent[:MAX_PROTOCOL_ID_BYTES],
         protocols=frozenset(p for p in protocols if len(p) <= MAX_PROTOCOL_ID_BYTES),
         addresses=tuple(a for a in addresses if a is not None and a.port),
+        observed=_endpoint(message.observed_addr),
     )
+
+
+def _endpoint(data: bytes) -> Address | None:
+    """The end of a TCP connection, which has an IP address and a port; None for anything else."""
+    address = parse_binary_address(data)
+    if address is None or address.relay is not None or address.is_name or not address.port:
+        return None
+    return address.without_peer()
 
 
 async def read_identify(stream: Stream) -> PeerDescription:
     """Read one message. Raises RemoteError if it is malformed, too long or cut short."""
-    decoder = DelimitedDecoder(MAX_IDENTIFY_BYTES)
-    while data := await stream.read(_READ_BYTES):
-        for body in decoder.feed(data):
-            return decode_identify(body)
-    decoder.finish()
-    raise RemoteError("identify: the peer sent nothing")
+    return decode_identify(await read_one(stream, MAX_IDENTIFY_BYTES))

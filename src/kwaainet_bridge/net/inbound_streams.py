@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.net.connections import Connection
+from kwaainet_bridge.net.connection import Connection
 from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.host import StreamHandler
 from kwaainet_bridge.net.limits import Limits

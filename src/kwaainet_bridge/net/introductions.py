@@ -10,7 +10,8 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net.addresses import Address
-from kwaainet_bridge.net.connections import Connection, Connections
+from kwaainet_bridge.net.connection import Connection
+from kwaainet_bridge.net.connections import Connections
 from kwaainet_bridge.net.identify import (
     IDENTIFY,
     IDENTIFY_PUSH,

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import heapq
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
@@ -20,8 +21,9 @@ import trio
 from google.protobuf.message import DecodeError
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
+from kwaainet_bridge.errors import ConfigError, DeadlineExceeded, NetworkError, RemoteError
 from kwaainet_bridge.net.addresses import Address, parse_binary_address
+from kwaainet_bridge.net.delimited import read_one
 from kwaainet_bridge.net.identify import PeerDescription
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
@@ -32,6 +34,7 @@ from kwaainet_bridge.wire.varint import encode_uvarint
 log = logging.getLogger(__name__)
 
 KAD: Final = "/ipfs/kad/1.0.0"
+"""The public network; stock Hivemind peers speak it. KwaaiNet's later versions have ``/kwaai/kad/1.0.0``."""
 
 PUT_VALUE: Final = 0
 GET_VALUE: Final = 1
@@ -72,6 +75,12 @@ class Neighbourhood(Protocol):
         """Open a stream without a lookup."""
 
 
+def check_protocol(text: str) -> None:
+    """ConfigError if ``text`` cannot be the protocol id of a network."""
+    if not re.fullmatch(r"/[!-~]+", text) or len(text) > defaults.MAX_PROTOCOL_ID_BYTES:
+        raise ConfigError(f"Kademlia protocol {text!r:.100}: expected an id such as {KAD}, without spaces")
+
+
 @functools.lru_cache(maxsize=16_384)
 def _key(raw: bytes) -> int:
     return int.from_bytes(hashlib.sha256(raw).digest(), "big")
@@ -84,10 +93,15 @@ def nearest(target: bytes, peers: Iterable[PeerId]) -> list[PeerId]:
 
 
 class Kademlia:
-    """Serves and asks ``/ipfs/kad/1.0.0`` for one host."""
+    """Serves and asks one Kademlia network for one host.
 
-    def __init__(self, host: Neighbourhood) -> None:
+    Each network has a protocol id of its own. Only connected peers that serve the same id are asked and named, so
+    networks do not mix, not even on one host.
+    """
+
+    def __init__(self, host: Neighbourhood, protocol: str = KAD) -> None:
         self._host = host
+        self._protocol = protocol
 
     # --- serving
 
@@ -140,7 +154,7 @@ class Kademlia:
         return [
             peer
             for peer in host.connected_peers()
-            if (described := host.description(peer)) is not None and KAD in described.protocols
+            if (described := host.description(peer)) is not None and self._protocol in described.protocols
         ]
 
     # --- asking
@@ -196,10 +210,10 @@ class Kademlia:
         """
         try:
             with trio.fail_after(defaults.KAD_REQUEST_SECONDS):
-                stream = await self._host.open_stream_at(peer, addresses, KAD)
+                stream = await self._host.open_stream_at(peer, addresses, self._protocol)
                 try:
                     await stream.write(_encode(kad_pb2.Message(type=FIND_NODE, key=target.raw)))
-                    found = _found(await _read_one(stream))
+                    found = _found(_decode(await read_one(stream, defaults.MAX_KAD_MESSAGE_BYTES)))
                     return [(who, tuple(self._host.dialable(where, peer))) for who, where in found]
                 finally:
                     await stream.close()
@@ -226,15 +240,6 @@ def _decode(body: bytes) -> kad_pb2.Message:
         return kad_pb2.Message.FromString(body)
     except DecodeError as e:
         raise RemoteError(f"Kademlia message: {e}") from e
-
-
-async def _read_one(stream: Stream) -> kad_pb2.Message:
-    decoder = DelimitedDecoder(defaults.MAX_KAD_MESSAGE_BYTES)
-    while data := await stream.read(_READ_BYTES):
-        for body in decoder.feed(data):
-            return _decode(body)
-    decoder.finish()
-    raise RemoteError("Kademlia: the peer closed the stream without an answer")
 
 
 def _found(answer: kad_pb2.Message) -> list[Found]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 import trio
 
@@ -24,10 +24,12 @@ from kwaainet_bridge.net.addresses import (
     parse_address,
     parse_announce_address,
     parse_listen_address,
-    reachable_forms,
     split_peer_address,
 )
-from kwaainet_bridge.net.connections import Connection, Connections
+from kwaainet_bridge.net.autonat import AUTONAT
+from kwaainet_bridge.net.channel import RawChannel
+from kwaainet_bridge.net.connection import Connection
+from kwaainet_bridge.net.connections import Connections
 from kwaainet_bridge.net.dial_history import DialResult
 from kwaainet_bridge.net.dialer import Dialer
 from kwaainet_bridge.net.fair_pool import FairPool
@@ -39,16 +41,20 @@ from kwaainet_bridge.net.introductions import Introductions
 from kwaainet_bridge.net.kademlia import KAD, Kademlia
 from kwaainet_bridge.net.library import check_library, noise_transport
 from kwaainet_bridge.net.limits import Limits
-from kwaainet_bridge.net.listener import FamilyUnavailable, accept, bind
+from kwaainet_bridge.net.membership import Membership
+from kwaainet_bridge.net.own_addresses import OwnAddresses
 from kwaainet_bridge.net.ping import PING, answer_pings
+from kwaainet_bridge.net.relay_service import RelayLimits
 from kwaainet_bridge.net.stream import Stream
+from kwaainet_bridge.net.tcp import Connector, FamilyUnavailable, accept, bind
+from kwaainet_bridge.net.traversal import Traversal
 from kwaainet_bridge.net.yamux import YamuxConnection
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
 
-HOUSEKEEPING: Final = frozenset({IDENTIFY, IDENTIFY_PUSH, KAD, PING})
+HOUSEKEEPING: Final = frozenset({AUTONAT, IDENTIFY, IDENTIFY_PUSH, KAD, PING})
 """Protocols that every libp2p node speaks unasked: a connection with no other stream is idle."""
 
 
@@ -58,20 +64,32 @@ class HostConfig:
 
     ``listen``: multiaddrs, ``/ip4/0.0.0.0/tcp/31330``; port 0 picks a free one; empty for a host that
     only dials. ``announce``: what others are told instead, for instance a router's forwarded address.
+    ``relays``: full addresses of relays that are preferred when this host cannot be dialled; ``relay_limits``: what it
+    carries for others as a relay.
+
+    ``kad_protocol``: the Kademlia network to look peers up in; in ``kad_mode`` "client" it is asked and not served, so
+    that this host is in nobody's table. ``networks``: how the protocols of the networks begin that this host takes part
+    in, by their names (``{"petals": ("DHTProtocol.",)}``); peers that speak none of them are strangers, of which
+    ``limits`` allow few. Without networks there are no strangers.
     """
 
     identity: Identity
     listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",)
     announce: Sequence[str] = field(default=())
     limits: Limits = field(default=Limits())
+    relays: Sequence[str] = ()
+    relay_limits: RelayLimits = field(default=RelayLimits())
+    kad_protocol: str = KAD
+    kad_mode: Literal["server", "client"] = "server"
+    networks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @asynccontextmanager
 async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
     """Run a host until the end of the block; then its connections are closed and its handlers cancelled.
 
-    Serves identify, ping and Kademlia. Raises ConfigError for an address that cannot be listened on or
-    announced.
+    Serves identify, ping and, unless told otherwise, Kademlia. Raises ConfigError for an address that cannot be
+    listened on or announced.
     """
     check_library()
     announce = [parse_announce_address(text) for text in config.announce]
@@ -86,13 +104,13 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
                 log.warning("%s", e)
         if unavailable is not None and not bound:
             raise unavailable
-        own = announce or reachable_forms(address for _, address in bound)
         async with trio.open_nursery() as nursery:
-            host = Libp2pHost(config, own, nursery)
+            host = Libp2pHost(config, [address for _, address in bound], announce, nursery)
             nursery.start_soon(host.connections.tend)
             nursery.start_soon(host.introductions.run)
+            nursery.start_soon(host.traversal.keeper.run)
             if not announce:
-                nursery.start_soon(host.follow_interfaces, [address for _, address in bound])
+                nursery.start_soon(host.follow_interfaces)
             listening = trio.CancelScope()
             if bound:
                 listeners = [listener for listener, _ in bound]
@@ -122,9 +140,16 @@ def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
 class Libp2pHost(Host):
     """See :class:`Host`. Made by :func:`open_host` only."""
 
-    def __init__(self, config: HostConfig, own: Sequence[Address], nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        config: HostConfig,
+        listening: Sequence[Address],
+        announced: Sequence[Address],
+        nursery: trio.Nursery,
+    ) -> None:
         self.peer_id = config.identity.peer_id
         self._memory = FairPool(config.limits.buffer_bytes)
+        self._membership = Membership(config.networks)
         self.connections = Connections(
             nursery,
             config.identity.peer_id,
@@ -134,33 +159,43 @@ class Libp2pHost(Host):
             gone=self._forget,
             limits=config.limits,
             memory=self._memory,
-            housekeeping=HOUSEKEEPING,
+            membership=self._membership,
+            housekeeping=HOUSEKEEPING | {config.kad_protocol},
         )
-        self._own = tuple(own)
         self._nursery = nursery
         self._book = AddressBook()
         self._vicinity = Vicinity.here()
-        self._dialer = Dialer(nursery, self.connections.upgrade_outbound, misplaced=self._book.remove)
+        connector = Connector(listening)
+        self._dialer = Dialer(
+            nursery,
+            self.connections.upgrade_outbound,
+            misplaced=self._book.remove,
+            connect=connector.connect,
+            connect_through=self._connect_through,
+        )
         self.introductions = Introductions(
             self.connections,
             config.identity.public_key,
-            own_addresses=lambda: self._own,
+            own_addresses=lambda: self.own.told,
             protocols=lambda: self._handlers,
-            negotiate=self._negotiate,
+            negotiate=self.open_stream_on,
             described=self._described,
         )
+        self.own = OwnAddresses(listening, announced, self.introductions.changed)
         self._inbound = InboundStreams(config.limits)
-        self.kademlia = Kademlia(self)
+        self.kademlia = Kademlia(self, config.kad_protocol)
         self._handlers: dict[str, StreamHandler] = {}
         self.serve(IDENTIFY, self.introductions.answer)
         self.serve(IDENTIFY_PUSH, self.introductions.hear)
-        self.serve(KAD, self.kademlia.serve)
+        if config.kad_mode == "server":
+            self.serve(config.kad_protocol, self.kademlia.serve)
         self.serve(PING, answer_pings)
+        self.traversal = Traversal(self, nursery, connector, relays=config.relays, limits=config.relay_limits)
 
     # --- peers
 
     def addresses(self) -> list[str]:
-        return [f"{address.transport}/p2p/{self.peer_id}" for address in self._own]
+        return [f"{address.transport}/p2p/{self.peer_id}" for address in self.own.told]
 
     def connected_peers(self) -> list[PeerId]:
         return self.connections.peers()
@@ -186,7 +221,7 @@ class Libp2pHost(Host):
     def where(self, peer: PeerId) -> list[Address]:
         """All addresses that ``peer`` is said to have, those in other private networks too; this host's own
         for itself."""
-        return list(self._own) if peer == self.peer_id else self._book.get(peer)
+        return list(self.own.told) if peer == self.peer_id else self._book.get(peer)
 
     def dialable(self, addresses: Sequence[Address], told_by: PeerId) -> list[Address]:
         """Those of a third peer's ``addresses`` that can be dialled from here, as far as one can tell."""
@@ -210,43 +245,55 @@ class Libp2pHost(Host):
     async def connect(self, address: str) -> PeerId:
         peer, parsed = split_peer_address(address)
         if self.connections.find(peer) is None:
-            self._refuse_self(peer)
-            await self._dialer.dial(peer, [parsed], anyway=True)
+            await self._dial(peer, [parsed], anyway=True)
         self._book.add(peer, [parsed])
         return peer
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        return await self._negotiate(await self._connection(peer), protocol)
+        return await self.open_stream_on(await self._connection(peer), protocol)
 
     async def open_stream_at(self, peer: PeerId, addresses: Sequence[Address], protocol: str) -> Stream:
         """:meth:`open_stream`, dialling only at ``addresses`` and asking nobody for others."""
-        self._refuse_self(peer)
-        connection: YamuxConnection | None = self.connections.find(peer)
-        if connection is None:
-            connection = await self._dialer.dial(peer, addresses)
-        return await self._negotiate(connection, protocol)
+        connection = self.connections.find(peer) or await self._dial(peer, addresses)
+        return await self.open_stream_on(connection, protocol)
+
+    async def direct_connection(self, peer: PeerId, addresses: Sequence[Address]) -> YamuxConnection:
+        """The connection to ``peer`` without a relay, dialling at those of ``addresses`` that have none.
+
+        Raises PeerUnreachable.
+        """
+        connection = self.connections.find(peer)
+        if connection is not None and connection.relay is None:
+            return connection
+        return await self._dial(peer, [address for address in addresses if address.relay is None])
 
     async def _connection(self, peer: PeerId) -> YamuxConnection:
         connection = self.connections.find(peer)
         if connection is not None:
             return connection
-        self._refuse_self(peer)
         known = self._book.dialable(peer)
         try:
-            return await self._dialer.dial(peer, known)
+            return await self._dial(peer, known)
         except PeerUnreachable as unreachable:
             found = [a for a in await self.kademlia.find_peer(peer) if a not in known]
             if not found:
                 raise
             log.debug("%s; found %d more addresses", unreachable, len(found))
         # What others say is tried and not kept: once connected, the peer itself says where it is.
-        return await self._dialer.dial(peer, found)
+        return await self._dial(peer, found)
 
-    def _refuse_self(self, peer: PeerId) -> None:
+    async def _dial(
+        self, peer: PeerId, addresses: Sequence[Address], *, anyway: bool = False
+    ) -> YamuxConnection:
         if peer == self.peer_id:
             raise PeerUnreachable(f"{peer} is this host itself", hop="address")
+        return await self._dialer.dial(peer, addresses, anyway=anyway)
 
-    async def _negotiate(self, connection: YamuxConnection, protocol: str) -> Stream:
+    async def _connect_through(self, address: Address, peer: PeerId) -> RawChannel:
+        return await self.traversal.connect_through(address, peer)
+
+    async def open_stream_on(self, connection: YamuxConnection, protocol: str) -> YamuxStream:
+        """:meth:`open_stream` on this very connection."""
         stream = await connection.open_stream()
         stream.propose(protocol)
         if not self._serves(connection, protocol):
@@ -300,6 +347,7 @@ class Libp2pHost(Host):
             log.debug("no protocol with %s: %s", stream.remote, e)
             stream.reset_now()
             return
+        self._membership.speaks(stream.remote, [stream.protocol])
         try:
             await handler(stream)
         except (RemoteError, NetworkError) as e:
@@ -316,26 +364,29 @@ class Libp2pHost(Host):
 
     # --- who is who
 
-    async def follow_interfaces(self, listening: Sequence[Address]) -> None:
+    async def follow_interfaces(self) -> None:
         """Look every minute which addresses this machine has, and tell connected peers of changes."""
-        while True:
-            await trio.sleep(defaults.INTERFACES_SECONDS)
-            own = tuple(reachable_forms(listening))
-            if own != self._own:
-                log.info("this machine's addresses are now: %s", ", ".join(map(str, own)))
-                self._own, self._vicinity = own, Vicinity.here()
-                self.introductions.changed()
+        await self.own.follow_interfaces(self._look_around)
+
+    def _look_around(self) -> None:
+        self._vicinity = Vicinity.here()
 
     async def _greet(self, connection: Connection) -> None:
         await self.introductions.greet(connection)
+        await self.traversal.improve(connection)
 
     def _forget(self, peer: PeerId) -> None:
         self.introductions.forget(peer)
+        self._membership.forget(peer)
+        self.own.unseen(peer)
 
     def _described(self, connection: Connection, description: PeerDescription) -> None:
+        self._membership.speaks(connection.remote, description.protocols)
         told_by = connection.remote_host
         self._book.add(
             connection.remote,
             description.addresses,
             here=lambda address: self._vicinity.has(address, told_by=told_by),
         )
+        if description.observed is not None and connection.relay is None:
+            self.own.seen(connection.remote, description.observed, local_port=connection.local_port)

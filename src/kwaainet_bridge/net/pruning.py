@@ -1,4 +1,4 @@
-"""Which connections can go when there are many: idle ones that nobody asked to keep. No I/O."""
+"""Which connections can go when there are many: idle ones that nobody asked to keep, strangers' first. No I/O."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
+from kwaainet_bridge.net.limits import Limits
+from kwaainet_bridge.net.membership import Membership
 from kwaainet_bridge.wire.peer_id import PeerId
 
 
@@ -19,6 +21,10 @@ class Prunable(Protocol):
     @property
     def in_use(self) -> bool:
         """Whether a stream is open that is more than housekeeping."""
+
+    @property
+    def used(self) -> bool:
+        """Whether one is open, or ever was."""
 
     @property
     def leaving(self) -> bool:
@@ -55,21 +61,89 @@ class Protection:
         return peer in self._tags
 
 
-def expendable(connections: Iterable[P], protection: Protection, *, opened_before: float) -> list[P]:
-    """The connections that can go, the least valuable first.
+class Pruning:
+    """Says which connections a host can do without.
 
-    Neither those in use nor those to protected peers nor those opened after ``opened_before``. Inbound ones
-    come before outbound ones, since strangers can make any number of those; then by how long they are unused.
+    A connection *belongs* to this host if its peer is of one of the host's networks or is protected, or if it has
+    carried a stream that is more than housekeeping. One that does not, and has had its time to, is a stranger's: public
+    networks are full of peers that come across a node and want nothing from it.
     """
-    idle = [
-        connection
-        for connection in connections
-        if connection.opened_at <= opened_before
-        and not connection.leaving
-        and connection.remote not in protection
-        and not connection.in_use
-    ]
-    return sorted(idle, key=lambda connection: (connection.initiator, connection.used_at))
+
+    def __init__(self, limits: Limits, membership: Membership) -> None:
+        self.protection = Protection()
+        self._limits = limits
+        self._membership = membership
+
+    @property
+    def few(self) -> int:
+        """With no more connections than this, none has to go."""
+        return min(self._limits.most_strangers, self._limits.high) if self._membership else self._limits.high
+
+    def expendable(self, connections: Iterable[P], *, opened_before: float) -> list[P]:
+        """The connections that can go, the least valuable first.
+
+        Neither those in use nor those to protected peers nor those opened after ``opened_before``. First those that
+        belong to nobody; then what networks have beyond their quotas; then the others. Among these, inbound ones
+        come before outbound ones, since strangers can make any number of those; then by how long they are unused.
+        """
+        staying = [connection for connection in connections if not connection.leaving]
+        idle = [
+            connection
+            for connection in staying
+            if connection.opened_at <= opened_before
+            and connection.remote not in self.protection
+            and not connection.in_use
+        ]
+        idle.sort(key=lambda connection: (connection.initiator, connection.used_at))
+        strange, beyond, rest = [], [], []
+        excess = self._excess(staying)
+        for connection in idle:
+            network = self._membership.of(connection.remote)
+            if not self._belongs(connection):
+                strange.append(connection)
+            elif network is not None and excess[network] > 0:
+                excess[network] -= 1
+                beyond.append(connection)
+            else:
+                rest.append(connection)
+        return strange + beyond + rest
+
+    def surplus(self, connections: Iterable[P], *, opened_before: float) -> list[P]:
+        """The connections that should go: strangers' beyond their number, and idle ones above the high watermark.
+
+        However many strangers there are, they cost nobody else a connection: what belongs goes only when that alone is
+        above the watermark. Those opened after ``opened_before`` stay, and count only if they belong.
+        """
+        staying = [connection for connection in connections if not connection.leaving]
+        if len(staying) <= self.few:
+            return []
+        members = strangers = 0
+        for connection in staying:
+            if self._belongs(connection):
+                members += 1
+            elif connection.opened_at <= opened_before:
+                strangers += 1
+        number = 0
+        if members + strangers > self._limits.high:
+            number = members + strangers - self._limits.low
+        if members <= self._limits.high:
+            number = min(number, strangers)
+        if self._membership:
+            number = max(number, strangers - self._limits.most_strangers)
+        return self.expendable(staying, opened_before=opened_before)[:number]
+
+    def _belongs(self, connection: P) -> bool:
+        return (
+            self._membership.of(connection.remote) is not None
+            or connection.used
+            or connection.remote in self.protection
+        )
+
+    def _excess(self, staying: Iterable[P]) -> Counter[str]:
+        """How many connections each network has beyond its quota; those without a quota have none."""
+        quotas = self._limits.connections_per_network
+        counts = Counter(self._membership.of(connection.remote) for connection in staying) if quotas else {}
+        return Counter({network: counts.get(network, 0) - quota for network, quota in quotas.items()})
 
 
 def preferred(own: PeerId, connections: Iterable[P], *, simultaneous: float) -> P | None:

@@ -1,0 +1,120 @@
+"""Where this host can be dialled: what is told to others, and what is only supposed so far. No I/O but a look at the
+machine's interfaces."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.net.addresses import Address, private_block, reachable_forms
+from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
+
+
+class OwnAddresses:
+    """The addresses of one host.
+
+    ``listening`` are those it listens on, ``announced`` those that the operator wants told instead of them.
+    ``changed`` is called whenever :meth:`told` has. What peers see of this host is kept apart until a dial from
+    outside has proved it.
+    """
+
+    def __init__(
+        self, listening: Sequence[Address], announced: Sequence[Address], changed: Callable[[], None]
+    ) -> None:
+        self._listening = tuple(listening)
+        self._announced = tuple(announced)
+        self._changed = changed
+        self._interfaces = tuple(reachable_forms(listening))
+        self._proved: tuple[Address, ...] = ()
+        self._relayed: tuple[Address, ...] = ()
+        self._seen: OrderedDict[PeerId, Address] = OrderedDict()
+
+    @property
+    def listens(self) -> bool:
+        return bool(self._listening)
+
+    @property
+    def direct(self) -> tuple[Address, ...]:
+        """Those that lead here without a relay."""
+        return tuple(dict.fromkeys((*(self._announced or self._interfaces), *self._proved)))
+
+    @property
+    def told(self) -> tuple[Address, ...]:
+        """All that others are told, relayed ones last."""
+        return (*self.direct, *self._relayed)
+
+    # --- what is known
+
+    def prove(self, addresses: Iterable[Address]) -> None:
+        """Note at which addresses others have reached this host; they take the place of those from before."""
+        known = self._announced or self._interfaces
+        self._set(proved=tuple(a for a in dict.fromkeys(addresses) if a not in known))
+
+    def relay(self, addresses: Iterable[Address]) -> None:
+        """Note through which relays this host is reached; they take the place of those from before."""
+        self._set(relayed=tuple(addresses)[: defaults.MAX_ADDRESSES_PER_PEER // 2])
+
+    def _set(
+        self, *, proved: tuple[Address, ...] | None = None, relayed: tuple[Address, ...] | None = None
+    ) -> None:
+        before = self.told
+        self._proved = self._proved if proved is None else proved
+        self._relayed = self._relayed if relayed is None else relayed
+        if self.told != before:
+            self._changed()
+
+    async def follow_interfaces(self, moved: Callable[[], None]) -> None:
+        """Look every minute which addresses this machine has, and call ``moved`` when they are others."""
+        while True:
+            await trio.sleep(defaults.INTERFACES_SECONDS)
+            found = tuple(reachable_forms(self._listening))
+            if found != self._interfaces:
+                log.info("this machine's addresses are now: %s", ", ".join(map(str, found)))
+                self._interfaces = found
+                moved()
+                self._changed()
+
+    # --- what is supposed
+
+    def seen(self, observer: PeerId, address: Address, *, local_port: int) -> None:
+        """Note as which address ``observer`` sees this host, over a connection to ``local_port`` here.
+
+        Unless that is a port it listens on, the port outside says nothing, and the usual forwarding of a router is
+        supposed: the same port on both sides.
+        """
+        port = address.port
+        if local_port not in {own.port for own in self._listening}:
+            same_family = [own.port for own in self._listening if own.family == address.family]
+            if not same_family:
+                return
+            port = same_family[0]
+        self._seen.pop(observer, None)
+        self._seen[observer] = Address(address.protocol, address.host, port)
+        if len(self._seen) > defaults.MAX_OBSERVERS:
+            self._seen.popitem(last=False)
+
+    def unseen(self, observer: PeerId) -> None:
+        """Forget what ``observer`` sees: it is gone."""
+        self._seen.pop(observer, None)
+
+    def supposed(self) -> list[Address]:
+        """Addresses as which peers see this host, those that most see first. Only their word, so not for telling."""
+        counts = Counter(self._seen.values())
+        most = max(counts.values(), default=0)
+        # one liar among many observers is not passed on; with few of them nobody can tell
+        agreed = [address for address, count in counts.most_common() if 2 * count >= most]
+        return agreed[: defaults.MAX_SUPPOSED_ADDRESSES]
+
+    def for_checks(self) -> list[Address]:
+        """Addresses worth a dial from outside: the supposed ones and those that are told."""
+        return list(dict.fromkeys([*self.supposed(), *self.direct]))
+
+    def for_punching(self) -> list[Address]:
+        """Public addresses from which the dials of this host come."""
+        return [a for a in self.for_checks() if not a.is_name and private_block(a.host) is None]

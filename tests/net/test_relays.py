@@ -1,0 +1,404 @@
+"""Relays: live circuits between three of our hosts, and the keeping of places in simulated time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from echo_protocol import echo
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import NetworkError, PeerUnreachable, RemoteError, StreamReset
+from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
+from kwaainet_bridge.net.addresses import Address, parse_address
+from kwaainet_bridge.net.circuit import RelayRefused, read_message
+from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.net.relay_service import RelayLimits
+from kwaainet_bridge.net.relays import RelayKeeper, reserve
+from kwaainet_bridge.net.stream import Stream
+from kwaainet_bridge.wire.circuit import (
+    HOP,
+    STOP,
+    CircuitLimit,
+    HopMessage,
+    HopType,
+    Status,
+    StopMessage,
+    StopType,
+    decode_hop,
+    decode_stop,
+    encode_hop,
+    encode_stop,
+)
+from kwaainet_bridge.wire.peer_id import PeerId
+
+
+@asynccontextmanager
+async def host(**options: object) -> AsyncIterator[Libp2pHost]:
+    async with open_host(HostConfig(Identity.generate("ed25519"), **options)) as opened:
+        opened.serve("Echo.run", echo)
+        yield opened
+
+
+@asynccontextmanager
+async def relay(**limits: object) -> AsyncIterator[Libp2pHost]:
+    async with host(relay_limits=RelayLimits(**limits)) as opened:
+        opened.traversal.offer(True)
+        yield opened
+
+
+async def until(condition) -> None:
+    with trio.fail_after(10):
+        while not condition():
+            await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+async def hide(hidden: Libp2pHost, *relays: Libp2pHost) -> None:
+    """Connect a host that does not listen to relays, and wait until it has its places."""
+    for other in relays:
+        await hidden.connect(other.addresses()[0])
+    await hidden.wait_identified()
+    hidden.traversal.keeper.want(True)
+    await until(lambda: len(hidden.traversal.keeper.reservations) == len(relays))
+
+
+async def exchange(caller: Libp2pHost, peer: PeerId, size: int) -> None:
+    payload = random.Random(size).randbytes(size)
+    received = bytearray()
+    async with trio.open_nursery() as nursery:
+        stream = await caller.open_stream(peer, "Echo.run")
+        nursery.start_soon(stream.write, payload)
+        while len(received) < size:
+            data = await stream.read(1 << 16)
+            assert data
+            received += data
+    await stream.close()
+    assert received == payload
+
+
+async def send(caller: Libp2pHost, peer: PeerId, size: int) -> None:
+    stream = await caller.open_stream(peer, "Echo.run")
+    await stream.write(bytes(size))
+    while size:
+        size -= len(await stream.read(1 << 16))
+
+
+# --- circuits
+
+
+@pytest.mark.parametrize("size", [5, 4 << 20])
+async def test_a_host_that_does_not_listen_is_called_through_a_relay(size: int) -> None:
+    async with relay() as middle, host(listen=()) as hidden, host() as caller:
+        await hide(hidden, middle)
+        [address] = hidden.addresses()
+        assert address == f"{middle.addresses()[0]}/p2p-circuit/p2p/{hidden.peer_id}"
+        assert await caller.connect(address) == hidden.peer_id
+        await exchange(caller, hidden.peer_id, size)
+        [outbound] = [c for c in caller.connections if c.remote == hidden.peer_id]
+        [inbound] = [c for c in hidden.connections if c.remote == caller.peer_id]
+        assert outbound.relay == inbound.relay == middle.peer_id
+        assert middle.traversal.service.circuits == 1
+        await exchange(hidden, caller.peer_id, size)  # the same connection, the other way
+        await outbound.close()
+        await until(lambda: middle.traversal.service.circuits == 0)
+
+
+async def test_it_is_found_by_its_id_alone() -> None:
+    """Who is connected to the relay asks it where the peer is, and is given the relayed address."""
+    async with relay() as middle, host(listen=()) as hidden, host() as caller:
+        await hide(hidden, middle)
+        await until(lambda: middle.known_addresses(hidden.peer_id))
+        await caller.connect(middle.addresses()[0])
+        await exchange(caller, hidden.peer_id, 5)
+
+
+async def test_a_direct_connection_is_preferred() -> None:
+    async with relay() as middle, host() as hidden, host() as caller:
+        await hide(hidden, middle)
+        direct, relayed = hidden.addresses()
+        await caller.connect(relayed)
+        [first] = [c for c in caller.connections if c.remote == hidden.peer_id]
+        await caller._dialer.dial(hidden.peer_id, [parse_address(direct)])
+        found = caller.connections.find(hidden.peer_id)
+        assert found is not first
+        assert found.relay is None
+        await exchange(caller, hidden.peer_id, 5)
+
+
+async def test_what_a_circuit_carries_is_limited() -> None:
+    limit = CircuitLimit(seconds=60, data_bytes=300_000)
+    async with relay(circuit=limit) as middle, host(listen=()) as hidden, host() as caller:
+        await hide(hidden, middle)
+        [reservation] = hidden.traversal.keeper.reservations
+        assert reservation.limit == limit
+        await caller.connect(hidden.addresses()[0])
+        await exchange(caller, hidden.peer_id, 100_000)
+        with pytest.raises(StreamReset):
+            await send(caller, hidden.peer_id, 400_000)
+        await until(lambda: middle.traversal.service.circuits == 0)
+
+
+async def test_a_relay_that_ends_takes_its_circuits_with_it() -> None:
+    async with host(listen=()) as hidden, host() as caller:
+        async with relay() as middle:
+            await hide(hidden, middle)
+            await caller.connect(hidden.addresses()[0])
+            stream = await caller.open_stream(hidden.peer_id, "Echo.run")
+            await stream.write(b"hello")
+            assert await stream.read(10) == b"hello"
+        with pytest.raises(StreamReset), trio.fail_after(5):
+            await stream.read(10)
+        await until(lambda: hidden.addresses() == [])
+        with pytest.raises(PeerUnreachable):
+            await caller.open_stream(hidden.peer_id, "Echo.run")
+
+
+# --- what a relay refuses
+
+
+async def ask(caller: Libp2pHost, middle: Libp2pHost, message: bytes) -> HopMessage:
+    await caller.connect(middle.addresses()[0])
+    stream = await caller.open_stream(middle.peer_id, HOP)
+    await stream.write(message)
+    try:
+        return decode_hop(await read_message(stream))
+    finally:
+        await stream.close()
+
+
+async def test_there_is_no_circuit_without_a_place() -> None:
+    async with relay() as middle, host(listen=()) as hidden, host() as caller:
+        await hidden.connect(middle.addresses()[0])
+        with pytest.raises(PeerUnreachable, match="NO_RESERVATION") as failed:
+            await caller.connect(f"{middle.addresses()[0]}/p2p-circuit/p2p/{hidden.peer_id}")
+        assert failed.value.hop == "relay"
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        (encode_hop(HopMessage(HopType.CONNECT)), Status.MALFORMED_MESSAGE),
+        (encode_hop(HopMessage(HopType.STATUS, status=Status.OK)), Status.MALFORMED_MESSAGE),
+        (encode_hop(HopMessage(7)), Status.MALFORMED_MESSAGE),
+        (b"\x02\x00\xff", Status.MALFORMED_MESSAGE),
+        (b"\x02\x12\x00", Status.MALFORMED_MESSAGE),
+        (b"\xff\x7f", Status.MALFORMED_MESSAGE),
+    ],
+)
+async def test_malformed_requests(message: bytes, status: Status) -> None:
+    async with relay() as middle, host() as caller:
+        answer = await ask(caller, middle, message)
+        assert (answer.type, answer.status) == (HopType.STATUS, status)
+        assert not middle.traversal.service.reservations
+
+
+async def test_places_are_limited_and_renewal_needs_no_second_one() -> None:
+    async with relay(reservations=1) as middle, host() as first, host() as second:
+        await hide(first, middle)
+        await reserve(first.traversal, middle.peer_id)
+        await second.connect(middle.addresses()[0])
+        with pytest.raises(RelayRefused, match="RESERVATION_REFUSED"):
+            await reserve(second.traversal, middle.peer_id)
+        first.traversal.keeper.want(False)
+        await next(c for c in first.connections if c.remote == middle.peer_id).close()
+        await until(lambda: not middle.traversal.service.reservations)
+        await reserve(second.traversal, middle.peer_id)
+
+
+async def test_circuits_of_one_peer_are_limited() -> None:
+    async with relay(circuits_per_peer=1) as middle, host(listen=()) as hidden, host() as one, host() as two:
+        await hide(hidden, middle)
+        await one.connect(hidden.addresses()[0])
+        with pytest.raises(PeerUnreachable, match="RESOURCE_LIMIT_EXCEEDED"):
+            await two.connect(hidden.addresses()[0])
+        await exchange(one, hidden.peer_id, 5)
+
+
+async def test_nobody_is_relayed_to_a_relay() -> None:
+    """A place asked for through a relay would be a circuit within a circuit."""
+    async with relay() as middle, host(listen=()) as hidden, host() as caller:
+        hidden.traversal.offer(True)
+        await hide(hidden, middle)
+        await caller.connect(hidden.addresses()[0])
+        stream = await caller.open_stream(hidden.peer_id, HOP)
+        await stream.write(encode_hop(HopMessage(HopType.RESERVE)))
+        assert decode_hop(await read_message(stream)).status == Status.PERMISSION_DENIED
+
+
+async def test_a_peer_that_refuses_its_circuit() -> None:
+    async def refuse(stream: Stream) -> None:
+        await read_message(stream)
+        await stream.write(encode_stop(StopMessage(StopType.STATUS, status=Status.PERMISSION_DENIED)))
+
+    async with relay() as middle, host(listen=()) as hidden, host() as caller:
+        await hide(hidden, middle)
+        hidden.unserve(STOP)
+        hidden.serve(STOP, refuse)
+        with pytest.raises(PeerUnreachable, match="CONNECTION_FAILED"):
+            await caller.connect(hidden.addresses()[0])
+        assert middle.traversal.service.circuits == 0
+
+
+async def test_circuits_of_peers_that_were_not_asked_to_relay_are_refused(
+    server: Libp2pHost, client: Libp2pHost
+) -> None:
+    await client.connect(server.addresses()[0])
+    for message, status in (
+        (StopMessage(StopType.CONNECT, peer=client.peer_id), Status.PERMISSION_DENIED),
+        (StopMessage(StopType.CONNECT), Status.MALFORMED_MESSAGE),
+        (StopMessage(StopType.STATUS, status=Status.OK), Status.UNEXPECTED_MESSAGE),
+    ):
+        stream = await client.open_stream(server.peer_id, STOP)
+        await stream.write(encode_stop(message))
+        assert decode_stop(await read_message(stream)).status == status
+    assert len(server.connected_peers()) == 1
+
+
+# --- keeping places
+
+
+class Relay:
+    """Grants places for ``seconds``, or fails."""
+
+    def __init__(self, number: int) -> None:
+        self.peer = PeerId(b"\x12\x20" + bytes([number]) * 32)
+        self.seconds = 3600.0
+        self.error: NetworkError | RemoteError | None = None
+        self.gone = trio.Event()
+        self.asked: list[float] = []
+
+
+class Network:
+    """What a keeper sees of its host, with streams that only pretend."""
+
+    def __init__(self, relays: Sequence[Relay]) -> None:
+        self.relays = {other.peer: other for other in relays}
+        self.protected: list[PeerId] = []
+
+    def direct_peers(self, protocol: str) -> list[PeerId]:
+        assert protocol == HOP
+        return [other.peer for other in self.relays.values() if not other.gone.is_set()]
+
+    async def open_direct_stream(self, peer: PeerId, _addresses, _protocol) -> FakeStream:
+        other = self.relays[peer]
+        other.asked.append(trio.current_time())
+        if other.error is not None:
+            raise other.error
+        expires = max(0, int(trio.current_time() + other.seconds))
+        return FakeStream(
+            peer, encode_hop(HopMessage(HopType.STATUS, status=Status.OK, expires=expires, addresses=()))
+        )
+
+    async def wait_disconnected(self, peer: PeerId) -> None:
+        await self.relays[peer].gone.wait()
+
+    def where(self, _peer: PeerId) -> list[Address]:
+        return [Address("ip4", "8.8.8.8", 4001)]
+
+    def protect(self, peer: PeerId, _tag: str) -> None:
+        self.protected.append(peer)
+
+    def unprotect(self, peer: PeerId, _tag: str) -> None:
+        self.protected.remove(peer)
+
+
+class FakeStream:
+    protocol = HOP
+
+    def __init__(self, remote: PeerId, answer: bytes) -> None:
+        self.remote = remote
+        self._answer = answer
+
+    async def write(self, data: bytes) -> None:
+        assert data == encode_hop(HopMessage(HopType.RESERVE))
+
+    async def read(self, _: int) -> bytes:
+        return self._answer
+
+    def close_now(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def keeping(network: Network) -> AsyncIterator[tuple[RelayKeeper, list[int]]]:
+    changes: list[int] = []
+    keeper = RelayKeeper(
+        network,
+        changed=lambda: changes.append(len(keeper.reservations)),
+        clock=trio.current_time,
+        rng=random.Random(1),
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keeper.run)
+        yield keeper, changes
+        nursery.cancel_scope.cancel()
+
+
+async def test_nothing_is_reserved_unasked(autojump_clock) -> None:
+    one = Relay(1)
+    async with keeping(Network([one])) as (keeper, _):
+        await trio.sleep(1000)
+        assert not one.asked
+        assert keeper.addresses == []
+
+
+async def test_places_are_renewed_before_they_expire(autojump_clock) -> None:
+    relays = [Relay(n) for n in range(3)]
+    network = Network(relays)
+    async with keeping(network) as (keeper, changes):
+        keeper.want(True)
+        await trio.sleep(4 * 3600)
+        held = [other for other in relays if other.asked]
+        assert len(held) == defaults.RELAYS_WANTED
+        for other in held:
+            gaps = [b - a for a, b in zip(other.asked, other.asked[1:], strict=False)]
+            assert 4 <= len(gaps) <= 5
+            assert max(gaps) <= 3600 - defaults.RELAY_RENEWAL_SECONDS + 1
+        assert changes == [1, 2]  # nobody is told of mere renewals
+        assert len(keeper.addresses) == 2
+        keeper.want(False)
+        await trio.sleep(1)
+        assert keeper.addresses == []
+        assert network.protected == []
+
+
+async def test_a_relay_that_fails_is_replaced(autojump_clock) -> None:
+    relays = [Relay(n) for n in range(3)]
+    async with keeping(Network(relays)) as (keeper, _):
+        keeper.want(True)
+        await trio.sleep(1)
+        lost = next(other for other in relays if other.asked)
+        lost.gone.set()
+        await trio.sleep(defaults.RELAY_LOOK_SECONDS + 1)
+        assert len(keeper.reservations) == 2
+        assert not keeper.holds(lost.peer)
+        refusing = next(other for other in relays if keeper.holds(other.peer))
+        refusing.error = RemoteError("no more")
+        await trio.sleep(3600)
+        assert not keeper.holds(refusing.peer)
+
+
+async def test_relays_that_refuse_are_not_pestered(autojump_clock) -> None:
+    one = Relay(1)
+    one.error = RemoteError("full")
+    async with keeping(Network([one])) as (keeper, changes):
+        keeper.want(True)
+        await trio.sleep(600)
+        assert len(one.asked) <= 600 / defaults.RELAY_RETRY_SECONDS + 1
+        one.error = None
+        await trio.sleep(2 * defaults.RELAY_RETRY_SECONDS)
+        assert keeper.holds(one.peer)
+        assert changes == [1]
+
+
+async def test_places_that_have_expired_already_do_not_make_it_ask_without_end(autojump_clock) -> None:
+    one = Relay(1)
+    one.seconds = -3600
+    async with keeping(Network([one])) as (keeper, _):
+        keeper.want(True)
+        await trio.sleep(100)
+        assert len(one.asked) <= 100 / defaults.RELAY_LOOK_SECONDS + 1
