@@ -11,6 +11,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from fuzz.wire_targets import expect
+from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import Codec, CompressionType, Encoded, codec, decode
 from kwaainet_bridge.compression.encoded import DTYPES
 from kwaainet_bridge.compression.kwaai import (

@@ -10,13 +10,14 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import trio
 import typer
 
-from kwaainet_bridge import __version__
+from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.config import EMBEDDED_MODEL, NodeConfig, anchored, load_config, parse_config
 from kwaainet_bridge.errors import BridgeError, CheckpointError, ConfigError, NetworkError
 
@@ -30,6 +31,9 @@ config_app = typer.Typer(help="Work with configuration files.", no_args_is_help=
 app.add_typer(config_app, name="config")
 bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+dht_app = typer.Typer(help="Look at a swarm's DHT, and write to it.", no_args_is_help=True)
+app.add_typer(dht_app, name="dht")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="Configuration file (YAML).", dir_okay=False)
@@ -158,6 +162,11 @@ def _load(path: Path | None, overrides: dict[str, Any]) -> NodeConfig:
     return anchored(parse_config("", "command line", overrides), Path.cwd())
 
 
+def _swarm_of(addresses: list[str] | None) -> dict[str, Any]:
+    """Overrides that put ``addresses``, if there are any, in the place of the configuration's bootstrap peers."""
+    return {"networks": {"petals": {"bootstrap": addresses}}} if addresses else {}
+
+
 @config_app.command("check")
 def config_check(path: Annotated[Path, typer.Argument(help="Configuration file.")]) -> None:
     """Check a configuration; name each mistake's key and its remedy."""
@@ -189,9 +198,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text with a model that a swarm serves."""
-    overrides: dict[str, Any] = {}
-    if bootstrap:
-        overrides["networks"] = {"petals": {"bootstrap": bootstrap}}
+    overrides = _swarm_of(bootstrap)
     asked = {"name": _found_from_here(model), "dht_prefix": dht_prefix}
     overrides["model"] = {key: value for key, value in asked.items() if value is not None}
     node_config = _load(config, overrides)
@@ -239,15 +246,99 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Examine the way to bootstrap peers step by step, and say what would mend the step that fails."""
-    overrides: dict[str, Any] = {}
-    if addresses:
-        overrides["networks"] = {"petals": {"bootstrap": addresses}}
-    node_config = _load(config, overrides)
+    node_config = _load(config, _swarm_of(addresses))
 
     from kwaainet_bridge.cli.doctor import examine_peers
 
     if not trio.run(examine_peers, node_config, listen, as_json):
         raise typer.Exit(1)
+
+
+@app.command()
+def swarm(
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only this one: its prefix, or its name or page on the hub.")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option("--prefix", "--dht-prefix", help="Only the model whose blocks have this name."),
+    ] = None,
+    blocks_total: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=defaults.MAX_MODEL_BLOCKS,
+            help="Blocks of a model that is not registered; with --prefix.",
+        ),
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Do not dial the servers.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the models of a swarm, who serves which blocks, what is missing, and who can be reached."""
+    node_config = _load(config, _swarm_of(bootstrap))
+
+    from kwaainet_bridge.cli.swarm import Wanted, show_swarm
+
+    wanted = Wanted(model, prefix, blocks_total)
+    trio.run(partial(show_swarm, node_config, wanted, check=not no_check, as_json=as_json))
+
+
+KeyArgument = Annotated[str, typer.Argument(help="Key, as text.")]
+
+
+@dht_app.command("get")
+def dht_get(
+    key: KeyArgument,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    subkey: Annotated[
+        list[str] | None, typer.Option(help="Of a dictionary only this entry. May be repeated.")
+    ] = None,
+    first: Annotated[
+        bool, typer.Option("--first/--latest", help="Take the first find, or ask all near nodes and merge.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what the DHT holds under a key."""
+    node_config = _load(config, _swarm_of(bootstrap))
+
+    from kwaainet_bridge.cli.dht import get_key
+
+    trio.run(partial(get_key, node_config, key, subkey or (), latest=not first, as_json=as_json))
+
+
+@dht_app.command("store")
+def dht_store(
+    key: KeyArgument,
+    value: Annotated[str, typer.Argument(help="JSON, or else text.")],
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+    subkey: Annotated[str | None, typer.Option(help="Store it as this entry of a dictionary.")] = None,
+    ttl: Annotated[
+        float, typer.Option(min=1.0, max=defaults.DHT_RETENTION_SECONDS, help="Seconds until it expires.")
+    ] = defaults.STORE_TTL_SECONDS,
+    as_json: JsonOption = False,
+) -> None:
+    """Store a value in the DHT and print which peers keep it."""
+    node_config = _load(config, _swarm_of(bootstrap))
+
+    from kwaainet_bridge.cli.dht import store_value
+
+    trio.run(partial(store_value, node_config, key, value, subkey, ttl=ttl, as_json=as_json))
+
+
+@dht_app.command("peers")
+def dht_peers(
+    bootstrap: BootstrapOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """Walk through the DHT and print every peer that is met."""
+    node_config = _load(config, _swarm_of(bootstrap))
+
+    from kwaainet_bridge.cli.dht import list_peers
+
+    trio.run(partial(list_peers, node_config, as_json=as_json))
 
 
 @bench_app.command("net")

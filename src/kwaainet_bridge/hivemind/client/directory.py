@@ -37,7 +37,7 @@ class RecordSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive blocks that one server holds and says it is ready to serve."""
+    """Consecutive blocks that one server holds, or is about to; ``info.state`` says whether it serves them."""
 
     peer: PeerId
     blocks: range
@@ -77,8 +77,8 @@ class Directory:
         self._allowed = None if allowed is None else frozenset(allowed)
         self._blocked = frozenset(blocked)
 
-    async def read(self) -> list[Span]:
-        """Look up all blocks and return the spans of servers that are ONLINE, one per peer.
+    async def read(self, *, states: Collection[ServerState] = (ServerState.ONLINE,)) -> list[Span]:
+        """Look up all blocks and return the spans of servers that are in one of ``states``, one per peer.
 
         Records that do not decode are left out and logged. Raises what the record source raises.
         """
@@ -86,7 +86,7 @@ class Directory:
         found = await self._source.get_many(uids, latest=True)
         records = {block: found.get(uid) for block, uid in enumerate(uids)}
         spans = spans_of(self.prefix, self.num_blocks, records)
-        return [span for span in spans if self._admits(span)]
+        return [span for span in spans if span.info.state in states and self._admits(span)]
 
     def _admits(self, span: Span) -> bool:
         return (
@@ -97,7 +97,7 @@ class Directory:
 
 
 def spans_of(prefix: str, num_blocks: int, records: Mapping[int, Record | None]) -> list[Span]:
-    """Turn the records of a model's blocks into spans, one per ONLINE server, clipped to the model."""
+    """Turn the records of a model's blocks into spans, one per server in whatever state, clipped to the model."""
     claims: dict[PeerId, list[_Claim]] = {}
     bad: list[str] = []
     for block, record in records.items():
@@ -111,8 +111,7 @@ def spans_of(prefix: str, num_blocks: int, records: Mapping[int, Record | None])
         newest = max(claim.expiration for claim in own)
         current = [claim for claim in own if claim.expiration == newest]
         info = max(current, key=lambda claim: claim.info.state).info
-        if info.state is ServerState.ONLINE:
-            spans.append(Span(peer, _blocks_of(info, (claim.block for claim in current), num_blocks), info))
+        spans.append(Span(peer, _blocks_of(info, (claim.block for claim in current), num_blocks), info))
     return spans
 
 
@@ -128,7 +127,7 @@ def _claims_of(
         try:
             yield _peer_of(subkey), _Claim(block, _info_of(value, block), expiration)
         except RemoteError as e:
-            bad.append(f"{block_uid(prefix, block)} by {str(subkey)[:64]}: {e}")
+            bad.append(f"{block_uid(prefix, block)} by {subkey!r:.64}: {e}")
 
 
 def _peer_of(subkey: Any) -> PeerId:

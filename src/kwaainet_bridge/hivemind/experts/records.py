@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import ConfigError, RemoteError
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -98,6 +99,27 @@ class ServerInfo:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """What servers say of their model in the registry. ``repository`` is the address of a web page."""
+
+    num_blocks: int
+    repository: str | None = None
+
+    @classmethod
+    def from_value(cls, value: Any) -> ModelRecord:
+        """Read a stored value. Raises RemoteError naming the field; unknown fields are ignored."""
+        if not isinstance(value, dict):
+            raise RemoteError("model record: not a map")
+        num_blocks = _count(value.get("num_blocks"), "num_blocks", of="model record")
+        # readers look up every block, so this number is work for them
+        if num_blocks is None or not 1 <= num_blocks <= defaults.MAX_MODEL_BLOCKS:
+            raise RemoteError(
+                f"model record: num_blocks {num_blocks!r:.60} is not in 1..{defaults.MAX_MODEL_BLOCKS}"
+            )
+        return cls(num_blocks, _text(value.get("repository"), "repository", of="model record"))
+
+
 def block_uid(prefix: str, block: int) -> str:
     """The name of one block, in requests and as DHT key."""
     return f"{prefix}.{block}"
@@ -139,17 +161,17 @@ def _rate(value: Any, name: str) -> float | None:
     return float(value)
 
 
-def _count(value: Any, name: str) -> int | None:
+def _count(value: Any, name: str, *, of: str = "server record") -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RemoteError(f"server record: {name} {value!r:.60} is no count")
+        raise RemoteError(f"{of}: {name} {value!r:.60} is no count")
     return value
 
 
-def _text(value: Any, name: str) -> str | None:
+def _text(value: Any, name: str, *, of: str = "server record") -> str | None:
     if value is not None and not isinstance(value, str):
-        raise RemoteError(f"server record: {name} is no text")
+        raise RemoteError(f"{of}: {name} is no text")
     return value
 
 

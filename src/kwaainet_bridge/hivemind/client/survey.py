@@ -1,0 +1,168 @@
+"""A whole swarm for people who watch it: its models, their servers, and who of them can be reached.
+
+Source of the registry: Petals main and 2.2.0.post1, ``server/server.py`` (``_petals.models``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    NetworkError,
+    ProtocolNotSupported,
+    RemoteError,
+)
+from kwaainet_bridge.hivemind.client.coverage import Coverage
+from kwaainet_bridge.hivemind.client.directory import Directory, Record, RecordSource, Span
+from kwaainet_bridge.hivemind.experts.records import (
+    MODEL_REGISTRY_KEY,
+    ModelRecord,
+    ServerState,
+    check_prefix,
+)
+from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmModel:
+    """A model of the swarm: the prefix of its blocks, how many there are, where it comes from."""
+
+    prefix: str
+    num_blocks: int
+    repository: str | None = None
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name`` is the prefix, the repository's page, or its name on the hub with or without owner."""
+        names = {self.prefix}
+        if self.repository is not None:
+            path = self.repository.rstrip("/").split("/")
+            names |= {self.repository, "/".join(path[-2:]), path[-1]}
+        return name in names
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Whether a server could be connected to just now. ``seconds`` is the round trip, None if it serves no ping."""
+
+    reachable: bool
+    seconds: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyedModel:
+    """A model and all its servers, in the order of their blocks; ``error`` if its records could not be read."""
+
+    model: SwarmModel
+    spans: tuple[Span, ...] = ()
+    error: str = ""
+
+    @property
+    def coverage(self) -> Coverage:
+        return Coverage.of(self.spans, self.model.num_blocks)
+
+
+async def registered_models(source: RecordSource) -> list[SwarmModel]:
+    """The models that servers have registered, by prefix.
+
+    Records that do not decode are left out and logged. Raises what the record source raises.
+    """
+    found: Record | None = (await source.get_many([MODEL_REGISTRY_KEY], latest=True)).get(MODEL_REGISTRY_KEY)
+    if found is None:
+        return []
+    if not found.is_dictionary:
+        log.warning("%s is no dictionary: no model can be read from it", MODEL_REGISTRY_KEY)
+        return []
+    models: list[SwarmModel] = []
+    bad: list[str] = []
+    for prefix, (value, _) in found.value.items():
+        try:
+            record = ModelRecord.from_value(value)
+            models.append(SwarmModel(_prefix_of(prefix), record.num_blocks, record.repository))
+        except RemoteError as e:
+            bad.append(f"{prefix!r:.64}: {e}")
+    if bad:
+        log.warning("%s: skipped %d bad model records, the first: %s", MODEL_REGISTRY_KEY, len(bad), bad[0])
+    return sorted(models, key=lambda model: model.prefix)
+
+
+def _prefix_of(subkey: object) -> str:
+    if not isinstance(subkey, str):
+        raise RemoteError("model record: the subkey is no prefix")
+    try:
+        return check_prefix(subkey)
+    except ConfigError as e:
+        raise RemoteError(f"model record: {e}") from e
+
+
+async def survey(source: RecordSource, models: Sequence[SwarmModel]) -> list[SurveyedModel]:
+    """Read all records of all servers of ``models``, several models at a time; the result is in their order.
+
+    A model that cannot be read has an error instead. Cancelled: nothing remains.
+    """
+    results: dict[str, SurveyedModel] = {}
+    slots = trio.CapacityLimiter(defaults.SURVEYED_AT_ONCE)
+
+    async def read(model: SwarmModel) -> None:
+        async with slots:
+            try:
+                spans = await _read(source, model)
+            except (NetworkError, RemoteError) as e:
+                results[model.prefix] = SurveyedModel(model, error=str(e))
+            else:
+                spans.sort(key=lambda span: (span.blocks.start, span.blocks.stop, span.peer))
+                results[model.prefix] = SurveyedModel(model, tuple(spans))
+
+    async with trio.open_nursery() as nursery:
+        for model in models:
+            nursery.start_soon(read, model)
+    return [results[model.prefix] for model in models]
+
+
+async def _read(source: RecordSource, model: SwarmModel) -> list[Span]:
+    with trio.move_on_after(defaults.DIRECTORY_READ_SECONDS):
+        return await Directory(source, model.prefix, model.num_blocks).read(states=tuple(ServerState))
+    raise DeadlineExceeded(
+        f"{model.prefix}: the DHT gave no block records within {defaults.DIRECTORY_READ_SECONDS:g} s"
+    )
+
+
+async def check_servers(
+    peers: Iterable[PeerId], round_trip: Callable[[PeerId], Awaitable[float]]
+) -> dict[PeerId, Check]:
+    """Connect to each of ``peers`` and measure its round trip, which ``round_trip`` gives in seconds.
+
+    It may raise ProtocolNotSupported for a peer that is reached and cannot be measured, other NetworkError and
+    RemoteError for one that is not. Peers that had no turn within ``defaults.SERVER_CHECKS_SECONDS`` are left out.
+    Cancelled: nothing remains.
+    """
+    checks: dict[PeerId, Check] = {}
+    slots = trio.CapacityLimiter(defaults.SERVER_CHECKS_AT_ONCE)
+
+    async def check(peer: PeerId) -> None:
+        async with slots:
+            with trio.move_on_after(defaults.SERVER_CHECK_SECONDS) as limit:
+                try:
+                    checks[peer] = Check(True, await round_trip(peer))
+                except ProtocolNotSupported:
+                    checks[peer] = Check(True)
+                except (NetworkError, RemoteError) as e:
+                    checks[peer] = Check(False, error=str(e))
+            if limit.cancelled_caught:
+                error = f"no answer within {defaults.SERVER_CHECK_SECONDS:g} s"
+                checks[peer] = Check(False, error=error)
+
+    with trio.move_on_after(defaults.SERVER_CHECKS_SECONDS):
+        async with trio.open_nursery() as nursery:
+            for peer in dict.fromkeys(peers):
+                nursery.start_soon(check, peer)
+    return checks
