@@ -25,6 +25,7 @@ from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.hivemind.experts.records import check_prefix
 from kwaainet_bridge.net.addresses import parse_announce_address, parse_listen_address
 from kwaainet_bridge.net.bootstrap import parse_bootstrap_addresses
+from kwaainet_bridge.net.kademlia import KAD, check_protocol
 
 EMBEDDED_MODEL: Final = "austen"
 """The small model that the package holds; ``model.name: austen`` needs no download."""
@@ -118,6 +119,15 @@ class NetworksConfig(_Section):
     kwaainet: KwaaiNetwork | None = None
 
 
+class KademliaConfig(_Section):
+    """libp2p's Kademlia network, in which a peer without a known address is looked up by its id."""
+
+    protocol: Annotated[str, _checked(check_protocol)] = KAD
+    """The network's protocol id. Networks with different ids do not know of each other."""
+    mode: Literal["server", "client"] = "server"
+    """Whether others may ask this node and keep it in their tables. ``client`` asks only."""
+
+
 class ModelConfig(_Section):
     """The blocks to serve."""
 
@@ -172,6 +182,13 @@ class ModelConfig(_Section):
         return range(int(first), int(end))
 
 
+class NetworkQuotas(_Section):
+    """Connections of each network beyond which its idle ones are closed before those of others."""
+
+    petals: Positive | None = None
+    kwaainet: Positive | None = None
+
+
 class LimitsConfig(_Section):
     """How much the node takes on; see :class:`kwaainet_bridge.net.limits.Limits`."""
 
@@ -183,6 +200,10 @@ class LimitsConfig(_Section):
     """How many are left then. Left out: 60 % of ``connections``."""
     connections_per_address: Positive = defaults.MAX_CONNECTIONS_PER_ADDRESS
     """Inbound connections from one public IPv4 address or IPv6 /64."""
+    connections_per_network: NetworkQuotas = NetworkQuotas()
+    strangers: Annotated[int, Field(ge=0)] | None = None
+    """Connections kept of peers that show no sign of being in a network of this node. Left out: 10 % of
+    ``connections``."""
 
     streams: Positive = defaults.MAX_STREAMS
     """Streams opened by peers that are served at one time."""
@@ -218,6 +239,7 @@ class NodeConfig(_Section):
     announce: AnnounceAddresses = ()
     """Addresses that others should dial, when they differ from those listened on (port forwarding)."""
     networks: NetworksConfig = NetworksConfig()
+    kademlia: KademliaConfig = KademliaConfig()
     model: ModelConfig | None = None
     """What to serve; left out: nothing, the node is a bootstrap peer."""
     drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS

@@ -77,6 +77,17 @@ def test_presets_expand():
             "model.cache_tokens: Input should be greater than or equal to 64 (found 8)",
         ),
         ("model: {throughput: fast}", "model.throughput: Input should be a number or 'auto' (found 'fast')"),
+        (
+            "kademlia: {protocol: kad}",
+            "kademlia.protocol: Kademlia protocol 'kad': expected an id such as /ipfs/kad/1.0.0, without spaces",
+        ),
+        ("kademlia: {protocol: '/a b'}", "kademlia.protocol: Kademlia protocol '/a b'"),
+        ("kademlia: {mode: auto}", "kademlia.mode: Input should be 'server' or 'client'"),
+        ("limits: {strangers: -1}", "limits.strangers: Input should be greater than or equal to 0"),
+        (
+            "limits: {connections_per_network: {ipfs: 3}}",
+            "limits.connections_per_network.ipfs: unknown key; known here: petals, kwaainet",
+        ),
         ("drain_seconds: soon", "drain_seconds: Input should be a number (found 'soon')"),
         ("listen: /ip4/0.0.0.0/tcp/1", "listen: must be a list: each value on a line of its own"),
         ("networks: {petals: {bootstrap: petals-public}}", "networks.petals.bootstrap: must be a list"),

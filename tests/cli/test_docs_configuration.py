@@ -29,11 +29,15 @@ WORDS = {
     "model.public_name": "none",
     "limits.connections_high": "80 %",
     "limits.connections_low": "60 %",
+    "limits.connections_per_network.petals": "none",
+    "limits.connections_per_network.kwaainet": "none",
+    "limits.strangers": "10 %",
 }
 VALUES_OF_WORDS = {"none": (None, ()), "off": (None,), "all": (None,), "derived": (None,)} | {
     "torch's choice": (None,),
     "80 %": (None,),
     "60 %": (None,),
+    "10 %": (None,),
     "preset `kwaainet-public`": (PRESETS["kwaainet-public"],),
 }
 

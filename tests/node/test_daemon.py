@@ -19,6 +19,7 @@ from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node import daemon
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
+from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.pb.dht_pb2 import NodeInfo, PingRequest
@@ -269,13 +270,42 @@ def test_limits_of_the_configuration_reach_the_host(monkeypatch):
       connections_high: 50
       connections_low: 40
       connections_per_address: 5
+      connections_per_network: {petals: 60}
+      strangers: 7
       streams: 300
       streams_per_peer: 30
       stream_buffers_mib: 7
     """
     limits = daemon._limits(parse_config(text, "x").limits)
-    assert limits == Limits(90, 50, 40, 5, streams=300, streams_per_peer=30, buffer_bytes=7 << 20)
+    assert limits == Limits(
+        90, 50, 40, 5, 7, {"petals": 60}, streams=300, streams_per_peer=30, buffer_bytes=7 << 20
+    )
     assert daemon._limits(parse_config("", "x").limits) == Limits()
+
+
+@pytest.mark.parametrize(
+    ("kademlia", "served"),
+    [
+        ({}, {"/ipfs/kad/1.0.0"}),
+        ({"protocol": "/kwaai/kad/1.0.0"}, {"/kwaai/kad/1.0.0"}),
+        ({"mode": "client"}, set()),
+    ],
+)
+async def test_which_kademlia_is_served(tmp_path, kademlia, served):
+    config = node_config(tmp_path, "node", kademlia=kademlia)
+    async with running_node(config) as node, open_host(HostConfig(Identity.generate("ed25519"))) as host:
+        peer = await host.connect(node.address)
+        await host.wait_identified()
+        assert {p for p in host.description(peer).protocols if "kad" in p} == served
+
+
+def test_the_networks_of_the_configuration_tell_strangers_apart():
+    both = parse_config("networks: {petals: {}, kwaainet: {}}", "x").networks
+    assert network_protocols(both)["kwaainet"] == ("/kwaai/",)
+    assert "DHTProtocol." in network_protocols(both)["petals"]
+    assert list(network_protocols(both)) == ["kwaainet", "petals"]
+    assert list(network_protocols(parse_config("", "x").networks)) == ["petals"]
+    assert network_protocols(parse_config("networks: {petals: null}", "x").networks) == {}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
+from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.petals import ModelService
 from kwaainet_bridge.node.probe import dial_back
 from kwaainet_bridge.node.state import NodeState, Phase
@@ -84,6 +85,8 @@ def _limits(config: LimitsConfig) -> Limits:
         connections_high=config.connections_high,
         connections_low=config.connections_low,
         connections_per_address=config.connections_per_address,
+        connections_per_network=config.connections_per_network.model_dump(exclude_none=True),
+        strangers=config.strangers,
         streams=config.streams,
         streams_per_peer=config.streams_per_peer,
         buffer_bytes=config.stream_buffers_mib * defaults.MIB,
@@ -111,6 +114,9 @@ async def _run_host(
         listen=config.listen,
         announce=config.announce,
         limits=_limits(config.limits),
+        kad_protocol=config.kademlia.protocol,
+        kad_mode=config.kademlia.mode,
+        networks=network_protocols(config.networks),
     )
     async with open_host(host_config) as host, trio.open_nursery() as services:
         contact = Contact(host.peer_id, host.addresses())
