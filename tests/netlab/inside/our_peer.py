@@ -15,6 +15,10 @@ Commands::
     add         {peer, addresses}       -> null; they may be dialled from now on
     gone        {peer}                  -> seconds until no connection to the peer is open
     keep        {addresses}             -> null; stays connected to these from now on. Event ``kept`` {address, error}
+    reachable   {peer}                  -> [verdict, address, text] of that peer's AutoNAT, about this host
+    dial_back   {}                      -> null; serves AutoNAT from now on
+    dialled     {}                      -> [{peer, asked, outcome}], whom that has dialled back, at which addresses, and the one
+                                           that it was reached at, or the error
     stop        {}                      -> null
 
 Event: ``ready``. Several commands run at a time; a new one is a method of Commands.
@@ -25,6 +29,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,10 +37,13 @@ import trio
 from lines import Lines
 from multiaddr import Multiaddr
 
-from kwaainet_bridge.net import HostConfig, Libp2pHost, Stream, open_host
+from kwaainet_bridge.errors import NetworkError
+from kwaainet_bridge.net import HostConfig, Libp2pHost, Stream, autonat, open_host
+from kwaainet_bridge.net.addresses import Address, parse_address
 from kwaainet_bridge.net.bootstrap import BootstrapEvent, keep_bootstrapped
 from kwaainet_bridge.net.identity import load_identity
 from kwaainet_bridge.net.limits import Limits
+from kwaainet_bridge.net.probe import dial_anew
 from kwaainet_bridge.rpc import CallContext, RpcClient, RpcServer, unary
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -61,6 +69,7 @@ class Commands:
         self._stop = trio.Event()
         self._stopped = trio.Event()
         self._host: Libp2pHost | None = None
+        self._dialled: list[dict[str, Any]] = []
 
     @property
     def host(self) -> Libp2pHost:
@@ -140,6 +149,31 @@ class Commands:
             lines.event("kept", address=event.address, error=error)
 
         self._nursery.start_soon(partial(keep_bootstrapped, self.host, addresses, on_event=tell))
+
+    async def reachable(self, peer: str) -> list[Any]:
+        own = [a for a in map(parse_address, self.host.addresses()) if a is not None]
+        found = await autonat.ask(self.host, PeerId.parse(peer), own)
+        return [found.reachable, found.address and str(found.address), found.text]
+
+    async def dial_back(self) -> None:
+        def seen(peer: PeerId) -> str:
+            connection = self.host.connections.find(peer)
+            return "" if connection is None else connection.remote_host
+
+        async def dial(peer: PeerId, addresses: Sequence[Address]) -> Address:
+            entry = {"peer": str(peer), "asked": [str(a) for a in addresses]}
+            try:
+                found = await dial_anew(peer, addresses)
+            except NetworkError as e:
+                self._dialled.append({**entry, "outcome": str(e)})
+                raise
+            self._dialled.append({**entry, "outcome": str(found)})
+            return found
+
+        self.host.serve(autonat.AUTONAT, autonat.AutoNatService(seen, dial).serve)
+
+    async def dialled(self) -> list[dict[str, Any]]:
+        return self._dialled
 
     async def stop(self) -> None:
         self._stop.set()
