@@ -95,7 +95,7 @@ async def said(process: Process, pattern: str, *, within: float = START_SECONDS)
 
 
 async def eventually(
-    peer: Peer, command: str, good: Callable[[Any], bool], *, within: float, **arguments: Any
+    peer: Peer, command: str, good: Callable[[Any], bool], /, *, within: float, **arguments: Any
 ) -> Any:
     """Ask until the answer is good, for what a peer has no event for; an error is one that is not.
 

@@ -10,11 +10,14 @@ Commands::
     connect     {address}               -> peer id
     call        {peer, size}            -> seconds until ``size`` bytes had come back over ``Echo.run``, unchanged
     unary       {peer, size, timeout}   -> seconds of a call of ``Echo.rpc_echo``
-    connections {}                      -> [{peer, address, initiator, streams}]
+    connections {}                      -> [{peer, address, relay, initiator, streams}]; ``relay``: who carries it, or null
     known       {peer}                  -> where that peer may be dialled
     add         {peer, addresses}       -> null; they may be dialled from now on
     gone        {peer}                  -> seconds until no connection to the peer is open
     keep        {addresses}             -> null; stays connected to these from now on. Event ``kept`` {address, error}
+    relay       {}                      -> null; it relays for others from now on
+    hide        {}                      -> null; it holds places at relays from now on
+    seen        {}                      -> public addresses as which peers see it
     reachable   {peer}                  -> [verdict, address, text] of that peer's AutoNAT, about this host
     dial_back   {}                      -> null; serves AutoNAT from now on
     dialled     {}                      -> [{peer, asked, outcome}], whom that has dialled back, at which addresses, and the one
@@ -125,7 +128,8 @@ class Commands:
         return [
             {
                 "peer": str(connection.remote),
-                "address": str(Multiaddr(connection.remote_address)),
+                "address": str(Multiaddr(connection.remote_address)) if connection.relay is None else "",
+                "relay": None if connection.relay is None else str(connection.relay),
                 "initiator": connection.initiator,
                 "streams": connection.open_streams,
             }
@@ -149,6 +153,17 @@ class Commands:
             lines.event("kept", address=event.address, error=error)
 
         self._nursery.start_soon(partial(keep_bootstrapped, self.host, addresses, on_event=tell))
+
+    async def relay(self) -> None:
+        self.host.traversal.offer(True)
+
+    async def hide(self) -> None:
+        await self.host.wait_identified()
+        self.host.traversal.keeper.want(True)
+
+    async def seen(self) -> list[str]:
+        await self.host.wait_identified()
+        return [str(address) for address in self.host.own.for_punching()]
 
     async def reachable(self, peer: str) -> list[Any]:
         own = [a for a in map(parse_address, self.host.addresses()) if a is not None]
