@@ -109,6 +109,21 @@ async def test_a_member_that_says_so_late(mock_clock) -> None:
         assert neighbours.left([host]) == 1
 
 
+async def test_nothing_is_kept_of_peers_that_have_left() -> None:
+    async with gathering() as neighbours:
+        for _ in range(10):
+            [member] = await neighbours.come(serving="Echo.run")
+            [connection] = member.connections
+            stream = await connection.open_stream()
+            stream.propose("Echo.run")
+            await stream.write(b"x")
+            await connection.close()
+            await neighbours.node.wait_disconnected(member.peer_id)
+        await settle()
+        assert neighbours.node.connections.count == 0
+        assert not neighbours.node._membership._of
+
+
 async def test_a_protected_peer_is_no_stranger(mock_clock) -> None:
     async with gathering(connections=100, strangers=0) as neighbours:
         [bootstrap, other] = await neighbours.come(2)

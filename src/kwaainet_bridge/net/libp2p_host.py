@@ -347,7 +347,8 @@ class Libp2pHost(Host):
             log.debug("no protocol with %s: %s", stream.remote, e)
             stream.reset_now()
             return
-        self._membership.speaks(stream.remote, [stream.protocol])
+        if self.connections.find(stream.remote) is not None:  # the peer may have left meanwhile
+            self._membership.speaks(stream.remote, [stream.protocol])
         try:
             await handler(stream)
         except (RemoteError, NetworkError) as e:
