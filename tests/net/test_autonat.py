@@ -112,8 +112,16 @@ async def test_only_where_the_asker_is_seen_whatever_it_names() -> None:
 
 async def test_private_addresses_are_dialled_if_the_asker_has_them() -> None:
     dialling = Dialling(seen="192.168.1.5")
-    await dialling.ask("/ip4/192.168.1.5/tcp/4001")
+    await dialling.ask("/ip4/203.0.113.9/tcp/4002", "/ip4/192.168.1.5/tcp/4001")
     assert dialling.dialled == [["/ip4/192.168.1.5/tcp/4001"]]
+
+
+async def test_an_asker_behind_a_proxy_gets_no_verdict() -> None:
+    """A container's, for instance: the address is that of a machine between."""
+    dialling = Dialling(seen="172.17.0.1")
+    answer = await dialling.ask("/ip4/203.0.113.9/tcp/4001", "/ip4/192.168.1.5/tcp/4001")
+    assert answer.status == DialResponse.E_DIAL_REFUSED
+    assert dialling.dialled == []
 
 
 async def test_ip6() -> None:

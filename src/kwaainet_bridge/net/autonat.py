@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
-from kwaainet_bridge.net.addresses import Address, parse_binary_address
+from kwaainet_bridge.net.addresses import Address, parse_binary_address, private_block
 from kwaainet_bridge.net.delimited import read_one
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.stream import Stream
@@ -162,14 +162,19 @@ class AutoNatService:
 def _at_host(host: str, named: Sequence[bytes]) -> list[Address]:
     """The TCP ports that a peer names, at the IP address that it is seen at.
 
-    A peer behind a port forwarder knows its own address behind it only. Link-local addresses of IPv6 mean nothing
-    without an interface, which an :class:`Address` cannot name.
+    Behind a router it need not know that address; a private one it does know, or it is seen through a proxy, where
+    nothing can be told from a failure. Link-local addresses of IPv6 mean nothing without an interface, which an
+    :class:`Address` cannot name.
     """
     if not host or "%" in host:
         return []
-    ip = ipaddress.ip_address(host)
+    ip, private = ipaddress.ip_address(host), private_block(host) is not None
     found = (parse_binary_address(a) for a in named[: defaults.MAX_ADDRESSES_PER_PEER])
-    ports = dict.fromkeys(a.port for a in found if a is not None and a.relay is None and a.port)
+    ports = dict.fromkeys(
+        a.port
+        for a in found
+        if a is not None and a.relay is None and a.port and (a.host == host or not private)
+    )
     return [Address(f"ip{ip.version}", host, port) for port in ports][: defaults.MAX_AUTONAT_ADDRESSES]
 
 

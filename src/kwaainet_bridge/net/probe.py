@@ -21,7 +21,8 @@ async def stranger_to(peer: PeerId, addresses: Sequence[Address]) -> AsyncIterat
     reached there, proves another identity, or does not speak. The caller brings the deadline.
     """
     direct = [address for address in addresses if address.relay is None]
-    async with open_host(HostConfig(Identity.generate("ed25519"), listen=())) as host:
+    config = HostConfig(Identity.generate("ed25519"), listen=(), kad_mode="client")  # to be in nobody's table
+    async with open_host(config) as host:
         stream = await host.open_stream_at(peer, direct, IDENTIFY)  # spoken by every libp2p host
         await stream.reset()
         yield host
