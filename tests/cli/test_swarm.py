@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,9 @@ from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
+
+PAGE = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+DOCUMENTED = PAGE[PAGE.index("## swarm\n") : PAGE.index("## dht get\n")]
 
 HOSTILE = "\x1b[2J\x07\u202e[bold red]x[/]\n[/nothing]"
 A, B, C = (PeerId(b"\x12\x20" + bytes([number]) * 32) for number in (1, 2, 3))
@@ -84,8 +88,8 @@ def test_a_network() -> None:
         "no server is online for blocks 4:8",
     ]
     assert re.split(r"  +", lines[5].strip()) == [
-        "peer", "name", "blocks", "state", "throughput", "version", "relay", "connected", "adapters",
-        "cache left",
+        "peer", "name", "blocks", "state", "rate", "version", "relay", "connected", "adapters",
+        "cache",
     ]  # fmt: skip
     assert re.split(r"  +", lines[6].strip()) == [
         str(A), "attic", "0:4", "online", "12.5", "2.3.0", "no", "40.5 ms", "x, y",
@@ -157,6 +161,19 @@ def test_long_models_fit(width: int) -> None:
     assert f"a cell is {size} blocks, drawn as the worst of them" in re.sub(r"\s+", " ", text)
 
 
+def test_a_table_fits_on_a_terminal_of_80_columns() -> None:
+    text = picture(SurveyedModel(MODEL, SPANS), checks=CHECKS, out=terminal(80))
+    lines = text.splitlines()
+    for word in ("connected", "JOINING", "40.5 ms", "4096", A.short):
+        assert any(word in line for line in lines[5:])
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_column_without_text_is_left_out() -> None:
+    header = picture(SurveyedModel(MODEL, (span(A, 0, 8),))).splitlines()[5]
+    assert header.split() == ["peer", "blocks", "state", "rate", "connected"]
+
+
 def test_narrow_terminals_show_short_ids() -> None:
     text = picture(SurveyedModel(MODEL, SPANS), checks=CHECKS, out=terminal(120, coloured=True))
     assert A.short in text
@@ -216,6 +233,8 @@ def test_json() -> None:
     assert [server["state"] for server in servers] == ["online", "online", "joining"]
     assert servers[1]["check"]["reachable"] is False
     assert servers[2]["check"]["round_trip_ms"] is None
+    for keys in (told, model, servers[0], servers[0]["check"]):
+        assert all(f"`{key}`" in DOCUMENTED for key in keys)
     unchecked = NetworkSurvey("petals", (SurveyedModel(MODEL, SPANS),)).as_json()
     assert unchecked["models"][0]["servers"][0]["check"] is None
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -103,13 +104,20 @@ def console() -> Console:
     )
 
 
-def print_table(out: Console, columns: list[str], rows: list[list[str]]) -> None:
-    """A table without frames. Cells are plain text, made printable here."""
+def print_table(
+    out: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], *, fixed: Collection[str] = ()
+) -> None:
+    """A table without frames. Cells are plain text, made printable here; a column without any text is left out.
+
+    Where the terminal is too narrow, other columns than those in ``fixed`` are folded first.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
+    shown = [column for column, _ in enumerate(columns) if any(row[column] for row in rows)]
+    for column in shown:
+        name = columns[column]
+        table.add_column(Text(name), overflow="fold", no_wrap=name in fixed)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(printable(row[column])) for column in shown))
     out.print(table)
 
 

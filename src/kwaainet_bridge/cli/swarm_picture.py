@@ -23,18 +23,19 @@ _MAX_CELLS: Final = 128
 _NAME_CHARACTERS: Final = 40
 _ERROR_CHARACTERS: Final = 300
 
-_COLUMNS: Final = [
+_FIXED: Final = ("peer", "blocks", "state", "rate", "relay", "connected", "cache")
+_COLUMNS: Final = (
     "peer",
     "name",
     "blocks",
     "state",
-    "throughput",
+    "rate",
     "version",
     "relay",
     "connected",
     "adapters",
-    "cache left",
-]
+    "cache",
+)
 
 
 def print_network(
@@ -69,7 +70,7 @@ def print_model(out: Console, surveyed: SurveyedModel, checks: Mapping[PeerId, C
     out.print(Text(gaps_in_words(coverage)))
     if surveyed.spans:
         rows = [_row(span, checks, whole_ids=out.width >= _WIDE) for span in surveyed.spans]
-        print_table(out, _COLUMNS, rows)
+        print_table(out, _COLUMNS, rows, fixed=_FIXED)
     for span in surveyed.spans:
         check = None if checks is None else checks.get(span.peer)
         if check is not None and not check.reachable:
