@@ -104,6 +104,22 @@ def test_dht(stock_nodes: Driver) -> None:
         assert set(stock_nodes.ask("known", node=node["node"])) <= peers
 
 
+def test_records_that_stock_has_signed(stock_nodes: Driver) -> None:
+    theirs = stock_nodes.ask("dht", initial_peers=[], signing=True)
+    at = ("--initial-peers", theirs["addresses"][0])
+    owned = f"progress {theirs['owner']}"
+    items = [{"key": "run", "value": {"step": 7}, "subkey": owned, "ttl": 300}]
+    assert stock_nodes.ask("store", node=theirs["node"], items=items) == [True]
+    (entry,) = told_by("dht", "get", "run", *at)["entries"]
+    assert (entry["subkey"], entry["value"]) == (owned, {"step": 7})
+
+    stolen = call("dht", "store", "run", "8", "--subkey", owned, "--ttl", "600", *at)
+    assert stolen.returncode == 2
+    assert "this node's own record validator refuses the record" in stolen.stderr
+    found = stock_nodes.ask("get", node=theirs["node"], keys=["run"])
+    assert found["run"]["subkeys"][owned]["value"] == {"step": 7}
+
+
 def test_a_stock_peer_without_a_dht(stock_peer: StockPeer) -> None:
     for arguments in (("dht", "get", "key"), ("dht", "store", "key", "value"), ("swarm",)):
         done = call(*arguments, "--initial-peers", stock_peer.address)
