@@ -123,7 +123,7 @@ def test_strangers_beyond_their_number_go_the_longest_unused_first() -> None:
     assert meeting.surplus() == []
 
 
-@pytest.mark.parametrize("kept", [{"used": True}, {"in_use": True, "used": True}, {"opened_at": 980.0}])
+@pytest.mark.parametrize("kept", [{"used": True}, {"in_use": True}, {"opened_at": 980.0}])
 def test_who_is_no_stranger(kept: dict) -> None:
     """A stock client lists no protocol of its swarm: it is known by using one, and has time to."""
     meeting = Meeting(connections=1000, strangers=0)

@@ -16,6 +16,7 @@ from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.kademlia import KAD
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.ping import ping
+from kwaainet_bridge.wire.circuit import HOP
 
 SWARM = {"swarm": ["Echo."]}
 
@@ -98,6 +99,18 @@ async def test_a_client_is_known_by_what_it_uses(mock_clock) -> None:
         await pass_time(mock_clock, GRACE)
         assert neighbours.left([client]) == 1
         assert neighbours.left([other]) == 0
+
+
+async def test_who_only_looks_for_a_relay_is_a_stranger(mock_clock) -> None:
+    async with gathering(connections=100, strangers=0) as neighbours:
+        neighbours.node.traversal.offer(True)
+        [host] = await neighbours.come()
+        stream = await host.open_stream(neighbours.node.peer_id, HOP)
+        await stream.write(b"\x02\x08\x01")  # CONNECT, to nobody
+        assert await stream.read(100)
+        await stream.close()
+        await pass_time(mock_clock, GRACE)
+        assert neighbours.left([host]) == 0
 
 
 async def test_a_member_that_says_so_late(mock_clock) -> None:

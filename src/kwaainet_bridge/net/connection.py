@@ -13,8 +13,12 @@ from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.yamux import YamuxConnection
 from kwaainet_bridge.net.yamux_frames import GO_AWAY, INITIAL_WINDOW, NORMAL_TERMINATION
 from kwaainet_bridge.net.yamux_stream import YamuxStream
+from kwaainet_bridge.wire.circuit import DCUTR, HOP, STOP
 
 YAMUX = "/yamux/1.0.0"
+
+_RELAYING: Final = frozenset({DCUTR, HOP, STOP})
+"""Whoever looks for a relay tries all that it meets, so these tell nothing about what its peer wants."""
 
 
 class Connection(YamuxConnection):
@@ -63,8 +67,8 @@ class Connection(YamuxConnection):
 
     @property
     def used(self) -> bool:
-        """Whether such a stream is open, or ever was."""
-        return self._used or self.in_use
+        """Whether there ever was such a stream that has ended, knocks at relays not counted."""
+        return self._used
 
     @property
     def used_at(self) -> float:
@@ -91,7 +95,7 @@ class Connection(YamuxConnection):
 
     def forget(self, stream: YamuxStream) -> None:
         if self._is_use(stream):
-            self._used = True
+            self._used = self._used or stream.protocol not in _RELAYING
             self._used_at = trio.current_time()
         known = self._streams.get(stream.stream_id) is stream
         super().forget(stream)

@@ -24,7 +24,7 @@ class Prunable(Protocol):
 
     @property
     def used(self) -> bool:
-        """Whether one is open, or ever was."""
+        """Whether one has ended that was of use to the peer as a member of a network."""
 
     @property
     def leaving(self) -> bool:
@@ -66,7 +66,7 @@ class Pruning:
 
     A connection *belongs* to this host if its peer is of one of the host's networks or is protected, or if it has
     carried a stream that is more than housekeeping. One that does not, and has had its time to, is a stranger's: public
-    networks are full of peers that come across a node and want nothing from it.
+    networks are full of peers that come across a node and want nothing from it, or no more than a relay.
     """
 
     def __init__(self, limits: Limits, membership: Membership) -> None:
@@ -130,13 +130,14 @@ class Pruning:
             number = min(number, strangers)
         if self._membership:
             number = max(number, strangers - self._limits.most_strangers)
-        return self.expendable(staying, opened_before=opened_before)[:number]
+        return self.expendable(staying, opened_before=opened_before)[:number] if number else []
 
     def _belongs(self, connection: P) -> bool:
         return (
             self._membership.of(connection.remote) is not None
             or connection.used
             or connection.remote in self.protection
+            or connection.in_use
         )
 
     def _excess(self, staying: Iterable[P]) -> Counter[str]:
