@@ -1,167 +1,150 @@
 """A large network of our DHT nodes in one process, in simulated time: hops, messages, churn, growth.
 
-``python -m bench.dht_simulation --nodes 100 1000`` builds a network of each size over streams in memory, where a call
-takes 20 to 100 ms, and prints for each: the messages of one get (calls made by the reader, who asks every node
-himself), its hops (the longest chain of nodes of which each was learned from the one before), its simulated seconds,
-and how many of the records are found; then the same after an hour in which ``--churn`` of the nodes left and as many
-joined, one at a time, while records are renewed every two minutes as Petals' servers do. It ends with the growth of
-each figure from one size to the next. 1,000 nodes take minutes of CPU, most of it for the churn.
+``python -m bench.dht_simulation --nodes 1000 10000`` builds a network of each size (dht_network.py), has records stored
+in it, and measures reads by random nodes in three phases: ``quiet``, before anything changes; ``churn``, spread over
+an hour in which ``--churn`` of the nodes die without a word and as many join, evenly one after the other; and
+``after``, at the end of that hour. Records live 360 s and are renewed every two minutes, as by Petals' servers; each
+batch of ten by another node every time.
+
+Printed are, as means of one get: messages (calls that the reader makes, who asks every node himself), hops (the
+longest chain of nodes of which each was learned from the one before) and simulated seconds; the share of gets that
+found their record, whatever the reason of a failure; the nodes in a routing table, and the calls that all nodes
+together made. It ends with the growth of each figure from one size to the next. A seed gives the same figures again.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import random
 import statistics
 import time
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import trio
-import trio.testing
 
+from bench.dht_network import TRACE, Network, Trace, clock, run_reproducibly
 from kwaainet_bridge.hivemind.dht import DhtNode, Item
-from kwaainet_bridge.hivemind.dht.messages import FIND
-from kwaainet_bridge.net.memory import MemoryHost, MemoryNetwork
-from kwaainet_bridge.net.stream import Stream
-from kwaainet_bridge.rpc import RpcClient, RpcServer
-from kwaainet_bridge.wire.peer_id import PeerId
 
-START = 1.7e9
-RECORDS, READS = 60, 60
+RECORDS, BATCH, READS = 60, 10, 300
 RENEWAL_SECONDS, LIFETIME_SECONDS, HOUR = 120.0, 360.0, 3600.0
 OUTPUT = Path(__file__).resolve().parents[1] / "build" / "bench" / "dht_simulation.json"
 
 
-def clock() -> float:
-    return START + trio.current_time()
-
-
-class FarHost(MemoryHost):
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        await trio.sleep(random.uniform(0.02, 0.1))
-        return await super().open_stream(peer, protocol)
-
-
-class CountingClient(RpcClient):
-    """Counts calls, and for searches the hops by which their nodes were learned."""
-
-    def __init__(self, host: MemoryHost) -> None:
-        super().__init__(host)
-        self.begin()
-
-    def begin(self) -> None:
-        self.calls = 0
-        self.deepest = 0
-        self._depth: dict[bytes, int] = {}
-
-    async def call(self, peer: PeerId, method: Any, request: Any, *, timeout: float) -> Any:
-        self.calls += 1
-        response = await super().call(peer, method, request, timeout=timeout)
-        if method is FIND:
-            depth = self._depth.get(peer.raw, 1)
-            self.deepest = max(self.deepest, depth)
-            for result in response.results:
-                for other in result.nearest_peer_ids:
-                    self._depth.setdefault(other, depth + 1)
-        return response
+@dataclass(frozen=True)
+class Read:
+    messages: int
+    hops: int
+    seconds: float
+    found: bool
 
 
 @dataclass(frozen=True)
 class Figures:
-    nodes: int
     messages: float
     hops: float
     seconds: float
+    slowest: float
     found: float
     table: float
+    calls: int
+
+    @classmethod
+    def of(cls, reads: list[Read], network: Network, calls: int) -> Figures:
+        return cls(
+            messages=statistics.mean(read.messages for read in reads),
+            hops=statistics.mean(read.hops for read in reads),
+            seconds=statistics.mean(read.seconds for read in reads),
+            slowest=max(read.seconds for read in reads),
+            found=statistics.mean(read.found for read in reads),
+            table=statistics.mean(len(node.neighbours()) for node in network.alive),
+            calls=calls,
+        )
+
+    def __str__(self) -> str:
+        return " ".join(f"{name} {value:,.2f}" for name, value in asdict(self).items())
 
 
-class Network:
-    def __init__(self, nursery: trio.Nursery, rng: random.Random) -> None:
-        self.rng = rng
-        self.alive: dict[DhtNode, CountingClient] = {}
-        self._memory = MemoryNetwork(nursery)
-        self._nursery = nursery
-        self._hosts = 0
-        self._ends: dict[DhtNode, trio.CancelScope] = {}
+async def read_one(network: Network) -> Read:
+    node, number = network.rng.choice(network.alive), network.rng.randrange(RECORDS)
+    trace, began = Trace(), trio.current_time()
+    token = TRACE.set(trace)
+    record = await node.get(f"key {number}")
+    TRACE.reset(token)
+    found = record is not None and record.value == number
+    return Read(trace.calls, trace.hops, trio.current_time() - began, found)
 
-    async def _live(self, task_status: trio.TaskStatus[DhtNode]) -> None:
-        self._hosts += 1
-        host = FarHost(self._memory, PeerId(b"\x12\x20" + self._hosts.to_bytes(32, "big")))
-        self._memory.hosts[host.peer_id] = host
-        client = CountingClient(host)
-        node = DhtNode(host, RpcServer(host), client, clock=clock, rng=self.rng)
-        with trio.CancelScope() as scope:
-            async with node.running():
-                if self.alive:
-                    known = self.rng.sample(list(self.alive), min(2, len(self.alive)))
-                    await node.bootstrap([other.peer_id for other in known])
-                self.alive[node] = client
-                self._ends[node] = scope
-                task_status.started(node)
-                await trio.sleep_forever()
 
-    async def add(self) -> DhtNode:
-        node: DhtNode = await self._nursery.start(self._live)
-        return node
+async def renew(network: Network) -> None:
+    """Each batch of records by some node, all at once."""
 
-    def remove(self, node: DhtNode) -> None:
-        """It dies without a word."""
-        self._memory.down.add(node.peer_id)
-        del self.alive[node], self._memory.hosts[node.peer_id]
-        self._ends.pop(node).cancel()
+    async def store(node: DhtNode, numbers: range) -> None:
+        await node.store_many([Item(f"key {n}", n, clock() + LIFETIME_SECONDS) for n in numbers])
 
-    async def store_all(self) -> None:
-        items = [Item(f"key {n}", n, clock() + LIFETIME_SECONDS) for n in range(RECORDS)]
-        await self.rng.choice(list(self.alive)).store_many(items)
+    async with trio.open_nursery() as nursery:
+        for first in range(0, RECORDS, BATCH):
+            nursery.start_soon(store, network.rng.choice(network.alive), range(first, first + BATCH))
 
-    async def figures(self) -> Figures:
-        messages, hops, seconds, found = [], [], [], 0
-        for _ in range(READS):
-            node = self.rng.choice(list(self.alive))
-            client = self.alive[node]
-            client.begin()
-            number, began = self.rng.randrange(RECORDS), trio.current_time()
-            record = await node.get(f"key {number}")
-            messages.append(client.calls)
-            hops.append(client.deepest)
-            seconds.append(trio.current_time() - began)
-            found += record is not None and record.value == number
-        tables = [len(node.neighbours()) for node in self.alive]
-        means = (statistics.mean(values) for values in (messages, hops, seconds))
-        return Figures(len(self.alive), *means, found / READS, statistics.mean(tables))
 
-    async def churn(self, share: float) -> None:
-        """An hour in which nodes leave and join evenly, and records are renewed."""
-        changes = round(share * len(self.alive))
-        pause = HOUR / max(1, changes)
-        renewed = trio.current_time()
-        for _ in range(changes):
-            await trio.sleep(pause)
-            self.remove(self.rng.choice(list(self.alive)))
-            await self.add()
-            if trio.current_time() - renewed >= RENEWAL_SECONDS:
-                renewed = trio.current_time()
-                await self.store_all()
+async def quiet(network: Network) -> Figures:
+    """Reads one after the other."""
+    before = network.calls
+    reads = [await read_one(network) for _ in range(READS)]
+    return Figures.of(reads, network, network.calls - before)
+
+
+async def hour(network: Network, changes: int) -> Figures:
+    """The hour in which nodes come and go."""
+    before = network.calls
+    reads: list[Read] = []
+
+    async def read() -> None:
+        reads.append(await read_one(network))
+
+    async def change() -> None:
+        network.remove_one()
+        await network.add()
+
+    events = [(HOUR * (n + 0.5) / changes, change) for n in range(changes)]
+    events += [(HOUR * (n + 0.5) / READS, read) for n in range(READS)]
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        renewals = await nursery.start(_renew_for_ever, network)
+        async with trio.open_nursery() as running:
+            for at, event in sorted(events, key=lambda event: event[0]):
+                await trio.sleep_until(began + at)
+                running.start_soon(event)
+        renewals.cancel()
+    return Figures.of(reads, network, network.calls - before)
+
+
+async def _renew_for_ever(network: Network, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    with trio.CancelScope() as scope:
+        task_status.started(scope)
+        while True:
+            await trio.sleep(RENEWAL_SECONDS)
+            await renew(network)
 
 
 async def simulate(size: int, churn: float, seed: int) -> dict[str, Figures]:
-    random.seed(seed)
-    async with AsyncExitStack() as stack:
-        nursery = await stack.enter_async_context(trio.open_nursery())
+    """One network from its first node to the end of the hour."""
+    figures: dict[str, Figures] = {}
+
+    def note(phase: str, result: Figures) -> None:
+        figures[phase] = result
+        print(f"{size} nodes, {phase}: {result}  [{time.process_time():.0f} s of CPU]", flush=True)
+
+    async with trio.open_nursery() as nursery:
         network = Network(nursery, random.Random(seed))
-        for _ in range(size):
-            await network.add()
-        await network.store_all()
-        figures = {"quiet": await network.figures()}
-        if churn:
-            await network.churn(churn)
-            figures["churn"] = await network.figures()
+        await network.grow(size)
+        await renew(network)
+        note("quiet", await quiet(network))
+        if changes := round(churn * size):
+            note("churn", await hour(network, changes))
+            note("after", await quiet(network))
         nursery.cancel_scope.cancel()
     return figures
 
@@ -174,28 +157,16 @@ def main() -> None:
     parser.add_argument("--churn", type=float, default=0.2, help="share of the nodes that changes in an hour")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    results: list[dict[str, Figures]] = []
-    for size in options.nodes:
-        began = time.process_time()
-        results.append(
-            trio.run(
-                simulate,
-                size,
-                options.churn,
-                options.seed,
-                clock=trio.testing.MockClock(autojump_threshold=0),
-            )
-        )
-        for phase, figures in results[-1].items():
-            row = " ".join(
-                f"{name} {value:.2f}" for name, value in asdict(figures).items() if name != "nodes"
-            )
-            print(f"{size} nodes, {phase}: {row}", flush=True)
-        print(f"  {time.process_time() - began:.0f} s of CPU", flush=True)
-    for former, latter in itertools.pairwise(results):
-        old, new = asdict(former["quiet"]), asdict(latter["quiet"])
-        growth = " ".join(f"{name} x{new[name] / old[name]:.2f}" for name in old)
-        print(f"growth: {growth}")
+    gc.set_threshold(100_000, 50, 100)  # next to nothing of a network becomes garbage
+    results: list[dict[str, Figures]] = [
+        run_reproducibly(simulate, size, options.churn, options.seed, seed=options.seed)
+        for size in options.nodes
+    ]
+    for phase in results[0]:
+        for former, latter in itertools.pairwise(results):
+            old, new = asdict(former[phase]), asdict(latter[phase])
+            growth = " ".join(f"{name} x{new[name] / old[name]:.2f}" for name in old)
+            print(f"growth, {phase}: {growth}")
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     rows = [{phase: asdict(figures) for phase, figures in result.items()} for result in results]
     OUTPUT.write_text(json.dumps(rows, indent=1))

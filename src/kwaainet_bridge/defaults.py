@@ -460,6 +460,10 @@ DHT_REFRESH_KEYS: Final = 4096
 DHT_BUCKET_REFRESH_SECONDS: Final = 900.0
 """A bucket silent this long is searched for a random id. Kademlia says 3600; volunteers come and go faster."""
 
+DHT_BUCKET_REFRESH_NODES: Final = 80
+"""Nodes that all buckets searched at a time may have asked between them, DHT_REPLICAS to DHT_BUCKET_SIZE each: in large
+networks, with many buckets, a search for each of 20 nodes is most of the traffic of a node without work."""
+
 DHT_STORE_REQUEST_BYTES: Final = 1 * MIB
 """Records sent in one store request, unless a single one is larger."""
 

@@ -92,7 +92,7 @@ class Liar(Hostile):
     """Names neighbours that do not exist, nearer to the key than anybody."""
 
     def result(self, key: DhtId) -> pb.FindResult:
-        invented = [DhtId(key.number ^ self.rng.getrandbits(100)) for _ in range(defaults.DHT_BUCKET_SIZE)]
+        invented = [DhtId(key ^ self.rng.getrandbits(100)) for _ in range(defaults.DHT_BUCKET_SIZE)]
         return pb.FindResult(
             nearest_node_ids=[node_id.to_bytes() for node_id in invented],
             nearest_peer_ids=[self.peer() for _ in invented],

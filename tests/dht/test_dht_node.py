@@ -338,7 +338,7 @@ async def test_a_full_bucket_gives_the_place_of_a_dead_node_to_one_that_waits(
 ) -> None:
     async with swarm(1) as nodes:
         node = nodes.nodes[0]
-        far = node.node_id.number ^ (1 << 159)  # the other half of all ids
+        far = node.node_id ^ (1 << 159)  # the other half of all ids
         table = node._contacts.table
         table.depth_modulo = 1
         for number in range(defaults.DHT_BUCKET_SIZE):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
+from typing import Any
 
 import trio
 from dht_nodes import START, clock, peer_id, swarm
@@ -36,7 +38,7 @@ class Network:
             self.storage,
             self.cache,
             self.search,
-            pass_on=lambda contact, key, record: self.passed_on.append((contact.node_id.number, key, record)),
+            pass_on=lambda contact, key, record: self.passed_on.append((contact.node_id, key, record)),
             clock=clock,
         )
 
@@ -198,7 +200,7 @@ def test_the_queue_gives_each_key_once_at_its_earliest_time(wishes: list[tuple[i
             assert len(queue) == 8
     assert queue.next_time() == min(earliest.values(), default=math.inf)
     assert queue.take_due(-1.0, 8) == []
-    taken = [key.number for key in queue.take_due(25.0, 8)]
+    taken = queue.take_due(25.0, 8)
     assert sorted(taken) == sorted(key for key, at in earliest.items() if at <= 25)
     assert [earliest[key] for key in taken] == sorted(earliest[key] for key in taken)
     assert len(queue) == len(earliest) - len(taken)
@@ -218,3 +220,22 @@ async def test_silent_buckets_are_searched_so_that_dead_nodes_leave(autojump_clo
         peers = {contact.peer for contact in node.neighbours()}
         assert known > len(peers) >= 20
         assert not peers & {other.peer_id for other in lost}
+
+
+async def test_many_silent_buckets_share_the_nodes_that_are_asked(autojump_clock: MockClock) -> None:
+    async with swarm(1) as nodes:
+        node, rng = nodes.nodes[0], random.Random(3)
+        for number in range(2000):
+            node._contacts.table.add_or_update(Contact(DhtId.random(rng), peer_id(number)), now=-1.0)
+        buckets = len(node._contacts.table.refresh_ids(before=0.0, rng=rng))
+        assert buckets > defaults.DHT_KEYS_PER_QUERY
+        widths = []
+        search = node._search
+
+        async def watched(targets: Any, take_in: Any, *, width: int) -> Any:
+            widths.append((len(targets), width))
+            return await search(targets, take_in, width=width)
+
+        node._search = watched  # type: ignore[method-assign]
+        await trio.sleep(defaults.DHT_BUCKET_REFRESH_SECONDS * 1.5)
+        assert widths == [(defaults.DHT_KEYS_PER_QUERY, defaults.DHT_REPLICAS)]

@@ -32,7 +32,7 @@ def test_the_nearest_are_found_exactly(node_ids: list[int], target: int) -> None
     table = RoutingTable(OWN, bucket_size=4)
     for number, node_id in enumerate(node_ids):
         table.add_or_update(contact(node_id, number), now=0.0)
-    held = sorted((c.node_id for c in table.contacts()), key=lambda node_id: node_id.number ^ target)
+    held = sorted((c.node_id for c in table.contacts()), key=lambda node_id: node_id ^ target)
     assert [c.node_id for c in table.nearest(DhtId(target), 7)] == held[:7]
     if held:
         rest = [c.node_id for c in table.nearest(DhtId(target), 7, exclude=held[0])]
@@ -116,10 +116,10 @@ def test_both_directions_agree_after_any_use(steps: list[tuple[int, int, bool]])
         else:
             table.remove(DhtId(scattered))
         placed = [
-            (n, p)
-            for bucket in table._buckets
+            (n, c.peer)
+            for bucket in table._buckets.values()
             for rows in (bucket.nodes, bucket.reserve)
-            for n, p in rows.items()
+            for n, c in rows.items()
         ]
         assert dict(placed) == table._peers
         assert len(placed) == len(table._peers) == len(table._node_ids)
@@ -133,7 +133,7 @@ def test_buckets_that_heard_of_nobody_are_to_be_refreshed_within_their_own_range
     assert table.refresh_ids(before=0.0, rng=rng) == []
     table.add_or_update(contact(7), now=10.0)
     (far,) = table.refresh_ids(before=5.0, rng=rng)
-    assert far.number >= FAR
+    assert far >= FAR
     far_again, near = table.refresh_ids(before=11.0, rng=rng)
-    assert far_again.number >= FAR > near.number
+    assert far_again >= FAR > near
     assert far_again != far

@@ -196,6 +196,20 @@ def test_a_beam_asks_its_nearest_only() -> None:
     assert beam.nearest() == [contact(5)]
 
 
+def test_nodes_that_may_not_be_asked_are_no_candidates_and_cost_their_source_nothing() -> None:
+    banned = {contact(n) for n in range(1, 9)}
+    beam = Beam(KEY, width=3, max_asked=10, may_ask=lambda contact: contact not in banned)
+    beam.offer([contact(1), contact(20)])
+    assert beam.next() == contact(20)
+    beam.asked(contact(20))
+    beam.answered(contact(20), Step([*sorted(banned, key=lambda c: c.node_id), contact(10)]))
+    assert beam.next() == contact(10)
+    banned.clear()  # they may be asked from now on, if they are named again
+    beam.asked(contact(10))
+    beam.answered(contact(10), Step([contact(2), contact(3)]))
+    assert beam.next() == contact(2)
+
+
 async def test_late_answers_are_not_waited_for_where_others_came(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -220,10 +234,8 @@ async def test_late_answers_are_not_waited_for_where_others_came(
 
 async def test_late_answers_count_that_come_before_the_end(autojump_clock: trio.testing.MockClock) -> None:
     async def ask(c: Contact, targets: Sequence[DhtId]) -> dict[DhtId, Step] | None:
-        await trio.sleep({1: 0.7, 2: 0.1}.get(c.node_id.number, 0.4))
-        return {
-            target: Step([contact(c.node_id.number + 1)] if c != contact(2) else ()) for target in targets
-        }
+        await trio.sleep({1: 0.7, 2: 0.1}.get(c.node_id, 0.4))
+        return {target: Step([contact(c.node_id + 1)] if c != contact(2) else ()) for target in targets}
 
     found = await search([KEY], [contact(1), contact(10)], ask, max_asked=12)
     assert found[KEY][:2] == [contact(1), contact(2)]

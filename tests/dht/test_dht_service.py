@@ -250,7 +250,7 @@ async def test_senders_of_stores_and_finds_become_neighbours_unless_clients(
 async def test_neighbours_are_nearest_first_without_the_requester(
     autojump_clock: MockClock, peer: Peer
 ) -> None:
-    own = peer.node.node_id.number
+    own = peer.node.node_id
     for n in range(1, 60):
         peer.node._contacts.heard_from(DhtId(own ^ n), peer_id(1000 + n))
     request = pb.FindRequest(

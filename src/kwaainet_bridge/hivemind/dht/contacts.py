@@ -55,6 +55,10 @@ class Backoff:
     def succeeded(self, peer: PeerId) -> None:
         self._failures.pop(peer, None)
 
+    def __contains__(self, peer: PeerId) -> bool:
+        """Whether the peer's last call failed; it may be asked again all the same."""
+        return peer in self._failures
+
     def allows(self, peer: PeerId, *, now: float) -> bool:
         failures = self._failures.get(peer)
         return failures is None or failures.until <= now
@@ -97,7 +101,7 @@ class Contacts:
         new = node_id not in self.table
         doubted = self.table.add_or_update(contact, now=self._clock())
         if new:
-            log.debug("met node %s at %s", node_id, peer.short)
+            log.debug("met node %s at %s", node_id, peer)
             self._on_met(contact)
         if doubted is not None:
             self._on_doubt(doubted)
@@ -107,7 +111,7 @@ class Contacts:
         node_id = self.table.node_of(peer)
         if node_id is not None:
             self.table.remove(node_id)
-            log.debug("lost node %s at %s", node_id, peer.short)
+            log.debug("lost node %s at %s", node_id, peer)
         if back_off:
             self._backoff.failed(peer, now=self._clock())
 
@@ -116,7 +120,7 @@ class Contacts:
         return (
             contact.node_id != self.own_id
             and contact.peer != self.own_peer
-            and self._backoff.allows(contact.peer, now=self._clock())
+            and (contact.peer not in self._backoff or self._backoff.allows(contact.peer, now=self._clock()))
         )
 
     def nearest(self, target: DhtId, count: int, *, exclude: DhtId | None = None) -> list[Contact]:

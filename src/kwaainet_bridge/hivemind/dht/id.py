@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.wire.msgpack import pack
@@ -14,18 +13,19 @@ ID_BYTES = 20
 ID_BITS = 8 * ID_BYTES
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class DhtId:
+class DhtId(int):
     """A number in [0, 2^160), written as 20 bytes big-endian.
 
-    Node ids are random and say nothing about the peer id. Source: hivemind 1.1.12, ``dht/routing.py``.
+    It is an int because tables and searches compare, hash and sort ids all the time. Node ids are random and say
+    nothing about the peer id. Source: hivemind 1.1.12, ``dht/routing.py``.
     """
 
-    number: int
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.number < 1 << ID_BITS:
-            raise ValueError(f"a DHT id has {ID_BITS} bits, not {self.number.bit_length()}")
+    def __new__(cls, number: int) -> Self:
+        if not 0 <= number < 1 << ID_BITS:
+            raise ValueError(f"a DHT id has {ID_BITS} bits, not {number.bit_length()}")
+        return super().__new__(cls, number)
 
     @classmethod
     def of(cls, key: Any) -> DhtId:
@@ -41,7 +41,7 @@ class DhtId:
         return cls(rng.getrandbits(ID_BITS))
 
     @classmethod
-    def from_bytes(cls, raw: bytes, *, field: str) -> DhtId:
+    def from_bytes(cls, raw: bytes, *, field: str) -> DhtId:  # type: ignore[override]
         """Read an id from a peer's message. Fewer than 20 bytes are a smaller number, as for stock peers.
 
         More raise RemoteError, which names ``field``.
@@ -50,11 +50,11 @@ class DhtId:
             raise RemoteError(f"{field}: a DHT id has {ID_BYTES} bytes, not {len(raw)}")
         return cls(int.from_bytes(raw, "big"))
 
-    def to_bytes(self) -> bytes:
-        return self.number.to_bytes(ID_BYTES, "big")
+    def to_bytes(self) -> bytes:  # type: ignore[override]
+        return super().to_bytes(ID_BYTES, "big")
 
     def distance(self, other: DhtId) -> int:
-        return self.number ^ other.number
+        return self ^ other
 
     def __str__(self) -> str:
         return self.to_bytes().hex()

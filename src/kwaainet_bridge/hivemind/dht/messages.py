@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kwaainet_bridge import defaults
@@ -191,8 +192,11 @@ def _read_record(result: pb.FindResult, now: float) -> Record | None:
 
 def _read_neighbours(result: pb.FindResult) -> tuple[Contact, ...]:
     """The first of the neighbours; more than a full answer of stock is not looked at."""
-    pairs = zip(result.nearest_node_ids, result.nearest_peer_ids, strict=False)
-    return tuple(
-        Contact(DhtId.from_bytes(node_id, field="nearest_node_ids"), PeerId(peer))
-        for (node_id, peer), _ in zip(pairs, range(defaults.DHT_BUCKET_SIZE), strict=False)
-    )
+    node_ids = result.nearest_node_ids[: defaults.DHT_BUCKET_SIZE]
+    return tuple(map(_neighbour, node_ids, result.nearest_peer_ids))
+
+
+@lru_cache(maxsize=defaults.DHT_REMEMBERED_NEIGHBOURS)
+def _neighbour(node_id: bytes, peer: bytes) -> Contact:
+    """One neighbour that an answer names. Answers name the same ones again and again."""
+    return Contact(DhtId.from_bytes(node_id, field="nearest_node_ids"), PeerId(peer))

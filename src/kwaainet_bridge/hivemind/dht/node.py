@@ -301,11 +301,15 @@ class DhtNode:
 
     # --- searching ----------------------------------------------------------------------------------------
 
-    async def _find_nearest(self, targets: Iterable[DhtId]) -> dict[DhtId, list[Contact]]:
-        """The live nodes nearest to each target, without this one."""
-        return await self._search(targets, lambda _contact, _target, _answer: False)
+    async def _find_nearest(
+        self, targets: Iterable[DhtId], *, width: int = defaults.DHT_BUCKET_SIZE
+    ) -> dict[DhtId, list[Contact]]:
+        """The up to ``width`` live nodes nearest to each target, without this one."""
+        return await self._search(targets, lambda _contact, _target, _answer: False, width=width)
 
-    async def _search(self, targets: Iterable[DhtId], take_in: TakeIn) -> dict[DhtId, list[Contact]]:
+    async def _search(
+        self, targets: Iterable[DhtId], take_in: TakeIn, *, width: int = defaults.DHT_BUCKET_SIZE
+    ) -> dict[DhtId, list[Contact]]:
         """Search for targets; ``take_in`` sees every answer and says whether its target is done."""
 
         searching = True
@@ -325,10 +329,7 @@ class DhtNode:
             if not searching:
                 return None  # it is too late to take it in
             return {
-                key: Step(
-                    [other for other in answer.neighbours if self._contacts.may_ask(other)],
-                    finished=take_in(contact, key, answer),
-                )
+                key: Step(answer.neighbours, finished=take_in(contact, key, answer))
                 for key, answer in answers.items()
             }
 
@@ -336,11 +337,18 @@ class DhtNode:
         seeds = {
             contact.node_id: contact
             for target in targets
-            for contact in self._contacts.nearest(target, defaults.DHT_BUCKET_SIZE)
+            for contact in self._contacts.nearest(target, width)
         }
         assert self._nursery is not None, "the node is not running"
         try:
-            return await search(targets, seeds.values(), ask, background=self._nursery)
+            return await search(
+                targets,
+                seeds.values(),
+                ask,
+                background=self._nursery,
+                width=width,
+                may_ask=self._contacts.may_ask,
+            )
         finally:
             searching = False
 
@@ -371,7 +379,10 @@ class DhtNode:
                 continue  # only bootstrap() leads back
             before = trio.current_time() - defaults.DHT_BUCKET_REFRESH_SECONDS
             stale = self._contacts.table.refresh_ids(before=before, rng=self._rng)
-            await self._find_nearest(stale[: defaults.DHT_KEYS_PER_QUERY])
+            if targets := stale[: defaults.DHT_KEYS_PER_QUERY]:
+                share = defaults.DHT_BUCKET_REFRESH_NODES // len(targets)
+                width = max(defaults.DHT_REPLICAS, min(share, defaults.DHT_BUCKET_SIZE))
+                await self._find_nearest(targets, width=width)
 
     async def _check_alive(self, contact: Contact) -> None:
         """Ping a node for whose place another waits; if it fails, the call removes it."""

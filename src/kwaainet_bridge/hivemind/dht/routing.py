@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kwaainet_bridge import defaults
@@ -40,13 +40,13 @@ class RoutingTable:
         self.own_id = own_id
         self.bucket_size = bucket_size
         self.depth_modulo = depth_modulo
-        self._buckets = [_Bucket(prefix=0, depth=0, size=bucket_size)]
+        self._buckets = {_ROOT: _Bucket(_ROOT, size=bucket_size)}  # the leaves of a binary tree, by position
         self._peers: dict[DhtId, PeerId] = {}  # those on reserve lists included
         self._node_ids: dict[PeerId, DhtId] = {}
 
     def __len__(self) -> int:
         """Nodes that searches may start from; the reserve does not count."""
-        return sum(len(bucket.nodes) for bucket in self._buckets)
+        return sum(len(bucket.nodes) for bucket in self._buckets.values())
 
     def __contains__(self, node_id: DhtId) -> bool:
         return node_id in self._peers
@@ -58,7 +58,7 @@ class RoutingTable:
         return self._node_ids.get(peer)
 
     def contacts(self) -> list[Contact]:
-        return [Contact(n, p) for bucket in self._buckets for n, p in bucket.nodes.items()]
+        return [contact for bucket in self._buckets.values() for contact in bucket.nodes.values()]
 
     def add_or_update(self, contact: Contact, *, now: float) -> Contact | None:
         """Note that ``contact`` was heard from ``now``, in seconds of any clock.
@@ -104,53 +104,72 @@ class RoutingTable:
     def nearest(self, target: DhtId, count: int, *, exclude: DhtId | None = None) -> list[Contact]:
         """The up to ``count`` nodes nearest to ``target``, nearest first, without ``exclude``."""
         found: list[Contact] = []
-        # buckets are disjoint subtrees: all nodes of a nearer bucket are nearer than those of a farther one
-        for bucket in sorted(self._buckets, key=lambda bucket: bucket.distance(target)):
-            node_ids = sorted(bucket.nodes.keys() - {exclude}, key=target.distance)
-            found += [Contact(node_id, bucket.nodes[node_id]) for node_id in node_ids]
+        for bucket in self._nearest_buckets(target):
+            # no two of them are equally far, so that contacts are never compared
+            places = [(target ^ c.node_id, c) for c in bucket.nodes.values() if c.node_id != exclude]
+            found += [contact for _, contact in sorted(places)]
             if len(found) >= count:
                 break
         return found[:count]
+
+    def _nearest_buckets(self, target: DhtId) -> Iterator[_Bucket]:
+        """All buckets, nearest first: every node of a nearer one is nearer than those of a farther one."""
+        path = _position(target, ID_BITS)
+        ahead = [_ROOT]
+        while ahead:
+            position = ahead.pop()
+            bucket = self._buckets.get(position)
+            if bucket is not None:
+                yield bucket
+                continue
+            nearer = 2 * position | path >> (ID_BITS - position.bit_length()) & 1
+            ahead += [nearer ^ 1, nearer]
 
     def refresh_ids(self, *, before: float, rng: random.Random) -> list[DhtId]:
         """A random id of each bucket whose nodes were last heard from earlier than ``before``, longest first.
 
         Searching for it fills the bucket again and drops its dead nodes.
         """
-        stale = [bucket for bucket in self._buckets if bucket.heard_at < before]
+        stale = [bucket for bucket in self._buckets.values() if bucket.heard_at < before]
         return [bucket.random_id(rng) for bucket in sorted(stale, key=lambda bucket: bucket.heard_at)]
 
     def _bucket(self, node_id: DhtId) -> _Bucket:
-        return next(bucket for bucket in self._buckets if bucket.covers(node_id))
+        path = _position(node_id, ID_BITS)
+        found = (self._buckets.get(path >> depth) for depth in range(ID_BITS, -1, -1))
+        return next(bucket for bucket in found if bucket is not None)
 
     def _split(self, bucket: _Bucket) -> None:
-        at = self._buckets.index(bucket)
-        self._buckets[at : at + 1] = bucket.halves()
+        del self._buckets[bucket.position]
+        self._buckets |= {half.position: half for half in bucket.halves()}
+
+
+_ROOT = 1
+"""Positions in the tree of ids are numbered as in a heap: those below ``p`` are ``2 * p`` and ``2 * p + 1``."""
+
+
+def _position(node_id: DhtId, depth: int) -> int:
+    """The position at ``depth`` below which an id lies: a one, and then the first bits of the id."""
+    return (1 << ID_BITS | node_id) >> (ID_BITS - depth)
 
 
 class _Bucket:
-    """Up to ``size`` nodes whose ids begin with the ``depth`` bits of ``prefix``, longest silent first."""
+    """Up to ``size`` nodes whose ids lie below one position, longest silent first."""
 
-    def __init__(self, *, prefix: int, depth: int, size: int, doubted: Iterable[DhtId] = ()) -> None:
-        self.prefix = prefix
-        self.depth = depth
+    def __init__(self, position: int, *, size: int, doubted: Iterable[DhtId] = ()) -> None:
+        self.position = position
+        self.depth = position.bit_length() - 1
         self.size = size
-        self.nodes: OrderedDict[DhtId, PeerId] = OrderedDict()
-        self.reserve: OrderedDict[DhtId, PeerId] = OrderedDict()
+        self.nodes: OrderedDict[DhtId, Contact] = OrderedDict()
+        self.reserve: OrderedDict[DhtId, Contact] = OrderedDict()
         self.heard_at = -math.inf
         self._doubted = {node_id for node_id in doubted if self.covers(node_id)}
 
     def covers(self, node_id: DhtId) -> bool:
-        return node_id.number >> (ID_BITS - self.depth) == self.prefix
+        return _position(node_id, self.depth) == self.position
 
     def random_id(self, rng: random.Random) -> DhtId:
         bits = ID_BITS - self.depth
-        return DhtId(self.prefix << bits | rng.getrandbits(bits))
-
-    def distance(self, target: DhtId) -> int:
-        """Distance of ``target`` to the nearest id that this bucket could hold."""
-        shift = ID_BITS - self.depth
-        return ((target.number >> shift) ^ self.prefix) << shift
+        return DhtId((self.position << bits | rng.getrandbits(bits)) - (1 << ID_BITS))
 
     def add_or_update(self, contact: Contact) -> DhtId | None:
         """Make ``contact`` the latest of the nodes, or of the reserve if they are full.
@@ -158,13 +177,14 @@ class _Bucket:
         Returns the node id that fell off the reserve, if any.
         """
         self._doubted.discard(contact.node_id)
-        return self.insert(contact.node_id, contact.peer)
+        return self.insert(contact)
 
-    def insert(self, node_id: DhtId, peer: PeerId) -> DhtId | None:
+    def insert(self, contact: Contact) -> DhtId | None:
         """Place a node as ``add_or_update`` does, without taking it for heard from."""
+        node_id = contact.node_id
         full = len(self.nodes) >= self.size and node_id not in self.nodes
         rows = self.reserve if full else self.nodes
-        rows[node_id] = peer
+        rows[node_id] = contact
         rows.move_to_end(node_id)
         if not full:
             self.reserve.pop(node_id, None)
@@ -176,8 +196,8 @@ class _Bucket:
         self._doubted.discard(node_id)
         self.reserve.pop(node_id, None)
         if self.nodes.pop(node_id, None) is not None and self.reserve:
-            promoted, peer = self.reserve.popitem(last=True)
-            self.nodes[promoted] = peer
+            promoted, contact = self.reserve.popitem(last=True)
+            self.nodes[promoted] = contact
 
     def doubt(self, contact: Contact) -> Contact | None:
         if contact.node_id in self._doubted:
@@ -186,20 +206,17 @@ class _Bucket:
         return contact
 
     def doubt_longest_silent(self) -> Contact | None:
-        for node_id, peer in self.nodes.items():
+        for node_id, contact in self.nodes.items():
             if node_id not in self._doubted:
-                return self.doubt(Contact(node_id, peer))
+                return self.doubt(contact)
         return None
 
     def halves(self) -> list[_Bucket]:
-        halves = [
-            _Bucket(prefix=2 * self.prefix + bit, depth=self.depth + 1, size=self.size, doubted=self._doubted)
-            for bit in (0, 1)
-        ]
+        halves = [_Bucket(2 * self.position + bit, size=self.size, doubted=self._doubted) for bit in (0, 1)]
         for half in halves:
             half.heard_at = self.heard_at
         for rows in (self.nodes, self.reserve):
-            for node_id, peer in rows.items():
+            for node_id, contact in rows.items():
                 half = next(half for half in halves if half.covers(node_id))
-                half.insert(node_id, peer)
+                half.insert(contact)
         return halves

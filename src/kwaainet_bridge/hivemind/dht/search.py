@@ -33,6 +33,13 @@ class Step:
 Ask = Callable[[Contact, Sequence[DhtId]], Awaitable[dict[DhtId, Step] | None]]
 """Asks one node about some targets; None if it failed. Raises nothing that the search should survive."""
 
+MayAsk = Callable[[Contact], bool]
+"""Whether a node may be asked at all; others are no candidates, and count against nobody who names them."""
+
+
+def _anybody(_contact: Contact) -> bool:
+    return True
+
 
 @dataclass(slots=True)
 class _Source:
@@ -60,18 +67,27 @@ class Beam:
     """
 
     def __init__(
-        self, target: DhtId, *, width: int, max_asked: int, enough: int = defaults.DHT_REPLICAS
+        self,
+        target: DhtId,
+        *,
+        width: int,
+        max_asked: int,
+        enough: int = defaults.DHT_REPLICAS,
+        may_ask: MayAsk = _anybody,
     ) -> None:
         self.target = target
         self.width = width
         self.finished = False
         self._max_asked = max_asked
+        self._may_ask = may_ask
         self._enough = enough
         self._candidates: list[tuple[int, Contact]] = []  # nearest first, without those that failed
         self._known: set[DhtId] = set()
         self._asked: set[DhtId] = set()
         self._waiting: set[DhtId] = set()  # asked, not answered yet
         self._answers = 0
+        self._next: Contact | None = None
+        self._next_is_known = False  # until something changes
         self._named_by: dict[DhtId, DhtId] = {}
         self._sources: dict[DhtId, _Source] = {}
 
@@ -80,12 +96,13 @@ class Beam:
         if source is not None and not self._sources.setdefault(source, _Source()).trusted:
             return
         for contact in contacts:
-            if contact.node_id not in self._known:
+            if contact.node_id not in self._known and self._may_ask(contact):
                 self._known.add(contact.node_id)
                 if source is not None:
                     self._named_by[contact.node_id] = source
-                place = (self.target.distance(contact.node_id), contact)
-                bisect.insort(self._candidates, place, key=lambda place: place[0])
+                # no two of them are equally far, so that contacts are never compared
+                bisect.insort(self._candidates, (self.target ^ contact.node_id, contact))
+                self._next_is_known = False
 
     def next(self) -> Contact | None:
         """The nearest node of the beam that was not asked yet.
@@ -94,6 +111,12 @@ class Beam:
         """
         if self.finished or len(self._asked) >= self._max_asked:
             return None
+        if not self._next_is_known:
+            self._next = self._find_next()
+            self._next_is_known = True
+        return self._next
+
+    def _find_next(self) -> Contact | None:
         asked = 0
         for _, contact in self._candidates:
             if contact.node_id in self._asked:
@@ -119,6 +142,7 @@ class Beam:
 
     def asked(self, contact: Contact) -> None:
         self.offer([contact])
+        self._next_is_known = False
         self._asked.add(contact.node_id)
         self._waiting.add(contact.node_id)
         self._source_of(contact.node_id).waiting += 1
@@ -126,6 +150,7 @@ class Beam:
     def answered(self, contact: Contact, step: Step | None) -> None:
         """Take in an answer, or with None the failure of a node."""
         node_id = contact.node_id
+        self._next_is_known = False
         self._waiting.discard(node_id)
         source = self._source_of(node_id)
         source.waiting -= 1
@@ -186,16 +211,17 @@ async def search(
     workers: int = defaults.DHT_SEARCH_WORKERS,
     targets_per_call: int = defaults.DHT_KEYS_PER_QUERY,
     max_asked: int = defaults.DHT_PEERS_PER_SEARCH,
+    may_ask: MayAsk = _anybody,
 ) -> dict[DhtId, list[Contact]]:
     """Find up to ``width`` live nodes nearest to each target, nearest first, starting from ``seeds``.
 
     At most ``workers`` calls of ``ask`` run at a time, each with at most ``targets_per_call`` targets, besides
     those that are late: they take several times as long as answers usually took. Such are waited for only where
-    few others answer; when the search ends they go on in ``background``. Nodes that must not be asked, as the own
-    one, ``ask`` fails. Has no deadline: ``ask`` does. Raises NetworkError once ``background`` is cancelled, and
+    few others answer; when the search ends they go on in ``background``. Nodes that ``may_ask`` does not admit, as
+    the own one, are left out. Has no deadline: ``ask`` does. Raises NetworkError once ``background`` is cancelled, and
     what ``ask`` raises. Cancelled: all its calls are cancelled, nothing remains.
     """
-    beams = {target: Beam(target, width=width, max_asked=max_asked) for target in targets}
+    beams = {target: Beam(target, width=width, max_asked=max_asked, may_ask=may_ask) for target in targets}
     seeds = list(seeds)
     for beam in beams.values():
         beam.offer(seeds)

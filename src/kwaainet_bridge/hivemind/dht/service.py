@@ -31,7 +31,7 @@ Message = TypeVar("Message")
 Value = TypeVar("Value")
 
 _BREATH = 32
-"""Keys handled between two chances for other tasks to run."""
+"""Items stored, or keys found without a value, between two chances for other tasks to run."""
 
 _ANSWER_RESERVE = 4 * defaults.KIB
 """Part of an answer that is for envelope and headers."""
@@ -117,9 +117,7 @@ class DhtService:
                     await trio.lowlevel.checkpoint()
         except RemoteError as e:
             raise Refusal(str(e), kind="ValueError") from e
-        log.debug(
-            "%s stored %d of %d items here", context.peer.short, sum(response.store_ok), len(request.keys)
-        )
+        log.debug("%s stored %d of %d items here", context.peer, sum(response.store_ok), len(request.keys))
         return response
 
     async def _keep(self, item: StoreItem, peer: PeerId) -> bool:
@@ -129,7 +127,7 @@ class DhtService:
         if self._validator is not None:
             valid = await valid_part(self._validator, item.key, record)
             if valid is not record:
-                log.debug("%s stored an invalid record under key %s", peer.short, item.key)
+                log.debug("%s stored an invalid record under key %s", peer, item.key)
         if valid is None:
             return False
         storage = self._cache if item.in_cache else self._storage
@@ -154,7 +152,7 @@ class DhtService:
         exclude = sender or DhtId(0)  # stock reads an absent id as 0
         room = defaults.MAX_UNARY_BYTES - _ANSWER_RESERVE - len(request.keys) * _NEIGHBOURS_RESERVE
         response = pb.FindResponse(peer=self._node)
-        for raw in request.keys:
+        for i, raw in enumerate(request.keys):
             key = _read(messages.read_key, raw)
             neighbours = self._contacts.nearest(key, defaults.DHT_BUCKET_SIZE, exclude=exclude)
             # a large dictionary takes 10 ms to pack: not for an answer that is full
@@ -165,7 +163,8 @@ class DhtService:
                 room = 0
             room -= len(result.value)
             response.results.append(result)
-            await trio.lowlevel.checkpoint()
+            if result.value or i % _BREATH == _BREATH - 1:
+                await trio.lowlevel.checkpoint()
         return response
 
     def _held(self, key: DhtId) -> Record | None:
