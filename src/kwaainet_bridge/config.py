@@ -79,6 +79,7 @@ Bootstrap = Annotated[
     tuple[Annotated[str, AfterValidator(_check_bootstrap)], ...], AfterValidator(_expand_presets)
 ]
 
+Relays = tuple[Annotated[str, _checked(lambda text: parse_bootstrap_addresses([text]))], ...]
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -101,8 +102,8 @@ class PetalsNetwork(_Section):
 
     bootstrap: Bootstrap = ()
     """Addresses (``/ip4/…/tcp/…/p2p/<id>``) or the preset ``petals-public``. Empty: a new private swarm."""
-    dht: Literal["server", "client"] = "server"
-    """Whether this node holds records for others. ``client`` for machines that nobody can dial."""
+    dht: Literal["auto", "server", "client"] = "auto"
+    """Whether this node holds records for others. ``auto``: unless nobody can dial it without a relay."""
 
 
 class KwaaiNetwork(_Section):
@@ -126,6 +127,15 @@ class KademliaConfig(_Section):
     """The network's protocol id. Networks with different ids do not know of each other."""
     mode: Literal["server", "client"] = "server"
     """Whether others may ask this node and keep it in their tables. ``client`` asks only."""
+
+
+class ReachabilityConfig(_Section):
+    """What the node does about being dialled by others; see docs/operating.md."""
+
+    relays: Relays = ()
+    """Full addresses of relays that are tried first while nobody can dial this node. Left out: peers that offer it."""
+    relay_service: bool = True
+    """Whether to relay for others that cannot be dialled, while this node can."""
 
 
 class ModelConfig(_Section):
@@ -244,6 +254,7 @@ class NodeConfig(_Section):
     """What to serve; left out: nothing, the node is a bootstrap peer."""
     drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS
     """How long running sessions may go on after SIGTERM."""
+    reachability: ReachabilityConfig = ReachabilityConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
 

@@ -339,8 +339,14 @@ RELAY_CIRCUIT_SECONDS: Final = 1800
 RELAY_CIRCUIT_BYTES: Final = 4096 * MIB
 """Bytes in each direction of a circuit (stock daemon that is public: 2^32): hidden states go through it."""
 
+REMEMBERED_CHECKS: Final = 16
+"""Checks of this host's reachability that count, the latest."""
+
+CHECK_LIFETIME_SECONDS: Final = 1800.0
+"""How long a check counts: routers get other addresses and rules."""
+
 HOLE_PUNCH_ATTEMPTS: Final = 3
-"""Tries to dial a peer at the same time as it dials us, before the relayed connection is left at that (go-libp2p: 3)."""
+"""Tries to dial a peer at the same time as it dials us; after that the connection stays relayed (go-libp2p: 3)."""
 
 HOLE_PUNCH_SECONDS: Final = 5.0
 """Longest time of one such try: a dial that succeeds takes a few round trips."""
@@ -559,6 +565,24 @@ LISTEN_ADDRESSES: Final = ("/ip4/0.0.0.0/tcp/31330", "/ip6/::/tcp/31330")
 
 NETWORK_MBPS: Final = 100.0
 """Assumed speed of the link, megabits per second, unless YAML states it (stock: the same)."""
+
+REACHABILITY_PEERS: Final = 5
+"""Peers that are asked to dial this node in one round (stock: 5)."""
+
+REACHABILITY_RETRY_SECONDS: Final = 5.0
+"""Wait before the next round while the verdict is open, or was just lost."""
+
+REACHABILITY_PERIOD_SECONDS: Final = 600.0
+"""Wait between rounds while the node can be dialled."""
+
+PRIVATE_PERIOD_SECONDS: Final = 120.0
+"""The same while it cannot: the operator may be opening a port just now."""
+
+REACHABILITY_START_SECONDS: Final = 25.0
+"""How long a start waits for a first verdict before blocks are announced: a dial that fails takes 15 s."""
+
+RPC_CHECK_SECONDS: Final = 10.0
+"""Longest wait for Petals' reachability check at a peer (stock: 10 s)."""
 
 # --- client ---------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ WORDS = {
     "limits.connections_per_network.petals": "none",
     "limits.connections_per_network.kwaainet": "none",
     "limits.strangers": "10 %",
+    "reachability.relays": "none",
 }
 VALUES_OF_WORDS = {"none": (None, ()), "off": (None,), "all": (None,), "derived": (None,)} | {
     "torch's choice": (None,),
@@ -89,6 +90,8 @@ def test_the_default_is_that_of_the_schema(key: str):
             assert default in VALUES_OF_WORDS[told]
     elif isinstance(default, tuple):
         assert told == ", ".join(f"`{item}`" for item in default)
+    elif isinstance(default, bool):
+        assert told == f"`{str(default).lower()}`"
     else:
         assert told == f"`{default}`"
 

@@ -449,3 +449,23 @@ async def test_records_too_large_to_pass_on_are_read_but_not_passed_on(autojump_
         assert (await reader.get("key")).value == value
         await trio.sleep(1)
         assert nearest._cache.get(key, now=clock()) is None
+
+
+async def test_a_node_becomes_a_client_and_a_server_again(autojump_clock: MockClock) -> None:
+    """As when others can no longer dial it, and then can: it stores and reads all the while."""
+    async with swarm(8) as nodes:
+        changing, *others = nodes.nodes
+        changing.set_mode(client_mode=True)
+        changing.set_mode(client_mode=True)
+        for node in others:
+            with pytest.raises(ProtocolNotSupported):
+                await node.ping(changing.peer_id)
+        assert not any(changing.peer_id in {c.peer for c in node.neighbours()} for node in others)
+        result = await changing.store("key", 1, LATER)
+        assert result.ok
+        assert changing.peer_id not in result.accepted
+        assert await others[0].get("key") == Found(1, LATER, is_dictionary=False)
+        changing.set_mode(client_mode=False)
+        await trio.sleep(10)  # it looks around by itself
+        assert all(changing.peer_id in {c.peer for c in node.neighbours()} for node in others)
+        assert await changing.get("key") == Found(1, LATER, is_dictionary=False)

@@ -125,3 +125,29 @@ async def test_alone_the_report_says_so(autojump_clock):
 def test_a_span_is_needed():
     with pytest.raises(ValueError, match="span"):
         Announcer(None, "m", ServerInfo(ServerState.JOINING, 0.0), model_blocks=1)
+
+
+async def test_nothing_is_announced_while_nobody_can_dial_the_node(pair, autojump_clock):
+    announcer = pair.announcer()
+    announcer.dialable = False
+    for state in (ServerState.JOINING, ServerState.ONLINE, ServerState.OFFLINE):
+        assert (await announcer.announce(state)).records == 0
+    assert await pair.info(2) is None
+    assert await pair.record("_petals.models", "m-hf") is None
+
+
+async def test_a_node_that_can_no_longer_be_dialled_withdraws_and_returns(pair, autojump_clock):
+    announcer = pair.announcer()
+    async with trio.open_nursery() as nursery:
+        await announcer.announce(ServerState.ONLINE)
+        nursery.start_soon(announcer.run)
+        await trio.sleep(1)
+        announcer.dialable = False
+        assert (await announcer.announce(announcer.wanted)).state is ServerState.OFFLINE
+        assert (await pair.info(2)).state is ServerState.OFFLINE
+        await trio.sleep(defaults.ANNOUNCE_PERIOD_SECONDS * (defaults.ANNOUNCE_LIFETIME_PERIODS + 1))
+        assert await pair.info(2) is None  # and is not renewed
+        announcer.dialable = True
+        await trio.sleep(defaults.ANNOUNCE_PERIOD_SECONDS)
+        assert (await pair.info(2)).state is ServerState.ONLINE
+        nursery.cancel_scope.cancel()

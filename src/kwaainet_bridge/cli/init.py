@@ -24,7 +24,7 @@ listen:                     # port 0 takes any free one; a fixed one can be forw
 networks:
   petals:
     bootstrap: []           # empty: a new private swarm. Else addresses of its peers, or: [petals-public]
-#   dht: client             # for machines that nobody can dial
+#   dht: client             # hold no records of others; auto: only if they cannot dial this node
 # kwaainet:
 #   bootstrap: [kwaainet-public]
 

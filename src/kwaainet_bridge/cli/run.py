@@ -26,6 +26,7 @@ PEER_LABEL: Final = "peer id"
 ADDRESS_LABEL: Final = "address"
 JOIN_LABEL: Final = "join with"
 SERVING_LABEL: Final = "serving"
+REACHABLE_LABEL: Final = "reachable"
 
 _UNCOLLECTED_SECONDS = (
     60.0  # a start takes some seconds; one that fetches a model must not gather garbage for long
@@ -44,6 +45,7 @@ async def run_until_signalled(config: NodeConfig) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, signals, stop)
             nursery.start_soon(_tell_when_serving, state)
+            nursery.start_soon(_tell_reachability, state)
             nursery.start_soon(_collect_garbage_once_started, state)
             await run_node(config, state, stop, on_started=partial(_introduce, config.model))
             nursery.cancel_scope.cancel()
@@ -91,3 +93,13 @@ async def _tell_when_serving(state: NodeState) -> None:
     facts = state.facts
     blocks = f"{facts['prefix']} {facts['blocks']} of {facts['model_blocks']}" if facts else "no blocks"
     typer.echo(f"{SERVING_LABEL}    {blocks}")
+
+
+async def _tell_reachability(state: NodeState) -> None:
+    told, _ = state.reachability
+    while True:
+        await state.wait_changed()
+        verdict, evidence = state.reachability
+        if verdict is not told:
+            told = verdict
+            typer.echo(f"{REACHABLE_LABEL}  {verdict.value}: {evidence}")

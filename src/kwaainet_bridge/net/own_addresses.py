@@ -29,7 +29,8 @@ class OwnAddresses:
     ) -> None:
         self._listening = tuple(listening)
         self._announced = tuple(announced)
-        self._changed = changed
+        self._tell = changed
+        self._changed = trio.Event()
         self._interfaces = tuple(reachable_forms(listening))
         self._proved: tuple[Address, ...] = ()
         self._relayed: tuple[Address, ...] = ()
@@ -67,7 +68,16 @@ class OwnAddresses:
         self._proved = self._proved if proved is None else proved
         self._relayed = self._relayed if relayed is None else relayed
         if self.told != before:
-            self._changed()
+            self._notify()
+
+    def _notify(self) -> None:
+        self._tell()
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_changed(self) -> None:
+        """Return once others are told other addresses than now."""
+        await self._changed.wait()
 
     async def follow_interfaces(self, moved: Callable[[], None]) -> None:
         """Look every minute which addresses this machine has, and call ``moved`` when they are others."""
@@ -78,7 +88,7 @@ class OwnAddresses:
                 log.info("this machine's addresses are now: %s", ", ".join(map(str, found)))
                 self._interfaces = found
                 moved()
-                self._changed()
+                self._notify()
 
     # --- what is supposed
 

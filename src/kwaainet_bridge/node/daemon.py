@@ -17,10 +17,12 @@ from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
+from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.petals import ModelService
 from kwaainet_bridge.node.probe import dial_back
+from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -117,16 +119,19 @@ async def _run_host(
         kad_protocol=config.kademlia.protocol,
         kad_mode=config.kademlia.mode,
         networks=network_protocols(config.networks),
+        relays=config.reachability.relays,
     )
     async with open_host(host_config) as host, trio.open_nursery() as services:
         contact = Contact(host.peer_id, host.addresses())
         log.info("listening", peer_id=str(host.peer_id), addresses=list(contact.addresses))
         on_started(contact)
+        reachability = ReachabilityWatch(host, state, relay_service=config.reachability.relay_service)
+        services.start_soon(reachability.run)
         if config.networks.kwaainet is not None:
             watch = BootstrapWatch("kwaainet", host, config.networks.kwaainet.bootstrap, state)
             services.start_soon(watch.run)
         if config.networks.petals is not None:
-            await _take_part_in_petals(config, host, state, stop, work)
+            await _take_part_in_petals(config, host, state, stop, work, reachability=reachability)
         else:
             with work:
                 await _serve_until(stop, state)
@@ -141,7 +146,13 @@ async def _serve_until(stop: trio.Event, state: NodeState) -> None:
 
 
 async def _take_part_in_petals(
-    config: NodeConfig, host: Host, state: NodeState, stop: trio.Event, work: trio.CancelScope
+    config: NodeConfig,
+    host: Host,
+    state: NodeState,
+    stop: trio.Event,
+    work: trio.CancelScope,
+    *,
+    reachability: ReachabilityWatch,
 ) -> None:
     network = config.networks.petals
     assert network is not None
@@ -150,8 +161,10 @@ async def _take_part_in_petals(
     async with dht.running():
         with work:
             async with trio.open_nursery() as nursery:
-                if not dht.client_mode:
+                if config.listen:
                     ReachabilityService(host.peer_id, lambda peer: dial_back(host, peer)).mount(server)
+                if network.dht == "auto":
+                    nursery.start_soon(_follow_verdict, dht, reachability)
                 watch = BootstrapWatch("petals", host, network.bootstrap, state, join=dht.bootstrap)
                 nursery.start_soon(watch.run)
                 with trio.CancelScope() as start:
@@ -164,9 +177,16 @@ async def _take_part_in_petals(
                     if config.model is None:
                         await _serve_until(stop, state)
                     else:
-                        model = ModelService(config.model, dht, server, client, state)
+                        model = ModelService(config.model, dht, server, client, state, reachability=reachability)
                         await _serve_blocks(model, state, stop, config.drain_seconds)
                 nursery.cancel_scope.cancel()
+
+
+async def _follow_verdict(dht: DhtNode, reachability: ReachabilityWatch) -> None:
+    """Keep no records for others while nobody gets through to this node without a relay, as stock servers do."""
+    while True:
+        dht.set_mode(client_mode=reachability.verdict in (Verdict.RELAYED, Verdict.UNREACHABLE))
+        await reachability.wait_changed()
 
 
 async def _serve_blocks(

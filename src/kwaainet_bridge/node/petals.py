@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 import torch
@@ -20,7 +20,9 @@ from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 from kwaainet_bridge.hivemind.experts.server import ExpertServer, serve_span
 from kwaainet_bridge.hivemind.experts.span import ServedSpan
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
+from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.models import model_source, swarm_prefix
+from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 
@@ -46,7 +48,7 @@ class ServedBlocks:
 
 async def _withdraw(announcer: Announcer) -> None:
     """Store OFFLINE, unless that was done, and wait a limited time for what the swarm answers. Shielded."""
-    if announcer.info.state is ServerState.OFFLINE:
+    if announcer.wanted is ServerState.OFFLINE:
         return
     deadline = trio.current_time() + defaults.OFFLINE_STORE_SECONDS
     with trio.CancelScope(deadline=deadline, shield=True) as limit:
@@ -65,19 +67,23 @@ class ModelService:
         server: RpcServer,
         client: RpcClient,
         state: NodeState,
+        *,
+        reachability: ReachabilityWatch,
     ) -> None:
         self._config = config
         self._dht = dht
         self._server = server
         self._client = client
         self._state = state
+        self._reachability = reachability
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[ServedBlocks]:
         """Load, announce JOINING, serve, announce ONLINE; serve on until the end of the block.
 
-        However it ends, the records are withdrawn. Raises CheckpointError or ConfigError for a model that
-        cannot be served as configured.
+        Blocks are announced once it is known whether others can dial this node, and only while they can, through a
+        relay at least. However it ends, the records are withdrawn. Raises CheckpointError or ConfigError for a
+        model that cannot be served as configured.
         """
         config = self._config
         self._state.enter(Phase.LOADING, model=config.name, blocks=config.blocks or "all")
@@ -87,8 +93,7 @@ class ModelService:
             def announce_joining(model: ModelInfo, blocks: range) -> None:
                 nonlocal announcer
                 announcer = self._announcer(model, blocks)
-                nursery.start_soon(announcer.announce, ServerState.JOINING)
-                nursery.start_soon(announcer.run)
+                nursery.start_soon(self._keep_announced, announcer, nursery)
 
             try:
                 engine = await Engine.load(
@@ -99,12 +104,37 @@ class ModelService:
                     span = ServedSpan(announcer.prefix, engine, CompressionType[config.compression])
                     await self._complete(announcer, engine)
                     async with serve_span(span, self._server, self._client) as server:
+                        await self._reachability.settle()
+                        self._take_verdict(announcer)
                         await announcer.announce(ServerState.ONLINE)
                         yield ServedBlocks(span, server, announcer)
             finally:
                 if announcer is not None:
                     await _withdraw(announcer)
                 nursery.cancel_scope.cancel()
+
+    async def _keep_announced(self, announcer: Announcer, nursery: trio.Nursery) -> None:
+        """Announce JOINING, unless the blocks are ready by now; renew the records, and follow the verdict."""
+        await self._reachability.settle()
+        self._take_verdict(announcer)
+        if announcer.wanted is ServerState.OFFLINE:
+            await announcer.announce(ServerState.JOINING)
+        nursery.start_soon(announcer.run)
+        while True:
+            if self._take_verdict(announcer):
+                await announcer.announce(announcer.wanted)
+            else:
+                await self._reachability.wait_changed()
+
+    def _take_verdict(self, announcer: Announcer) -> bool:
+        """Have the records say how this node is reached; whether that is new."""
+        verdict = self._reachability.verdict
+        dialable, relayed = verdict is not Verdict.UNREACHABLE, verdict is Verdict.RELAYED
+        if (announcer.dialable, announcer.info.using_relay) == (dialable, relayed):
+            return False
+        announcer.dialable = dialable
+        announcer.info = replace(announcer.info, using_relay=relayed)
+        return True
 
     def _engine_config(self) -> EngineConfig:
         config = self._config

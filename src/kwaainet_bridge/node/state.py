@@ -8,6 +8,8 @@ from collections.abc import Callable
 import structlog
 import trio
 
+from kwaainet_bridge.net.reachability import Verdict
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -23,7 +25,8 @@ class Phase(enum.StrEnum):
 class NodeState:
     """The node's phase and what is wrong with it, if anything.
 
-    ``degraded`` maps a condition's name to its reason; the node serves on beside it.
+    ``degraded`` maps a condition's name to its reason; the node serves on beside it. ``reachability`` is the verdict on
+    whether others can dial it, and the evidence for that.
     """
 
     def __init__(self, *, clock: Callable[[], float] = trio.current_time) -> None:
@@ -33,6 +36,7 @@ class NodeState:
         self.since = clock()
         self.facts: dict[str, object] = {}
         self.degraded: dict[str, str] = {}
+        self.reachability = (Verdict.UNKNOWN, "no peer has tried to dial it yet")
 
     def enter(self, phase: Phase, **facts: object) -> None:
         """Move to ``phase`` and log it, with how long the last one took."""
@@ -46,6 +50,13 @@ class NodeState:
         )
         self.phase, self.since, self.facts = phase, now, facts
         self._notify()
+
+    def judge(self, verdict: Verdict, evidence: str) -> None:
+        """Note whether others can dial the node. Logged when the verdict is new."""
+        before, self.reachability = self.reachability[0], (verdict, evidence)
+        if verdict is not before:
+            log.info("reachability", verdict=verdict.value, before=before.value, evidence=evidence)
+            self._notify()
 
     def degrade(self, condition: str, reason: str) -> None:
         """Note that ``condition`` is not met. Logged when the reason is new."""
@@ -62,6 +73,10 @@ class NodeState:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+    async def wait_changed(self) -> None:
+        """Return once the phase, a condition or the reachability is another."""
+        await self._changed.wait()
 
     async def wait_for(self, phase: Phase) -> None:
         """Return once the node is in ``phase``."""

@@ -10,6 +10,7 @@ Commands::
     connect     {address}               -> peer id
     call        {peer, size}            -> seconds until ``size`` bytes had come back over ``Echo.run``, unchanged
     unary       {peer, size, timeout}   -> seconds of a call of ``Echo.rpc_echo``
+    ping        {peer}                  -> seconds of a ping, which every libp2p host answers
     connections {}                      -> [{peer, address, relay, initiator, streams}]; ``relay``: who carries it, or null
     known       {peer}                  -> where that peer may be dialled
     add         {peer, addresses}       -> null; they may be dialled from now on
@@ -46,6 +47,7 @@ from kwaainet_bridge.net.addresses import Address, parse_address
 from kwaainet_bridge.net.bootstrap import BootstrapEvent, keep_bootstrapped
 from kwaainet_bridge.net.identity import load_identity
 from kwaainet_bridge.net.limits import Limits
+from kwaainet_bridge.net.ping import ping
 from kwaainet_bridge.net.probe import dial_anew
 from kwaainet_bridge.rpc import CallContext, RpcClient, RpcServer, unary
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertRequest, ExpertResponse
@@ -122,6 +124,11 @@ class Commands:
         response = await RpcClient(self.host).call(PeerId.parse(peer), UNARY_ECHO, request, timeout=timeout)
         if response.metadata != payload:
             raise ValueError(f"{size} bytes came back changed")
+        return trio.current_time() - began
+
+    async def ping(self, peer: str) -> float:
+        began = trio.current_time()
+        await ping(self.host, PeerId.parse(peer))
         return trio.current_time() - began
 
     async def connections(self) -> list[dict[str, Any]]:

@@ -62,8 +62,12 @@ class DhtClient:
         self._timeout = timeout
         self._slots = trio.CapacityLimiter(parallel)
         self._called_back: set[PeerId] = set()
+        self.set_mode(client_mode=client_mode)
+
+    def set_mode(self, *, client_mode: bool) -> None:
+        """Give no node id from now on, or give it again."""
         self._client_mode = client_mode
-        self._node = pb.NodeInfo() if client_mode else pb.NodeInfo(node_id=contacts.own_id.to_bytes())
+        self._node = pb.NodeInfo() if client_mode else pb.NodeInfo(node_id=self._contacts.own_id.to_bytes())
 
     async def ping(self, peer: PeerId, *, validate: bool = False) -> Pong:
         """Ask who a peer is. With ``validate`` also compare clocks and have the peer call us back.

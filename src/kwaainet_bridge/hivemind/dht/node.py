@@ -109,7 +109,7 @@ class DhtNode:
         self._next_hand_over: dict[PeerId, float] = {}
         self._storage = LocalStorage(max_bytes=storage_bytes)
         self._cache = LocalStorage(max_bytes=cache_bytes, evict=True)
-        self._chores, self._todo = trio.open_memory_channel[Callable[[], Awaitable[None]]](_PENDING_CHORES)
+        self._chores, self._todo = trio.open_memory_channel[Callable[[], Awaitable[object]]](_PENDING_CHORES)
         self._contacts = Contacts(
             self.node_id,
             host.peer_id,
@@ -163,6 +163,22 @@ class DhtNode:
         finally:
             if not self.client_mode:
                 self._service.unmount(self._server)
+
+    def set_mode(self, *, client_mode: bool) -> None:
+        """Go on as a client, which nobody calls, or as a server again. To be called while it is running.
+
+        Others drop a server that has become a client when a call to it fails; records that it keeps stay with it. A
+        server is met again by whom it calls.
+        """
+        if client_mode is self.client_mode:
+            return
+        self.client_mode = client_mode
+        self._remote.set_mode(client_mode=client_mode)
+        if client_mode:
+            self._service.unmount(self._server)
+        else:
+            self._service.mount(self._server)
+            self._later(partial(self._find_nearest, [self.node_id]))
 
     def neighbours(self) -> list[Contact]:
         """The nodes in the routing table. If there are none, only bootstrap() leads back to the network."""
@@ -354,7 +370,7 @@ class DhtNode:
 
     # --- chores -------------------------------------------------------------------------------------------
 
-    def _later(self, chore: Callable[[], Awaitable[None]]) -> None:
+    def _later(self, chore: Callable[[], Awaitable[object]]) -> None:
         """Have something done in the background. With too much to do already, it is not done at all."""
         try:
             self._chores.send_nowait(chore)

@@ -39,7 +39,8 @@ class AnnounceReport:
 class Announcer:
     """Keeps the records of one span of blocks in the DHT: at once on a change, and renewed by :meth:`run`.
 
-    ``info`` is what the records say, its span of blocks included; replace it as facts change.
+    ``info`` is what the records say, its span of blocks included; replace it as facts change. While the node is not
+    ``dialable``, blocks are not announced, or withdrawn if they were: set it and announce anew.
     ``cache_tokens`` tells the tokens that one block's KV cache has room for, None before it is known.
     """
 
@@ -58,6 +59,8 @@ class Announcer:
         if info.start_block is None or info.end_block is None:
             raise ValueError("the records of a span name its blocks")
         self.info = info
+        self.dialable = True
+        self.wanted = ServerState.OFFLINE
         self.cache_tokens = cache_tokens
         self._dht = dht
         self.prefix = prefix
@@ -65,6 +68,7 @@ class Announcer:
         page = f"{_HUB_PAGE}{repository}" if repository else None
         self._model = {"num_blocks": model_blocks, "repository": page}
         self._period = period
+        self._announced = False
         self._clock = clock
 
     def set_throughput(self, measured: Throughput) -> None:
@@ -81,13 +85,23 @@ class Announcer:
         """Renew the records every period until cancelled, beginning one period from now."""
         while True:
             await trio.sleep(self._period)
-            await self.announce(self.info.state)
+            await self.announce(self.wanted)
 
     async def announce(self, state: ServerState) -> AnnounceReport:
-        """Store the records with ``state`` now and keep renewing them so.
+        """Store the records with ``state`` now and keep renewing them so; OFFLINE instead while not dialable.
 
-        Returns once every node asked has answered or failed. Never raises for peers.
+        Nothing is stored to withdraw records that never were. Returns once every node asked has answered or failed.
+        Never raises for peers.
         """
+        self.wanted = state
+        if not self.dialable:
+            log.warning(
+                "%d blocks of %s are not announced: nobody can dial this node", len(self._uids), self.prefix
+            )
+            state = ServerState.OFFLINE
+        if state is ServerState.OFFLINE and not self._announced:
+            return AnnounceReport(state=state, records=0, acknowledged=0, by_others=0)
+        self._announced = state is not ServerState.OFFLINE
         tokens = self.cache_tokens()
         # this number counts keys and values apart, as stock clients expect
         self.info = replace(self.info, state=state, cache_tokens_left=None if tokens is None else 2 * tokens)
