@@ -24,6 +24,17 @@ from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.net.identify import encode_identify
 from kwaainet_bridge.net.yamux_frames import DATA, FIN, GO_AWAY, SYN, WINDOW_UPDATE, encode_header
 from kwaainet_bridge.wire import frames
+from kwaainet_bridge.wire.circuit import (
+    CircuitLimit,
+    HopMessage,
+    HopType,
+    PunchType,
+    StopMessage,
+    StopType,
+    encode_hop,
+    encode_punch,
+    encode_stop,
+)
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
 from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.msgpack import pack
@@ -216,3 +227,15 @@ def _net() -> Iterator[Seed]:
         autonat_pb2.DialResponse(status=100, status_text="dial failed"),
     ):
         yield "autonat", autonat_pb2.Message(type=1, dial_response=answer).SerializeToString()
+    limit = CircuitLimit(120, 1 << 17)
+    for circuit in (
+        encode_hop(HopMessage(HopType.RESERVE)),
+        encode_hop(HopMessage(HopType.CONNECT, peer=_PEER)),
+        encode_hop(
+            HopMessage(2, status=100, expires=1 << 31, addresses=(_ADDRESSES[0].binary,), limit=limit)
+        ),
+        encode_stop(StopMessage(StopType.CONNECT, peer=_PEER, limit=limit)),
+        encode_punch(PunchType.CONNECT, [a.binary for a in _ADDRESSES]),
+        encode_punch(PunchType.SYNC),
+    ):
+        yield "circuit", circuit[1:]

@@ -7,6 +7,14 @@ from typing import Any, Final
 
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.wire import frames
+from kwaainet_bridge.wire.circuit import (
+    decode_hop,
+    decode_punch,
+    decode_stop,
+    encode_hop,
+    encode_punch,
+    encode_stop,
+)
 from kwaainet_bridge.wire.envelope import (
     CALL_ID_BYTES,
     DelimitedDecoder,
@@ -123,6 +131,21 @@ def peer_id(data: bytes) -> None:
     expect(PeerId.parse(str(peer)) == peer, "round trip")
 
 
+def circuit(data: bytes) -> None:
+    """Messages of relays and of hole punching, each as any of them."""
+    for decode, encode in (
+        (decode_hop, encode_hop),
+        (decode_stop, encode_stop),
+        (decode_punch, lambda read: encode_punch(read.type, read.addresses)),
+    ):
+        try:
+            read = decode(data)
+        except RemoteError:
+            continue
+        (body,) = DelimitedDecoder(1 << 24).feed(encode(read))
+        expect(decode(body) == read, "round trip")
+
+
 TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "varint": varint,
     "delimited": delimited,
@@ -132,4 +155,5 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "answer": answer,
     "msgpack": msgpack,
     "peer-id": peer_id,
+    "circuit": circuit,
 }

@@ -26,11 +26,14 @@ from kwaainet_bridge.cli.doctor import (
     open_callee,
 )
 from kwaainet_bridge.config import parse_config
-from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.errors import ConfigError, PeerUnreachable
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.net import Host, HostConfig, open_host
+from kwaainet_bridge.net.addresses import Address
+from kwaainet_bridge.net.autonat import AUTONAT, AutoNatService
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.net.kademlia import KAD
+from kwaainet_bridge.net.probe import dial_anew
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -98,6 +101,30 @@ async def test_dial_back(host: Host) -> None:
         examination = await examine(address, callee=callee)
     assert examination.steps[-1].verdict is Verdict.OK
     assert "over our connection" in examination.steps[-1].detail
+
+
+async def test_dial_back_over_a_connection_of_its_own(host: Host) -> None:
+    host.serve(AUTONAT, AutoNatService(lambda _: "127.0.0.1", dial_anew).serve)
+    async with dht_peer(host) as address, open_callee(LOOPBACK) as callee:
+        last = (await examine(address, callee=callee)).steps[-1]
+        [own] = callee.host.own.direct
+    assert (last.verdict, last.detail) == (
+        Verdict.OK,
+        f"over a connection of its own to {own} (AutoNAT)",
+    )
+
+
+async def test_who_dials_back_and_does_not_get_through(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def blocked(*_: object) -> Address:
+        raise PeerUnreachable("a router drops it", hop="tcp")
+
+    monkeypatch.setattr(defaults, "AUTONAT_DIAL_SECONDS", 0.01)
+    host.serve(AUTONAT, AutoNatService(lambda _: "127.0.0.1", blocked).serve)
+    async with dht_peer(host) as address, open_callee(LOOPBACK) as callee:
+        failed = failed_at(await examine(address, callee=callee))
+    assert failed.name == "dial-back"
+    assert failed.detail == "it dialled us over a connection of its own and did not get through (AutoNAT)"
+    assert "forward it in the router" in failed.remedy
 
 
 async def test_nobody_calls_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

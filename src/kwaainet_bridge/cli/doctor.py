@@ -14,12 +14,22 @@ from typing import Any, Final
 import trio
 import typer
 
+from kwaainet_bridge.cli.printing import printable
 from kwaainet_bridge.config import NodeConfig
-from kwaainet_bridge.errors import ClockSkew, ConfigError, NetworkError, PeerUnreachable, RemoteError
+from kwaainet_bridge.errors import (
+    CallBackFailed,
+    ClockSkew,
+    ConfigError,
+    NetworkError,
+    PeerUnreachable,
+    RemoteError,
+)
 from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
 from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.addresses import split_peer_address
 from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.node.probe import ask_to_dial, dial_back
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -68,8 +78,7 @@ class Step:
     def __str__(self) -> str:
         time = "" if self.seconds is None else f"{self.seconds * 1e3:.1f} ms"
         text = f"{self.detail}; {self.remedy}" if self.remedy else self.detail
-        text = "".join(c if c.isprintable() else "?" for c in text)  # the peer's words are in it
-        return f"{self.name:<10}{time:>11}  {self.verdict:<8} {text}".rstrip()
+        return f"{self.name:<10}{time:>11}  {self.verdict:<8} {printable(text)}".rstrip()
 
 
 @dataclass
@@ -125,12 +134,21 @@ class Callee:
     dht: DhtNode
 
     async def be_called(self, address: str) -> str:
-        """Have the peer at ``address`` call back. Raises CallBackFailed, NetworkError or RemoteError."""
+        """Have the peer at ``address`` dial back. Raises CallBackFailed, NetworkError or RemoteError."""
         peer = await self.host.connect(address)
-        await self.dht.check(peer)
-        theirs = any(not c.initiator for c in self.host.connections if c.remote == peer)
-        # The DHT lets a peer use the connection that we opened, and stock peers do.
-        return "over a connection of its own" if theirs else "over our connection: it had no need to dial"
+        await self.host.wait_identified()
+        found = await ask_to_dial(self.host, peer)
+        if found is None:
+            await self.dht.check(peer)
+            # The DHT lets a peer use the connection that we opened, and stock peers do.
+            return "its DHT calls us, over our connection: it dials nobody back who asks for that"
+        if not found.reachable:
+            raise CallBackFailed(
+                f"it dialled us over a connection of its own and did not get through ({found.method})"
+            )
+        return (
+            f"over a connection of its own{f' to {found.address}' if found.address else ''} ({found.method})"
+        )
 
 
 @asynccontextmanager
@@ -138,7 +156,9 @@ async def open_callee(listen: str, announce: tuple[str, ...] = ()) -> AsyncItera
     """Listen until the end of the block. Raises ConfigError for an address that cannot be listened on."""
     config = HostConfig(Identity.generate("ed25519"), listen=(listen,), announce=announce)
     async with open_host(config) as host:
-        dht = DhtNode(host, RpcServer(host), RpcClient(host))
+        server = RpcServer(host)
+        ReachabilityService(host.peer_id, lambda peer: dial_back(host, peer)).mount(server)
+        dht = DhtNode(host, server, RpcClient(host))
         async with dht.running():
             yield Callee(host, dht)
 

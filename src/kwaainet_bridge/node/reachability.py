@@ -11,13 +11,12 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.hivemind.experts.methods import RPC_CHECK
 from kwaainet_bridge.net import Libp2pHost
-from kwaainet_bridge.net.addresses import Address, private_block
-from kwaainet_bridge.net.autonat import AUTONAT, AutoNatService, ask
+from kwaainet_bridge.net.addresses import private_block
+from kwaainet_bridge.net.autonat import AUTONAT, AutoNatService
 from kwaainet_bridge.net.probe import dial_anew
 from kwaainet_bridge.net.reachability import Check, Reachability, Verdict
+from kwaainet_bridge.node.probe import DialledBack, ask_to_dial
 from kwaainet_bridge.node.state import NodeState
-from kwaainet_bridge.rpc import RpcClient
-from kwaainet_bridge.wire.pb.dht_pb2 import NodeInfo, PingRequest
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -46,7 +45,6 @@ class ReachabilityWatch:
         rng: random.Random | None = None,
     ) -> None:
         self._host = host
-        self._client = RpcClient(host)
         self._state = state
         self._relay_service = relay_service
         self._rng = random.Random() if rng is None else rng
@@ -112,31 +110,25 @@ class ReachabilityWatch:
         if not self._host.own.listens:
             return
         direct = self._host.traversal.direct_peers
-        autonat, petals = set(direct(AUTONAT)), set(direct(RPC_CHECK.name))
-        peers = list(autonat | petals)
-        chosen = self._rng.sample(peers, min(len(peers), defaults.REACHABILITY_PEERS))
+        peers = [*{*direct(AUTONAT), *direct(RPC_CHECK.name)}]
         async with trio.open_nursery() as nursery:
-            for peer in chosen:
-                nursery.start_soon(self._ask, peer, peer in autonat, peer in petals)
+            for peer in self._rng.sample(peers, min(len(peers), defaults.REACHABILITY_PEERS)):
+                nursery.start_soon(self._ask, peer)
 
-    async def _ask(self, peer: PeerId, by_autonat: bool, by_petals: bool) -> None:
+    async def _ask(self, peer: PeerId) -> None:
         try:
-            if by_autonat:
-                found = await ask(self._host, peer, self._host.own.for_checks())
-                if found.reachable is not None:
-                    self._note(peer, "AutoNAT", found.reachable, found.address)
-                    return
-            if by_petals:
-                request = PingRequest(peer=NodeInfo(node_id=self._host.peer_id.raw))
-                answer = await self._client.call(peer, RPC_CHECK, request, timeout=defaults.RPC_CHECK_SECONDS)
-                self._note(peer, "Petals' check", answer.available)
+            found = await ask_to_dial(self._host, peer)
         except (NetworkError, RemoteError) as e:
             log.debug("no check", peer=str(peer), reason=str(e))
+        else:
+            if found is not None:
+                self._note(peer, found)
 
-    def _note(self, peer: PeerId, method: str, reachable: bool, address: Address | None = None) -> None:
+    def _note(self, peer: PeerId, found: DialledBack) -> None:
         outside = private_block(self._seen_at(peer)) is None
-        log.debug("check", peer=str(peer), method=method, reachable=reachable, outside=outside)
-        self._reachability.note(Check(peer, method, reachable, outside, trio.current_time(), address))
+        log.debug("check", peer=str(peer), method=found.method, reachable=found.reachable, outside=outside)
+        check = Check(peer, found.method, found.reachable, outside, trio.current_time(), found.address)
+        self._reachability.note(check)
 
     # --- acting
 

@@ -151,7 +151,7 @@ def decode_stop(data: bytes) -> StopMessage:
     return StopMessage(body.type, peer=_peer(body), status=status, limit=_limit(body))
 
 
-def encode_punch(kind: PunchType, addresses: Sequence[bytes] = ()) -> bytes:
+def encode_punch(kind: int, addresses: Sequence[bytes] = ()) -> bytes:
     """The complete wire bytes."""
     return _delimited(circuit_pb2.HolePunch(type=kind, obs_addrs=addresses))
 
