@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 
@@ -52,9 +51,33 @@ class _Row:
     is_dictionary: bool
     entries: dict[bytes, _Entry] = field(default_factory=dict)
     value_bytes: int = 0
+    shares: Shares[bytes] | None = None  # of its entries, once it was full
 
     def latest_expiration(self) -> float:
         return max(entry.expiration for entry in self.entries.values())
+
+    def add(self, entry: _Entry) -> None:
+        self.entries[entry.packed] = entry
+        self.value_bytes += entry.size
+        if self.shares is not None and entry.sender is not None:
+            self.shares.add(entry.sender, entry.packed, entry.cost)
+
+    def pop(self, packed: bytes) -> _Entry | None:
+        entry = self.entries.pop(packed, None)
+        if entry is not None:
+            self.value_bytes -= entry.size
+            if self.shares is not None and entry.sender is not None:
+                self.shares.remove(entry.sender, packed, entry.cost)
+        return entry
+
+    def counted(self) -> Shares[bytes]:
+        """Who holds how much of it. Kept up to date from the first call on."""
+        if self.shares is None:
+            self.shares = Shares()
+            for entry in self.entries.values():
+                if entry.sender is not None:
+                    self.shares.add(entry.sender, entry.packed, entry.cost)
+        return self.shares
 
 
 class LocalStorage:
@@ -189,8 +212,7 @@ class LocalStorage:
             self._drop_entry(key, entry.packed)
         row = self._rows.setdefault(key, _Row(is_dictionary=entry.packed != _WHOLE))
         entry.serial = next(self._serials)
-        row.entries[entry.packed] = entry
-        row.value_bytes += entry.size
+        row.add(entry)
         self.used_bytes += entry.cost
         self._entries += 1
         if entry.sender is not None:
@@ -209,16 +231,13 @@ class LocalStorage:
             kept_entries = len(row.entries) - (former is not None)
             if kept_size + entry.size <= self._max_record_bytes and kept_entries < self._max_record_entries:
                 return True
-            used: Counter[PeerId] = Counter()
-            for held in row.entries.values():
-                if held.sender is not None:
-                    used[held.sender] += held.cost
-            heaviest, most = max(used.items(), key=lambda item: item[1], default=(None, 0))
-            if entry.sender is None or heaviest is None or most <= used[entry.sender] + entry.cost:
+            shares = row.counted()
+            heaviest = shares.heaviest()
+            if entry.sender is None or heaviest is None:
                 return False
-            self._drop_entry(
-                key, next(held.packed for held in row.entries.values() if held.sender == heaviest)
-            )
+            if shares.used(heaviest[0]) <= shares.used(entry.sender) + entry.cost:
+                return False
+            self._drop_entry(key, heaviest[1])
 
     def _make_room(self, key: DhtId, entry: _Entry, *, replaces_row: bool) -> bool:
         """Drop entries until ``entry`` fits beside what it does not replace. False if it may not have the room."""
@@ -257,9 +276,8 @@ class LocalStorage:
     def _drop_entry(self, key: DhtId, packed: bytes) -> None:
         """Forget one entry if it is there. Its row stays, to be filled again or dropped by the caller."""
         row = self._rows.get(key)
-        entry = None if row is None else row.entries.pop(packed, None)
-        if row is not None and entry is not None:
-            row.value_bytes -= entry.size
+        entry = None if row is None else row.pop(packed)
+        if entry is not None:
             self._release(key, entry)
 
     def _drop_if_empty(self, key: DhtId) -> None:
