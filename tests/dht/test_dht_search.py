@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,6 +170,24 @@ async def test_a_bug_in_a_callback_is_not_taken_for_a_failed_peer() -> None:
     async with trio.open_nursery() as nursery:
         with pytest.raises(ZeroDivisionError):
             await search_in([KEY], [contact(1)], ask, background=nursery)
+
+
+@pytest.mark.parametrize("_attempt", range(20))  # the order of tasks is random
+async def test_a_search_that_is_cancelled_together_with_its_background_ends_without_an_error(
+    _attempt: int,
+) -> None:
+    answer = trio.Event()
+
+    async def ask(_contact: Contact, targets: Sequence[DhtId]) -> dict[DhtId, Step] | None:
+        await answer.wait()
+        return {target: Step([contact(2)]) for target in targets}
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(search_in, [KEY], [contact(1)], ask, background=nursery))
+        await trio.testing.wait_all_tasks_blocked()
+        answer.set()
+        await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()  # the search may be about to go on
 
 
 def test_a_node_id_keeps_the_peer_under_which_it_was_met() -> None:

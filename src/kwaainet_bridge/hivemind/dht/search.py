@@ -271,6 +271,7 @@ async def search(
         _cancel(calls)
         raise
     _cancel(calls)
+    await trio.lowlevel.checkpoint_if_cancelled()  # the node's own searches end with it, and that is no error
     raise errors[0] if errors else NetworkError("the DHT node has stopped")
 
 
