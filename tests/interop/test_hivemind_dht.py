@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -13,13 +13,13 @@ import trio
 from child_processes import Driver, PeerError
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from dht_pairs import Node, live, our_node
 from stock_swarm import START_SECONDS, StockEnvironment
 
 from kwaainet_bridge.errors import HandlerError
 from kwaainet_bridge.hivemind.dht import (
     AccessToken,
     DhtId,
-    DhtNode,
     FoundEntry,
     Item,
     RsaSignatureValidator,
@@ -28,10 +28,6 @@ from kwaainet_bridge.hivemind.dht import (
     signatures,
 )
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
-from kwaainet_bridge.net import Host, HostConfig, open_host
-from kwaainet_bridge.net.identity import Identity
-from kwaainet_bridge.rpc.client import RpcClient
-from kwaainet_bridge.rpc.server import RpcServer
 
 
 @pytest.fixture(scope="module")
@@ -45,35 +41,6 @@ def driver(stock: StockEnvironment) -> Iterator[Driver]:
 def stock_nodes(driver: Driver) -> Iterator[Driver]:
     yield driver
     driver.ask("shutdown")
-
-
-class Node:
-    """One of ours, with its host."""
-
-    def __init__(self, host: Host, **options: Any) -> None:
-        self.host = host
-        self.doomed = trio.Event()
-        self.dht = DhtNode(host, RpcServer(host), RpcClient(host), **options)
-
-    async def join(self, addresses: list[str]) -> None:
-        peers = [await self.host.connect(address) for address in addresses]
-        results = await self.dht.bootstrap(peers)
-        assert all(result.ok for result in results), results
-
-
-@asynccontextmanager
-async def our_node(**options: Any) -> AsyncIterator[Node]:
-    async with open_host(HostConfig(identity=Identity.generate("ed25519"))) as host:
-        node = Node(host, **options)
-        async with node.dht.running():
-            yield node
-
-
-async def live(task_status: trio.TaskStatus[Node]) -> None:
-    """Run a node in a task of its own, until ``doomed``."""
-    async with our_node() as node:
-        task_status.started(node)
-        await node.doomed.wait()
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -314,7 +281,7 @@ async def test_members_of_a_private_swarm_work_together_and_strangers_stay_out(s
 async def test_a_mixed_swarm_keeps_every_record_when_a_fifth_of_it_dies(stock_nodes: Driver) -> None:
     """Ten of ours and ten of stock's join in turns, each through one of the other kind."""
     async with trio.open_nursery() as lives:
-        ours: list[Node] = [await lives.start(live) for _ in range(10)]
+        ours: list[Node] = [await lives.start(live, {}) for _ in range(10)]
         theirs: list[dict[str, Any]] = []
         for number, node in enumerate(ours):
             if theirs:

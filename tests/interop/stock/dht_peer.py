@@ -2,13 +2,20 @@
 
 Commands::
 
-    start {initial_peers, client_mode, authority}          -> {node, peer, addresses}; ``authority``, a private key in
-                                                              hex, makes it a member of that authority's swarm
+    start {initial_peers, client_mode, authority,          -> {node, peer, addresses}; ``authority``, a private key in
+           node_id, schema, options}                          hex, makes it a member of that authority's swarm;
+                                                              ``node_id`` in hex; ``schema`` has it check SCHEMA;
+                                                              ``options`` are those of DHTNode.create
     dht   {initial_peers, signing}                         -> the same, for a ``hivemind.DHT`` in its own process;
                                                               ``signing`` gives it a validator; ``owner`` is the marker of its key
     kill  {node}                                           -> null; its daemon ends without a word to anybody
-    store {node, items: [{key, subkey, value, ttl}]}       -> list of bool
+    freeze {node}, thaw {node}                             -> null; its daemon stops to run, and goes on
+    store {node, items: [{key, subkey, value, ttl}]}       -> list of bool; ``expiration`` instead of ``ttl`` is absolute
+    store_many {node, items}                               -> the same in one call for all items
     get   {node, keys, latest}                             -> {key: null | {value, expiration} | {subkeys: {...}}}
+    holds {node, key}                                      -> {"storage", "cache"}: expiration there, or null
+    banned {node}                                          -> peer ids that it leaves alone
+    waiting {node, key}                                    -> how many gets wait for that key
     known {node}                                           -> peer ids in its routing table
     offer {offers: [[key, subkey, value, ttl]]}       -> list of bool, from a storage of its own without a node
     shutdown {}                                            -> null, once all nodes have ended
@@ -21,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -30,12 +38,14 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 from hivemind.dht import DHTNode
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.routing import DHTID
+from hivemind.dht.schema import SchemaValidator
 from hivemind.dht.storage import DHTLocalStorage
 from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.auth import TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey
 from lines import Lines
+from pydantic.v1 import BaseModel, StrictInt, StrictStr
 
 lines = Lines()
 LOOPBACK = {"host_maddrs": ["/ip4/127.0.0.1/tcp/0"], "nat_port_map": False, "auto_nat": False}
@@ -84,6 +94,17 @@ class Members(TokenAuthorizerBase):
         return f"{token.username} {token.public_key} {token.expiration_time}".encode()
 
 
+class Schema(BaseModel):
+    """SCHEMA: what the keys ``run_title`` and ``run_steps`` may hold."""
+
+    title: StrictStr
+    steps: dict[StrictStr, StrictInt]
+
+
+def expiration_of(item: dict[str, Any]) -> float:
+    return item["expiration"] if "expiration" in item else get_dht_time() + item["ttl"]
+
+
 class Commands:
     def __init__(self) -> None:
         self._nodes: list[Any] = []
@@ -97,11 +118,23 @@ class Commands:
         }
 
     async def start(
-        self, initial_peers: list[str], *, client_mode: bool = False, authority: str | None = None
+        self,
+        initial_peers: list[str],
+        *,
+        client_mode: bool = False,
+        authority: str | None = None,
+        node_id: str | None = None,
+        schema: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        authorizer = None if authority is None else Members(bytes.fromhex(authority))
         node = await DHTNode.create(
-            initial_peers=initial_peers, client_mode=client_mode, authorizer=authorizer, **LOOPBACK
+            initial_peers=initial_peers,
+            client_mode=client_mode,
+            authorizer=None if authority is None else Members(bytes.fromhex(authority)),
+            node_id=None if node_id is None else DHTID(int(node_id, 16)),
+            record_validator=SchemaValidator(Schema, prefix="run") if schema else None,
+            **(options or {}),
+            **LOOPBACK,
         )
         return self._added(node, node.peer_id, await node.get_visible_maddrs())
 
@@ -122,10 +155,25 @@ class Commands:
         self._nodes[node].p2p._child.kill()
         self._nodes[node] = None
 
+    async def freeze(self, node: int) -> None:
+        self._nodes[node].p2p._child.send_signal(signal.SIGSTOP)
+
+    async def thaw(self, node: int) -> None:
+        self._nodes[node].p2p._child.send_signal(signal.SIGCONT)
+
+    async def store_many(self, node: int, items: list[dict[str, Any]]) -> list[bool]:
+        stored = await self._nodes[node].store_many(
+            [item["key"] for item in items],
+            [item["value"] for item in items],
+            [expiration_of(item) for item in items],
+            subkeys=[item.get("subkey") for item in items],
+        )
+        return [bool(ok) for ok in stored.values()]
+
     async def store(self, node: int, items: list[dict[str, Any]]) -> list[bool]:
         stored = []
         for item in items:
-            expiration = get_dht_time() + item["ttl"]
+            expiration = expiration_of(item)
             target, subkey = self._nodes[node], item.get("subkey")
             if isinstance(target, hivemind.DHT):
                 ok = await asyncio.to_thread(
@@ -143,6 +191,17 @@ class Commands:
         expiration = float("inf") if latest else None
         found = await target.get_many(keys, sufficient_expiration_time=expiration)
         return {key: readable(value) for key, value in found.items()}
+
+    async def holds(self, node: int, key: str) -> dict[str, float | None]:
+        protocol, key_id = self._nodes[node].protocol, DHTID.generate(key)
+        found = {"storage": protocol.storage.get(key_id), "cache": protocol.cache.get(key_id)}
+        return {where: None if item is None else item.expiration_time for where, item in found.items()}
+
+    async def banned(self, node: int) -> list[str]:
+        return [peer.to_base58() for peer, _ in self._nodes[node].blacklist.banned_peers.items()]
+
+    async def waiting(self, node: int, key: str) -> int:
+        return len(self._nodes[node].pending_get_requests[DHTID.generate(key)])
 
     async def offer(self, offers: list[list[Any]]) -> list[bool]:
         storage, now = DHTLocalStorage(), get_dht_time()
