@@ -348,6 +348,9 @@ CHECK_LIFETIME_SECONDS: Final = 1800.0
 HOLE_PUNCH_ATTEMPTS: Final = 3
 """Tries to dial a peer at the same time as it dials us; after that the connection stays relayed (go-libp2p: 3)."""
 
+HOLE_PUNCH_TURN_SECONDS: Final = 1.5
+"""How long a punched connection waits to be spoken to before it speaks: a round trip and a lost packet."""
+
 HOLE_PUNCH_SECONDS: Final = 5.0
 """Longest time of one such try: a dial that succeeds takes a few round trips."""
 

@@ -9,6 +9,7 @@ from lab import Lab
 from lab_peers import Peer, StockPeers, eventually, our_peer
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.wire.circuit import DCUTR
 
 pytestmark = pytest.mark.slow
 
@@ -121,3 +122,48 @@ async def test_a_relay_that_dies_is_replaced(lab: Lab) -> None:
     addresses = await hidden.do("addresses")
     await caller.do("add", peer=hidden.id, addresses=addresses)
     await caller.do("call", peer=hidden.id, size=MANY)
+
+
+async def stock_behind_a_router(lab: Lab, stock: StockPeers, relays: list[Peer], **options: Any) -> Peer:
+    """A stock peer that punches holes: it does once four peers have seen it at one public address."""
+    peer = await stock.start(
+        lab.nat("their-router", "cone").host("theirs"),
+        initial_peers=[relay.address for relay in relays],
+        auto_nat=True,
+        **options,
+    )
+    for relay in relays:
+        await peer.do("connect", address=relay.address)
+    await eventually(relays[0], "protocols", lambda p: DCUTR in p, within=30, peer=peer.id)
+    return peer
+
+
+@pytest.mark.interop
+async def test_a_stock_peer_behind_a_router_calls_and_a_hole_is_punched(lab: Lab, stock: StockPeers) -> None:
+    """We begin, since the relay was asked for us."""
+    relay, *others = [await our_relay(lab, f"relay{n}") for n in range(5)]
+    theirs = await stock_behind_a_router(lab, stock, [relay, *others])
+    ours = await hidden_peer(lab, "ours", "cone", relay)
+    await hide(ours)
+    await eventually(relay, "known", lambda a: any("/p2p-circuit" in x for x in a), within=20, peer=ours.id)
+    await eventually(theirs, "unary", bool, within=20, peer=ours.id)
+    await eventually(ours, "connections", direct(theirs), within=25)
+    relay.driver.kill()
+    await theirs.do("call", peer=ours.id, size=MANY)
+
+
+@pytest.mark.interop
+async def test_a_stock_peer_behind_a_router_is_called_and_punches_a_hole(lab: Lab, stock: StockPeers) -> None:
+    """It begins, since the relay was asked for it."""
+    relays = [await our_relay(lab, f"relay{n}") for n in range(5)]
+    addresses = [relay.address for relay in relays]
+    theirs = await stock_behind_a_router(
+        lab, stock, relays, trusted_relays=addresses, use_auto_relay=True, force_reachability="private"
+    )
+    ours = await hidden_peer(lab, "ours", "cone", *relays)
+    await eventually(
+        relays[0], "known", lambda a: any("/p2p-circuit" in x for x in a), within=30, peer=theirs.id
+    )
+    await eventually(ours, "unary", bool, within=30, peer=theirs.id)
+    await eventually(ours, "connections", direct(theirs), within=25)
+    await ours.do("call", peer=theirs.id, size=MANY)

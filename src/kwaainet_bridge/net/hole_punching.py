@@ -1,8 +1,10 @@
 """From a relayed connection to a direct one: both sides dial at the same time, so that each one's router takes the
 other's dial for an answer to its own.
 
-The side that the relay was asked for begins. It plays the responder in the handshake, as it does in stock daemons.
-Source: libp2p specification ``relay/DCUtR.md``; go-libp2p v0.32.1, ``p2p/protocol/holepunch``.
+The side that the relay was asked for begins. In the handshake over the connection that comes of it, it is the responder
+by the specification, which rust-libp2p follows; in stock daemons it is the initiator (go-libp2p v0.32.1: seen). So it
+plays both in turn here, and the other side waits a moment whether it is spoken to.
+Source: libp2p specification ``relay/DCUtR.md``; go-libp2p, ``p2p/protocol/holepunch``.
 """
 
 from __future__ import annotations
@@ -40,8 +42,14 @@ class PunchingHost(Protocol):
     async def open_stream_on(self, connection: Connection, protocol: str) -> YamuxStream:
         """Open a stream on this very connection."""
 
-    async def dial_at(self, peer: PeerId, address: Address, *, responder: bool) -> None:
-        """Dial one address, and play the responder or not. Raises OSError, NetworkError or RemoteError."""
+    async def dial_at(
+        self, peer: PeerId, address: Address, *, responder: bool | None = False, punch: bool = True
+    ) -> None:
+        """Dial one address, and play the responder or not, or whichever the peer leaves; to ``punch``, from the port
+        that this host listens on.
+
+        Raises OSError, NetworkError or RemoteError.
+        """
 
 
 class HolePuncher:
@@ -56,7 +64,9 @@ class HolePuncher:
         Raises nothing for peers that fail or refuse. Cancelled: a dial under way is given up.
         """
         peer = connection.remote
-        if await self._dial(peer, _public(self._host.where(peer)), responder=False):
+        # From another port than that for punching: a router that remembers a dial which nobody answered takes the
+        # other side's for a stray answer to it.
+        if await self._dial(peer, _public(self._host.where(peer)), punch=False):
             return True
         for attempt in range(1, defaults.HOLE_PUNCH_ATTEMPTS + 1):
             try:
@@ -64,7 +74,7 @@ class HolePuncher:
             except (NetworkError, RemoteError) as e:
                 log.debug("no hole punching with %s: %s", peer, e)
                 return False
-            if await self._dial(peer, addresses, responder=True):
+            if await self._dial(peer, addresses, responder=attempt % 2 == 0):
                 log.info("connected to %s directly, after %d attempts", peer, attempt)
                 return True
         log.debug("hole punching with %s failed", peer)
@@ -95,7 +105,7 @@ class HolePuncher:
         theirs = _addresses(await _read(stream, PunchType.CONNECT))
         await stream.write(encode_punch(PunchType.CONNECT, self._own()))
         await _read(stream, PunchType.SYNC)
-        await self._dial(stream.remote, theirs, responder=False)
+        await self._dial(stream.remote, theirs, responder=None)
 
     def _own(self) -> list[bytes]:
         own = [address.binary for address in self._host.punching_addresses()]
@@ -103,13 +113,20 @@ class HolePuncher:
             raise NetworkError("no peer has seen a public address of this host")
         return own
 
-    async def _dial(self, peer: PeerId, addresses: Sequence[Address], *, responder: bool) -> bool:
+    async def _dial(
+        self,
+        peer: PeerId,
+        addresses: Sequence[Address],
+        *,
+        responder: bool | None = False,
+        punch: bool = True,
+    ) -> bool:
         if self._host.has_direct_connection(peer):
             return True
 
         async def try_one(address: Address) -> None:
             try:
-                await self._host.dial_at(peer, address, responder=responder)
+                await self._host.dial_at(peer, address, responder=responder, punch=punch)
             except (OSError, NetworkError, RemoteError) as e:
                 log.debug("direct dial of %s at %s: %s", peer, address, e)
             else:

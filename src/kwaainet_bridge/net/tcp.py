@@ -103,9 +103,14 @@ class Connector:
             for address in listening:
                 self._from.setdefault(address.family, (address.host, address.port))
 
-    async def connect(self, family: int, target: tuple[str | int, ...]) -> TcpSocket:
-        """Connect to a socket address. Raises OSError. Cancelled: no socket stays open."""
-        local = self._from.get(family)
+    async def connect(
+        self, family: int, target: tuple[str | int, ...], *, from_any_port: bool = False
+    ) -> TcpSocket:
+        """Connect to a socket address. Raises OSError. Cancelled: no socket stays open.
+
+        ``from_any_port``: even if the address is public.
+        """
+        local = None if from_any_port else self._from.get(family)
         if local is not None and private_block(str(target[0])) is None:
             try:
                 return await self._connect(family, target, local)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, PeerUnreachable
 from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.net.channel import RawChannel
@@ -98,8 +99,13 @@ class Traversal:
     async def open_stream_on(self, connection: Connection, protocol: str) -> YamuxStream:
         return await self._host.open_stream_on(connection, protocol)
 
-    async def dial_at(self, peer: PeerId, address: Address, *, responder: bool) -> None:
-        channel = await self._connector.connect(address.family, (address.host, address.port))
+    async def dial_at(
+        self, peer: PeerId, address: Address, *, responder: bool | None = False, punch: bool = True
+    ) -> None:
+        target = (address.host, address.port)
+        channel = await self._connector.connect(address.family, target, from_any_port=not punch)
+        if responder is None:
+            responder = await _is_spoken_to(channel)
         await self._host.connections.upgrade_outbound(channel, peer, Progress(), responder=responder)
 
     def has_direct_connection(self, peer: PeerId) -> bool:
@@ -136,6 +142,17 @@ class Traversal:
 
     def unprotect(self, peer: PeerId, tag: str) -> None:
         self._host.unprotect(peer, tag)
+
+
+async def _is_spoken_to(channel: RawChannel) -> bool:
+    """Whether the other end begins the handshake, which initiators do at once."""
+    try:
+        with trio.move_on_after(defaults.HOLE_PUNCH_TURN_SECONDS) as waiting:
+            await channel.wait_readable()
+    except BaseException:
+        channel.abort()
+        raise
+    return not waiting.cancelled_caught
 
 
 def _over_yamux(handler: Callable[[YamuxStream], Awaitable[None]]) -> StreamHandler:

@@ -12,6 +12,7 @@ Commands::
     unary       {peer, size, timeout}   -> seconds of a call of ``Echo.rpc_echo``
     ping        {peer}                  -> seconds of a ping, which every libp2p host answers
     connections {}                      -> [{peer, address, relay, initiator, streams}]; ``relay``: who carries it, or null
+    protocols   {peer}                  -> what a connected peer says that it serves
     known       {peer}                  -> where that peer may be dialled
     add         {peer, addresses}       -> null; they may be dialled from now on
     gone        {peer}                  -> seconds until no connection to the peer is open
@@ -142,6 +143,10 @@ class Commands:
             }
             for connection in self.host.connections
         ]
+
+    async def protocols(self, peer: str) -> list[str]:
+        description = self.host.description(PeerId.parse(peer))
+        return [] if description is None else sorted(description.protocols)
 
     async def known(self, peer: str) -> list[str]:
         return self.host.known_addresses(PeerId.parse(peer))
