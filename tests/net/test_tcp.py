@@ -58,3 +58,19 @@ async def test_a_refused_dial_is_not_repeated_from_another_port(monkeypatch: pyt
     async with ours:
         with pytest.raises(ConnectionRefusedError):
             await Connector([own]).connect(socket.AF_INET, (closed.host, closed.port))
+
+
+async def test_a_port_is_shared_only_with_dials_that_leave_from_its_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the address of another interface, or from loopback, nothing would get there."""
+    monkeypatch.setattr(tcp, "private_block", lambda _: None)
+    theirs, target = await bind(ANY_PORT)
+    elsewhere, own = await bind(parse_listen_address("/ip4/127.0.0.2/tcp/0"))
+    async with theirs, elsewhere:
+        dialled = await Connector([own]).connect(socket.AF_INET, (target.host, target.port))
+        async with await accepted(theirs) as stream:
+            host, port = stream.socket.getpeername()
+            assert host == "127.0.0.1"
+            assert port != own.port
+        dialled.abort()

@@ -8,6 +8,7 @@ is what has to be known to be dialled through the router, or at the same time as
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -98,10 +99,7 @@ class Connector:
     """Dials TCP; public addresses from the ports in ``listening``, where the system can share them."""
 
     def __init__(self, listening: Sequence[Address] = ()) -> None:
-        self._from: dict[int, tuple[str, int]] = {}
-        if _CAN_SHARE_PORTS:
-            for address in listening:
-                self._from.setdefault(address.family, (address.host, address.port))
+        self._listening = tuple(listening) if _CAN_SHARE_PORTS else ()
 
     async def connect(
         self, family: int, target: tuple[str | int, ...], *, from_any_port: bool = False
@@ -110,8 +108,10 @@ class Connector:
 
         ``from_any_port``: even if the address is public.
         """
-        local = None if from_any_port else self._from.get(family)
-        if local is not None and private_block(str(target[0])) is None:
+        local = None
+        if not from_any_port and private_block(str(target[0])) is None:
+            local = self._listening_towards(family, target)
+        if local is not None:
             try:
                 return await self._connect(family, target, local)
             except OSError as e:
@@ -120,6 +120,23 @@ class Connector:
                     raise
                 log.debug("dialling %s from another port: %s", target, e)
         return await self._connect(family, target, None)
+
+    def _listening_towards(self, family: int, target: tuple[str | int, ...]) -> tuple[str, int] | None:
+        """The listening socket's address that a dial of ``target`` may leave from.
+
+        One that listens on a single address lends its port to what the system sends from that address anyway: from
+        loopback or another network's interface nothing would get there.
+        """
+        same_family = [own for own in self._listening if own.family == family]
+        for own in same_family:
+            if ipaddress.ip_address(own.host).is_unspecified:
+                return own.host, own.port
+        if not same_family:
+            return None
+        with socket.socket(family, socket.SOCK_DGRAM) as route:  # sends nothing: it only asks for the route
+            route.connect(target)
+            source = route.getsockname()[0]
+        return next(((own.host, own.port) for own in same_family if own.host == source), None)
 
     @staticmethod
     async def _connect(
