@@ -190,12 +190,14 @@ _PRIVATE: Final = tuple(
         ipaddress.ip_network,
         (
             "127.0.0.0/8",
+            "0.0.0.0/8",  # a dial of it ends at this machine itself
             "10.0.0.0/8",
             "172.16.0.0/12",
             "192.168.0.0/16",
             "100.64.0.0/10",
             "169.254.0.0/16",
             "::1/128",
+            "::/128",  # likewise
             "fe80::/10",
         ),
     )
