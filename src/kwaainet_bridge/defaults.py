@@ -343,7 +343,7 @@ REMEMBERED_CHECKS: Final = 16
 """Checks of this host's reachability that count, the latest."""
 
 CHECK_LIFETIME_SECONDS: Final = 1800.0
-"""How long a check counts: routers get other addresses and rules."""
+"""How long a check counts beside later ones: routers get other addresses and rules."""
 
 HOLE_PUNCH_ATTEMPTS: Final = 3
 """Tries to dial a peer at the same time as it dials us; after that the connection stays relayed (go-libp2p: 3)."""
@@ -402,6 +402,10 @@ DHT_PATIENCE_FACTOR: Final = 3.0
 DHT_FALSE_NEIGHBOURS: Final = 2
 """A node is believed no more once this many of those it named fail, and fewer than a quarter answer. Before the first
 answers, as many are asked at a time."""
+
+DHT_LATE_NEIGHBOURS: Final = 6
+"""The same, when those that were asked first are late. Of six nodes, all died within an hour once in 15,000 times if a
+fifth of all did; and whoever invents silent nodes delays a search by three times DHT_PATIENCE_SECONDS at most."""
 
 DHT_BACKOFF_SECONDS: Final = 5.0
 """A peer that fails to answer a search is left alone this long, then twice as long, and so on (stock: 5)."""
@@ -573,7 +577,7 @@ REACHABILITY_PEERS: Final = 5
 """Peers that are asked to dial this node in one round (stock: 5)."""
 
 REACHABILITY_RETRY_SECONDS: Final = 5.0
-"""Wait before the next round while the verdict is open, or was just lost."""
+"""Wait before the next round while the verdict is open or in doubt, or was just lost."""
 
 REACHABILITY_PERIOD_SECONDS: Final = 600.0
 """Wait between rounds while the node can be dialled."""
@@ -677,3 +681,55 @@ CLIENT_UNARY_BYTES: Final = MIB
 PREFILL_TOKENS: Final = 1024
 """Tokens, times batch, of one step while a prompt is read or a history replayed: small enough for any server's
 ``max_batch_size`` and for other sessions to get their turn in between."""
+
+# --- averaging ------------------------------------------------------------------------------------------
+
+AVERAGING_PART_BYTES: Final = 512 * KIB
+"""Bytes of one part of a tensor as it travels. Not negotiated: all members of a group must have the same (stock:
+2^19)."""
+
+AVERAGING_GROUP_ID_BYTES: Final = 64
+"""Longest id of a group. Stock leaders send 20 bytes; PowerSGD appends 7."""
+
+AVERAGING_MAX_GROUP: Final = 256
+"""Members of a group, where no target size is set. Stock runs use 2 to 64."""
+
+AVERAGING_GATHER_BYTES: Final = 64 * KIB
+"""What one member may tell its group (``gather``): a leader sends all of them to everybody."""
+
+AVERAGING_MAX_VALUE: Final = 1e36
+"""Largest weight times value: the sum of a full group's stays below float32's 3.4e38."""
+
+AVERAGING_MATCHMAKING_SECONDS: Final = 5.0
+"""A declared peer waits so long for others before it begins with those who came (stock: 5 s)."""
+
+AVERAGING_REQUEST_SECONDS: Final = 3.0
+"""Longest wait for a leader's first answer; shorter than the above, so that two peers that ask each other both
+get on in time (stock: 3 s)."""
+
+AVERAGING_SEARCH_SECONDS: Final = 0.5
+"""Pause between two looks for leaders in the DHT. Stock peers look again at once while they know of none."""
+
+AVERAGING_FIRST_PART_SECONDS: Final = 15.0
+"""How long a member may take to send its first part, once the group begins (stock optimizers: 15 s)."""
+
+AVERAGING_PART_SECONDS: Final = 5.0
+"""Least time that a member has for any later part."""
+
+AVERAGING_PART_FACTOR: Final = 8.0
+"""A member has this many times what the slowest part before took, if that is more."""
+
+AVERAGING_RESULT_SECONDS: Final = 60.0
+"""How long a member may take to answer with the next average. It waits for senders meanwhile, so this is longer than
+their time (stock optimizers: 30 s)."""
+
+AVERAGING_ALLREDUCE_SECONDS: Final = 600.0
+"""Limit of a whole all-reduce; what has not come by then keeps its local values (stock: none; optimizers: 60 s)."""
+
+AVERAGING_STATE_SECONDS: Final = 30.0
+"""How long a record lives by which a peer offers its state, and the longest wait for the next piece of one (stock:
+30 s; none)."""
+
+AVERAGING_STATE_FACTOR: Final = 8
+"""A state that is downloaded may have this many times the bytes of the tensors that are averaged, plus 64 MiB:
+parameters in float32 with an optimizer's moments are 3 to 6 times those of half precision."""

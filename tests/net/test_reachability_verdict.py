@@ -79,10 +79,13 @@ def test_half_of_the_peers_are_enough(world: World) -> None:
 
 def test_one_failure_does_not_end_a_good_verdict(world: World) -> None:
     world.check(1, True)
+    assert not world.reachability.in_doubt
     world.check(1, False)
     assert world.verdict is Verdict.PUBLIC
+    assert world.reachability.in_doubt
     world.check(1, False)
     assert world.verdict is Verdict.UNREACHABLE
+    assert not world.reachability.in_doubt
     world.check(1, True)
     assert world.verdict is Verdict.PUBLIC
 
@@ -94,11 +97,41 @@ def test_a_peer_counts_once_however_often_it_is_asked(world: World) -> None:
     assert world.verdict is Verdict.PUBLIC
 
 
-def test_old_checks_are_forgotten(world: World) -> None:
-    world.check(1, False)
+def test_old_checks_count_no_longer(world: World) -> None:
+    for number in range(3):
+        world.check(number, False)
     world.clock.now += defaults.CHECK_LIFETIME_SECONDS + 1
-    assert world.verdict is Verdict.UNKNOWN
+    world.check(4, True, address=HERE)
+    assert world.verdict is Verdict.PUBLIC
+
+
+@pytest.mark.parametrize(("reachable", "verdict"), [(False, Verdict.UNREACHABLE), (True, Verdict.PUBLIC)])
+def test_a_verdict_stands_while_nobody_can_tell(world: World, reachable: bool, verdict: Verdict) -> None:
+    """Otherwise a private host would give up its relays, only since the peers that could dial it have gone."""
+    for number in range(5):
+        world.check(number, reachable)
+    world.check(5, not reachable)  # outvoted, and the last
+    world.clock.now += 10 * defaults.CHECK_LIFETIME_SECONDS
+    assert world.verdict is verdict
+
+
+def test_of_a_host_that_has_moved_new_checks_count(world: World) -> None:
+    for number in range(5):
+        world.check(number, True, address=HERE)
+    world.clock.now += 1
+    world.reachability.moved()
+    assert world.verdict is Verdict.PUBLIC  # nobody knows better yet
+    world.check(1, False)
+    world.check(2, False)
+    assert world.verdict is Verdict.UNREACHABLE
     assert world.reachability.proved == []
+
+
+def test_many_neighbours_do_not_make_it_forget_those_outside(world: World) -> None:
+    world.check(1, False)
+    for number in range(2, 3 * defaults.REMEMBERED_CHECKS):
+        world.check(number, True, outside=False)
+    assert world.verdict is Verdict.UNREACHABLE
 
 
 def test_neighbours_count_only_as_long_as_nobody_outside_has_tried(world: World) -> None:

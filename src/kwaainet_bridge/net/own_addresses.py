@@ -41,6 +41,11 @@ class OwnAddresses:
         return bool(self._listening)
 
     @property
+    def interfaces(self) -> tuple[Address, ...]:
+        """Those of this machine that it listens on, as they are now unless others are announced."""
+        return self._interfaces
+
+    @property
     def direct(self) -> tuple[Address, ...]:
         """Those that lead here without a relay."""
         return tuple(dict.fromkeys((*(self._announced or self._interfaces), *self._proved)))

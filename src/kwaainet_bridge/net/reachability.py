@@ -7,15 +7,20 @@ nowhere; it cannot know by itself.
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.wire.peer_id import PeerId
+
+_FAILURES_TO_LOSE: Final = 2
+"""Failed checks after which a host that was public no longer is."""
 
 
 class Verdict(enum.StrEnum):
@@ -46,8 +51,9 @@ class Check:
 
 
 class Reachability:
-    """Weighs checks. Each peer counts once, with its latest check; those of half an hour ago no longer. Peers inside
-    the same private network get through where nobody else does, so they only count while no peer outside has tried.
+    """Weighs checks. Each peer counts once, with its latest check; those half an hour older than the last one no
+    longer. While there are no new ones the verdict stands: that nobody can tell any more is no news. Peers inside the
+    same private network get through where nobody else does, so they only count while no peer outside has tried.
 
     Half of them make a host public, as in stock Petals. A host that was public is only called private after two
     checks have failed: one may have met a bad moment of the line. ``relays`` is the number of places held at relays,
@@ -58,19 +64,23 @@ class Reachability:
         self.relays = 0
         self._listens = listens
         self._clock = clock
-        self._checks: deque[Check] = deque(maxlen=defaults.REMEMBERED_CHECKS)
+        # apart, so that many neighbours do not make it forget those outside
+        self._checks: dict[bool, deque[Check]] = {
+            outside: deque(maxlen=defaults.REMEMBERED_CHECKS) for outside in (True, False)
+        }
         self._was_public = False
+        self._moved_at = -math.inf
 
     def note(self, check: Check) -> None:
         """Take in a check."""
-        if check.outside and not any(other.outside for other in self._recent()):
+        if check.outside and not any(other.outside for other in self._counted()):
             self._was_public = False  # in the eyes of neighbours only
-        self._checks.append(check)
+        self._checks[check.outside].append(check)
         self._was_public = self._direct() is True
 
-    def forget(self) -> None:
-        """Drop all checks: this host's addresses are others now."""
-        self._checks.clear()
+    def moved(self) -> None:
+        """Note that this host's addresses are others now: checks from before count only until there is one since."""
+        self._moved_at = self._clock()
 
     @property
     def verdict(self) -> Verdict:
@@ -81,28 +91,38 @@ class Reachability:
             return Verdict.PUBLIC
         return Verdict.RELAYED if self.relays else Verdict.UNREACHABLE
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it is called public though most checks failed: one failure more ends that."""
+        failures = sum(not check.reachable for check in self._counted())
+        return self._was_public and failures < _FAILURES_TO_LOSE and not self._most_got_through()
+
     def _direct(self) -> bool | None:
         """Whether it can be dialled without a relay; None if that is not known."""
         if not self._listens:
             return False
-        recent = self._recent()
-        latest = {check.by: check.reachable for check in recent}
-        if not latest:
+        if not self._counted():
             return None
-        if 2 * sum(latest.values()) >= len(latest):
-            return True
-        failures = sum(not check.reachable for check in recent)
-        return failures < 2 if self._was_public else False
+        return self._most_got_through() or self.in_doubt
 
-    def _recent(self) -> list[Check]:
-        oldest = self._clock() - defaults.CHECK_LIFETIME_SECONDS
-        recent = [check for check in self._checks if check.at >= oldest]
-        return [check for check in recent if check.outside] or recent
+    def _most_got_through(self) -> bool:
+        latest = {check.by: check.reachable for check in self._counted()}
+        return 2 * sum(latest.values()) >= len(latest)
+
+    def _counted(self) -> list[Check]:
+        """The checks that count, in order."""
+        latest = max((checks[-1].at for checks in self._checks.values() if checks), default=-math.inf)
+        # not by the clock: a verdict stands as it was while nobody can tell
+        oldest = latest - defaults.CHECK_LIFETIME_SECONDS
+        if latest >= self._moved_at:
+            oldest = max(oldest, self._moved_at)
+        recent = {outside: [c for c in checks if c.at >= oldest] for outside, checks in self._checks.items()}
+        return recent[True] or recent[False]
 
     @property
     def proved(self) -> list[Address]:
         """Addresses at which peers got through lately, the latest first."""
-        found = (check.address for check in reversed(self._recent()) if check.reachable)
+        found = (check.address for check in reversed(self._counted()) if check.reachable)
         return list(dict.fromkeys(address for address in found if address is not None))
 
     @property
@@ -111,15 +131,15 @@ class Reachability:
         relays = f"; places at {self.relays} relays" if self.relays else ""
         if not self._listens:
             return f"it does not listen{relays}"
-        recent = self._recent()
-        if not recent:
+        counted = self._counted()
+        if not counted:
             return f"no peer has tried to dial it yet{relays}"
-        latest = {check.by: check for check in recent}
+        latest = {check.by: check for check in counted}
         through = [check for check in latest.values() if check.reachable]
         where = f" at {self.proved[0]}" if self.proved else ""
-        ago = self._clock() - recent[-1].at
+        ago = self._clock() - counted[-1].at
         methods = ", ".join(sorted({check.method for check in latest.values()}))
-        whence = "peers" if recent[0].outside else "peers of its own network"
+        whence = "peers" if counted[0].outside else "peers of its own network"
         return (
             f"{len(through)} of {len(latest)} {whence} got through{where} ({methods}), "
             f"the last tried {ago:.0f} s ago{relays}"

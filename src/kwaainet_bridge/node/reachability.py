@@ -52,6 +52,7 @@ class ReachabilityWatch:
         self._verdict = Verdict.UNKNOWN
         self._relays = 0
         self._changed = trio.Event()
+        self._moved = trio.Event()
         self._turn = trio.Lock()
         host.serve(AUTONAT, AutoNatService(self._seen_at, dial_anew).serve)
 
@@ -65,10 +66,12 @@ class ReachabilityWatch:
 
     async def settle(self) -> None:
         """Try for a first verdict, for at most 25 s; without peers that could tell there is none."""
-        with trio.move_on_after(defaults.REACHABILITY_START_SECONDS):
+        with trio.move_on_after(defaults.REACHABILITY_START_SECONDS) as limit:
             async with self._turn:
                 if self._verdict is Verdict.UNKNOWN:
                     await self._round()
+        if limit.cancelled_caught:
+            self._judge()  # by what there is: one peer that does not answer holds up a round
 
     async def run(self) -> None:
         """Ask and act until cancelled."""
@@ -79,7 +82,9 @@ class ReachabilityWatch:
                 before = self._verdict
                 async with self._turn:
                     await self._round()
-                await trio.sleep(self._pause(before))
+                with trio.move_on_after(self._pause(before)):
+                    await self._moved.wait()
+                self._moved = trio.Event()
 
     async def _round(self) -> None:
         await self._host.wait_identified()
@@ -87,15 +92,21 @@ class ReachabilityWatch:
         self._judge()
 
     def _pause(self, before: Verdict) -> float:
-        if self._verdict is Verdict.UNKNOWN or before is Verdict.PUBLIC is not self._verdict:
+        lost = before is Verdict.PUBLIC is not self._verdict
+        if self._verdict is Verdict.UNKNOWN or lost or self._reachability.in_doubt:
             return defaults.REACHABILITY_RETRY_SECONDS
         if self._verdict is Verdict.PUBLIC:
             return defaults.REACHABILITY_PERIOD_SECONDS
         return defaults.PRIVATE_PERIOD_SECONDS
 
     async def _follow_addresses(self) -> None:
+        own = self._host.own
         while True:
-            await self._host.own.wait_changed()
+            interfaces = own.interfaces
+            await own.wait_changed()
+            if own.interfaces != interfaces:
+                self._reachability.moved()
+                self._moved.set()
             if self._relays != len(self._host.traversal.keeper.reservations):
                 self._judge()
 
@@ -106,26 +117,28 @@ class ReachabilityWatch:
         return "" if connection is None else connection.remote_host
 
     async def _ask_peers(self) -> None:
-        """Ask some connected peers at once."""
+        """Ask some connected peers at once, those outside of this network first."""
         if not self._host.own.listens:
             return
         direct = self._host.traversal.direct_peers
-        peers = [*{*direct(AUTONAT), *direct(RPC_CHECK.name)}]
+        peers = list(dict.fromkeys([*direct(AUTONAT), *direct(RPC_CHECK.name)]))
+        self._rng.shuffle(peers)
+        peers.sort(key=lambda peer: private_block(self._seen_at(peer)) is not None)
         async with trio.open_nursery() as nursery:
-            for peer in self._rng.sample(peers, min(len(peers), defaults.REACHABILITY_PEERS)):
+            for peer in peers[: defaults.REACHABILITY_PEERS]:
                 nursery.start_soon(self._ask, peer)
 
     async def _ask(self, peer: PeerId) -> None:
+        outside = private_block(self._seen_at(peer)) is None  # it may leave with its answer
         try:
             found = await ask_to_dial(self._host, peer)
         except (NetworkError, RemoteError) as e:
             log.debug("no check", peer=str(peer), reason=str(e))
         else:
             if found is not None:
-                self._note(peer, found)
+                self._note(peer, found, outside=outside)
 
-    def _note(self, peer: PeerId, found: DialledBack) -> None:
-        outside = private_block(self._seen_at(peer)) is None
+    def _note(self, peer: PeerId, found: DialledBack, *, outside: bool) -> None:
         log.debug("check", peer=str(peer), method=found.method, reachable=found.reachable, outside=outside)
         check = Check(peer, found.method, found.reachable, outside, trio.current_time(), found.address)
         self._reachability.note(check)
