@@ -371,6 +371,23 @@ async def test_what_is_asked(network: MemoryNetwork) -> None:
     assert requests == [bytes.fromhex("38 0800 1234 0a32 0a26") + ASKER.raw + direct]
 
 
+@pytest.mark.parametrize("port", [4001, 53])
+async def test_an_address_that_was_not_asked_about_is_not_believed(network: MemoryNetwork, port: int) -> None:
+    """Others are told of it: whoever names a third party's would have them all knock there."""
+    asker, server = network.host(ASKER), network.host(US)
+
+    async def say_yes(stream: Stream) -> None:
+        await stream.read(65536)
+        answer = DialResponse(status=DialResponse.OK, addr=Address("ip4", SEEN, port).binary)
+        body = Message(type=Message.DIAL_RESPONSE, dial_response=answer).SerializeToString()
+        await stream.write(encode_uvarint(len(body)) + body)
+
+    server.serve(AUTONAT, say_yes)
+    asked = Address("ip4", SEEN, 4001)
+    found = await ask(asker, US, [Address("ip4", "10.0.0.1", 53), asked])
+    assert found == DialBack(True, asked if port == asked.port else None)
+
+
 async def test_a_question_fits_into_a_message(network: MemoryNetwork) -> None:
     asker, server, sizes = network.host(ASKER), network.host(US), []
 

@@ -12,7 +12,7 @@ import ipaddress
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -55,18 +55,22 @@ class DialBack:
 async def ask(host: Host, peer: PeerId, addresses: Iterable[Address]) -> DialBack:
     """Ask ``peer`` to dial this host back at ``addresses``, of which it is told the direct ones.
 
-    Stock peers also dial the address that they see this host at, and replace IP addresses by the one there. Takes
-    15 s where the dial fails. Raises what ``open_stream`` raises, RemoteError for a malformed answer, and
-    DeadlineExceeded. Cancelled: no stream stays open.
+    Stock peers also dial the address that they see this host at, and replace IP addresses by the one there. An
+    address that was not asked about is left out of the answer. Takes 15 s where the dial fails. Raises what
+    ``open_stream`` raises, RemoteError for a malformed answer, and DeadlineExceeded. Cancelled: no stream stays open.
     """
-    direct = [a for a in addresses if a.relay is None and not a.is_name][: defaults.MAX_AUTONAT_ADDRESSES]
+    direct = [a.without_peer() for a in addresses if a.relay is None and not a.is_name][
+        : defaults.MAX_AUTONAT_ADDRESSES
+    ]
     named = PeerInfo(id=host.peer_id.raw, addrs=[a.binary for a in direct])
     try:
         with trio.fail_after(defaults.AUTONAT_SECONDS):
             stream = await host.open_stream(peer, AUTONAT)
             try:
                 await stream.write(_encode(Message(type=Message.DIAL, dial=Dial(peer=named))))
-                return read_answer(await read_one(stream, defaults.MAX_AUTONAT_BYTES))
+                found = read_answer(await read_one(stream, defaults.MAX_AUTONAT_BYTES))
+                known = found.address in direct  # others are told of it, so it must not be anybody else's
+                return found if known else replace(found, address=None)
             finally:
                 await stream.close()
     except trio.TooSlowError:
