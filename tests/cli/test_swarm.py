@@ -53,7 +53,11 @@ SPANS = (
     span(B, 2, 4, using_relay=True, cache_tokens_left=4096),
     span(C, 4, 8, ServerState.JOINING),
 )
-CHECKS = {A: Check(True, 0.0405), B: Check(False, error="cannot reach B (tcp): refused"), C: Check(True)}
+CHECKS = {
+    A: Check(True, 0.0405),
+    B: Check(False, error="cannot reach B (tcp): refused"),
+    C: Check(True, relayed=True),
+}
 
 
 def terminal(width: int = 200, *, coloured: bool = False, **options: Any) -> Console:
@@ -95,7 +99,7 @@ def test_a_network() -> None:
         str(A), "attic", "0:4", "online", "12.5", "2.3.0", "no", "40.5 ms", "x, y",
     ]  # fmt: skip
     assert re.split(r"  +", lines[7].strip()) == [str(B), "2:4", "online", "12.5", "yes", "no", "4096"]
-    assert re.split(r"  +", lines[8].strip()) == [str(C), "4:8", "JOINING", "12.5", "yes"]
+    assert re.split(r"  +", lines[8].strip()) == [str(C), "4:8", "JOINING", "12.5", "yes by relay"]
     assert lines[9:] == ["not connected: cannot reach B (tcp): refused"]
 
 
@@ -228,11 +232,12 @@ def test_json() -> None:
         "using_relay": False,
         "adapters": ["x", "y"],
         "cache_tokens_left": None,
-        "check": {"reachable": True, "round_trip_ms": 40.5, "error": ""},
+        "check": {"reachable": True, "round_trip_ms": 40.5, "relayed": False, "error": ""},
     }
     assert [server["state"] for server in servers] == ["online", "online", "joining"]
     assert servers[1]["check"]["reachable"] is False
     assert servers[2]["check"]["round_trip_ms"] is None
+    assert servers[2]["check"]["relayed"] is True
     for keys in (told, model, servers[0], servers[0]["check"]):
         assert all(f"`{key}`" in DOCUMENTED for key in keys)
     unchecked = NetworkSurvey("petals", (SurveyedModel(MODEL, SPANS),)).as_json()

@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from kwaainet_bridge import defaults
+from kwaainet_bridge.cli.visit import visit_swarm
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.engine import ClientModel, load_client_weights
-from kwaainet_bridge.errors import ConfigError, InvalidRequest, NetworkError
+from kwaainet_bridge.errors import ConfigError, InvalidRequest
 from kwaainet_bridge.hivemind.client import (
     GREEDY,
     Directory,
@@ -25,13 +25,7 @@ from kwaainet_bridge.hivemind.client import (
     generate,
     open_session,
 )
-from kwaainet_bridge.hivemind.dht import DhtNode
-from kwaainet_bridge.net import Host, HostConfig, open_host
-from kwaainet_bridge.net.identity import Identity
-from kwaainet_bridge.node.logs import configure_logging
 from kwaainet_bridge.node.models import model_source, swarm_prefix
-from kwaainet_bridge.rpc import RpcClient, RpcServer
-from kwaainet_bridge.wire.peer_id import PeerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +58,16 @@ async def generate_text(config: NodeConfig, options: GenerateOptions) -> None:
 
     Raises ConfigError without a bootstrap address, NetworkError when nobody answers or blocks are missing.
     """
-    configure_logging("warning", config.log.format)
-    network, model = config.networks.petals, config.model
-    if network is None or not network.bootstrap or model is None:
-        raise ConfigError("no swarm to ask: give an address of one of its peers with --initial-peers")
-    identity = Identity.generate("ed25519")
-    async with open_host(HostConfig(identity, listen=())) as host:
-        client = RpcClient(host)
-        dht = DhtNode(host, RpcServer(host), client, client_mode=True)
-        async with dht.running():
-            console = Console(stderr=True)
-            with _progress(console) as progress:
-                weights, tokenizer = await _load(model, progress)
-                task = progress.add_task("joining the swarm", total=None)
-                await _join(host, dht, network.bootstrap)
-                progress.remove_task(task)
-            prefix = swarm_prefix(model.name, weights.family, model.dht_prefix)
-            swarm = Swarm(client, Directory(dht, prefix, weights.num_blocks), ping=dht.ping)
-            await _write_text(swarm, weights, tokenizer, options, console)
+    model = config.model
+    if model is None:
+        raise ConfigError("no model to generate with: name it with --model")
+    async with visit_swarm(config) as visit:
+        console = Console(stderr=True)
+        with _progress(console) as progress:
+            weights, tokenizer = await _load(model, progress)
+        prefix = swarm_prefix(model.name, weights.family, model.dht_prefix)
+        swarm = Swarm(visit.rpc, Directory(visit.dht, prefix, weights.num_blocks), ping=visit.dht.ping)
+        await _write_text(swarm, weights, tokenizer, options, console)
 
 
 def _progress(console: Console) -> Progress:
@@ -105,33 +91,6 @@ async def _load(model: ModelConfig, progress: Progress) -> tuple[ClientModel, An
     tokenizer = await trio.to_thread.run_sync(load_tokenizer)
     progress.remove_task(task)
     return weights, tokenizer
-
-
-async def _join(host: Host, dht: DhtNode, addresses: tuple[str, ...]) -> None:
-    """Join through any of the addresses, all tried at once. Raises NetworkError naming each failure."""
-    joined: list[PeerId] = []
-    failures: list[str] = []
-
-    async def attempt(address: str) -> None:
-        try:
-            with trio.fail_after(defaults.BOOTSTRAP_ROUND_SECONDS):
-                peer = await host.connect(address)
-                error = (await dht.bootstrap([peer]))[0].error
-        except NetworkError as e:
-            failures.append(f"{address}: {e}")
-        except trio.TooSlowError:
-            failures.append(f"{address}: no answer within {defaults.BOOTSTRAP_ROUND_SECONDS:g} s")
-        else:
-            if error is None:
-                joined.append(peer)
-            else:
-                failures.append(f"{address}: {error}")
-
-    async with trio.open_nursery() as nursery:
-        for address in addresses:
-            nursery.start_soon(attempt, address)
-    if not joined:
-        raise NetworkError("the swarm cannot be reached:\n  " + "\n  ".join(failures))
 
 
 async def _write_text(

@@ -98,6 +98,7 @@ class NetworkSurvey:
             else {
                 "reachable": check.reachable,
                 "round_trip_ms": None if check.seconds is None else round(check.seconds * 1e3, 3),
+                "relayed": check.relayed,
                 "error": check.error,
             },
         }
@@ -153,4 +154,8 @@ async def _check(visit: Visit, surveyed: list[SurveyedModel]) -> dict[PeerId, Ch
         await ping(visit.host, peer)  # dials, and agrees on the protocol
         return await ping(visit.host, peer)
 
-    return await check_servers((span.peer for model in surveyed for span in model.spans), round_trip)
+    def relayed(peer: PeerId) -> bool:
+        return not visit.host.traversal.has_direct_connection(peer)
+
+    peers = (span.peer for model in surveyed for span in model.spans)
+    return await check_servers(peers, round_trip, relayed=relayed)

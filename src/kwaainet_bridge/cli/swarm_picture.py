@@ -123,4 +123,5 @@ def _connected(checks: Mapping[PeerId, Check] | None, peer: PeerId) -> str:
         return "not checked"
     if not check.reachable:
         return "no"
-    return "yes" if check.seconds is None else f"{check.seconds * 1e3:.1f} ms"
+    found = "yes" if check.seconds is None else f"{check.seconds * 1e3:.1f} ms"
+    return f"{found} by relay" if check.relayed else found

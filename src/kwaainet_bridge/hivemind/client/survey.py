@@ -51,11 +51,14 @@ class SwarmModel:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Whether a server could be connected to just now. ``seconds`` is the round trip, None if it serves no ping."""
+    """Whether a server could be connected to just now. ``seconds`` is the round trip, None if it serves no ping;
+    ``relayed`` whether that went through a relay.
+    """
 
     reachable: bool
     seconds: float | None = None
     error: str = ""
+    relayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +140,14 @@ async def _read(source: RecordSource, model: SwarmModel) -> list[Span]:
 
 
 async def check_servers(
-    peers: Iterable[PeerId], round_trip: Callable[[PeerId], Awaitable[float]]
+    peers: Iterable[PeerId],
+    round_trip: Callable[[PeerId], Awaitable[float]],
+    *,
+    relayed: Callable[[PeerId], bool] = lambda _: False,
 ) -> dict[PeerId, Check]:
     """Connect to each of ``peers`` and measure its round trip, which ``round_trip`` gives in seconds.
+
+    ``relayed`` tells of a connected peer whether a relay is between.
 
     It may raise ProtocolNotSupported for a peer that is reached and cannot be measured, other NetworkError and
     RemoteError for one that is not. Peers that had no turn within ``defaults.SERVER_CHECKS_SECONDS`` are left out.
@@ -152,9 +160,10 @@ async def check_servers(
         async with slots:
             with trio.move_on_after(defaults.SERVER_CHECK_SECONDS) as limit:
                 try:
-                    checks[peer] = Check(True, await round_trip(peer))
+                    seconds = await round_trip(peer)
+                    checks[peer] = Check(True, seconds, relayed=relayed(peer))
                 except ProtocolNotSupported:
-                    checks[peer] = Check(True)
+                    checks[peer] = Check(True, relayed=relayed(peer))
                 except (NetworkError, RemoteError) as e:
                     checks[peer] = Check(False, error=str(e))
             if limit.cancelled_caught:
