@@ -269,6 +269,8 @@ class Relay:
         self.seconds = 3600.0
         self.error: NetworkError | RemoteError | None = None
         self.gone = trio.Event()
+        self.offers = True
+        self.silent = False
         self.asked: list[float] = []
 
 
@@ -281,14 +283,17 @@ class Network:
 
     def direct_peers(self, protocol: str) -> list[PeerId]:
         assert protocol == HOP
-        return [other.peer for other in self.relays.values() if not other.gone.is_set()]
+        relays = self.relays.values()
+        return [other.peer for other in relays if other.offers and not other.gone.is_set()]
 
     async def open_direct_stream(self, peer: PeerId, _addresses, _protocol) -> FakeStream:
         other = self.relays[peer]
         other.asked.append(trio.current_time())
         if other.error is not None:
             raise other.error
-        expires = max(0, int(trio.current_time() + other.seconds))
+        if other.silent:
+            await trio.sleep_forever()
+        expires = max(0, min(int(trio.current_time() + other.seconds), 2**64 - 1))
         return FakeStream(
             peer, encode_hop(HopMessage(HopType.STATUS, status=Status.OK, expires=expires, addresses=()))
         )
@@ -402,3 +407,52 @@ async def test_places_that_have_expired_already_do_not_make_it_ask_without_end(a
         keeper.want(True)
         await trio.sleep(100)
         assert len(one.asked) <= 100 / defaults.RELAY_LOOK_SECONDS + 1
+
+
+async def test_places_that_never_expire_are_renewed_all_the_same(autojump_clock) -> None:
+    """Their relay's clock is wrong, or it lies."""
+    one = Relay(1)
+    one.seconds = 2.0**70
+    async with keeping(Network([one])) as (keeper, _):
+        keeper.want(True)
+        await trio.sleep(4 * 3600)
+        assert 4 <= len(one.asked) <= 6
+
+
+async def test_a_relay_that_never_answers_is_given_up(autojump_clock) -> None:
+    one = Relay(1)
+    one.silent = True
+    async with keeping(Network([one])) as (keeper, _):
+        keeper.want(True)
+        await trio.sleep(1)
+        assert keeper.holds(one.peer)
+        await trio.sleep(defaults.RELAY_ANSWER_SECONDS)
+        assert not keeper.holds(one.peer)
+
+
+async def test_a_relay_that_offers_no_more_is_replaced(autojump_clock) -> None:
+    """It stays connected, and nobody gets through it any more."""
+    relays = [Relay(n) for n in range(3)]
+    async with keeping(Network(relays)) as (keeper, _):
+        keeper.want(True)
+        await trio.sleep(1000)
+        ended = next(other for other in relays if keeper.holds(other.peer))
+        ended.offers = False
+        await trio.sleep(2 * defaults.RELAY_LOOK_SECONDS)
+        assert {held.relay for held in keeper.reservations} == {r.peer for r in relays if r is not ended}
+
+
+async def test_a_relay_that_was_good_is_asked_again_as_soon_as_it_is_back(autojump_clock) -> None:
+    one = Relay(1)
+    async with keeping(Network([one])) as (keeper, _):
+        keeper.want(True)
+        await trio.sleep(1000)
+        one.gone.set()
+        await trio.sleep(1)
+        one.gone = trio.Event()
+        await trio.sleep(defaults.RELAY_LOOK_SECONDS)
+        assert keeper.reservations
+        one.gone.set()  # one that is lost all the time is not
+        one.gone = trio.Event()
+        await trio.sleep(2 * defaults.RELAY_LOOK_SECONDS)
+        assert not keeper.reservations

@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import NetworkError, RemoteError
+from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
 from kwaainet_bridge.net.addresses import Address, parse_binary_address, split_peer_address
 from kwaainet_bridge.net.circuit import ask_hop
 from kwaainet_bridge.net.yamux_stream import YamuxStream
@@ -66,11 +66,17 @@ class Reservation:
 
 async def reserve(host: RelayedHost, relay: PeerId) -> Reservation:
     """Ask a connected relay for a place. Raises RelayRefused, RemoteError or another NetworkError."""
-    stream = await host.open_direct_stream(relay, (), HOP)
     try:
-        answer = await ask_hop(stream, HopMessage(HopType.RESERVE), "reserve a place")
-    finally:
-        stream.close_now()
+        with trio.fail_after(defaults.RELAY_ANSWER_SECONDS):
+            stream = await host.open_direct_stream(relay, (), HOP)
+            try:
+                answer = await ask_hop(stream, HopMessage(HopType.RESERVE), "reserve a place")
+            finally:
+                stream.close_now()
+    except trio.TooSlowError:
+        raise DeadlineExceeded(
+            f"relay {relay}: no answer within {defaults.RELAY_ANSWER_SECONDS:g} s"
+        ) from None
     if answer.expires is None:
         raise RemoteError(f"relay {relay}: granted a place without saying until when")
     named = [parse_binary_address(a) for a in answer.addresses[: defaults.MAX_ADDRESSES_PER_PEER]]
@@ -109,6 +115,7 @@ class RelayKeeper:
         self._holders: dict[PeerId, trio.CancelScope] = {}
         self._held: dict[PeerId, Reservation] = {}
         self._next_try: dict[PeerId, float] = {}
+        self._offering: set[PeerId] = set()  # at the last look
         self._attention = trio.Event()
 
     @property
@@ -140,12 +147,21 @@ class RelayKeeper:
             while True:
                 await self._wanted.wait()
                 self._attention = trio.Event()
+                self._leave_those_that_relay_no_more()
                 if len(self._holders) < defaults.RELAYS_WANTED:
                     for relay in self._candidates()[: defaults.RELAYS_WANTED - len(self._holders)]:
                         self._holders[relay] = trio.CancelScope()
                         nursery.start_soon(self._hold, relay)
                 with trio.move_on_after(defaults.RELAY_LOOK_SECONDS):
                     await self._attention.wait()
+
+    def _leave_those_that_relay_no_more(self) -> None:
+        # it keeps the place, and refuses whoever asks for the way here
+        before, self._offering = self._offering, set(self._host.direct_peers(HOP))
+        for relay in before - self._offering:
+            if relay in self._holders:
+                log.info("relay %s offers to relay no more", relay)
+                self._holders[relay].cancel()
 
     def _candidates(self) -> list[PeerId]:
         others = [peer for peer in self._host.direct_peers(HOP) if peer not in self._preferred]
@@ -160,13 +176,14 @@ class RelayKeeper:
 
     async def _hold(self, relay: PeerId) -> None:
         self._host.protect(relay, _TAG)
+        began = trio.current_time()
         try:
             with self._holders[relay]:
                 await self._renew_while_connected(relay)
         finally:
             self._host.unprotect(relay, _TAG)
             del self._holders[relay]
-            self._next_try[relay] = trio.current_time() + defaults.RELAY_RETRY_SECONDS
+            self._next_try[relay] = began + defaults.RELAY_RETRY_SECONDS
             if self._held.pop(relay, None) is not None:
                 self._changed()
             self._attention.set()
@@ -197,7 +214,8 @@ class RelayKeeper:
                 log.info("reached through relay %s, %s", relay, _in_words(granted.limit))
             if before is None or before.addresses != granted.addresses:
                 self._changed()
-            left = granted.expires - self._clock()
+            # a relay's clock may be wrong, and longer places than an hour are not usual
+            left = min(granted.expires - self._clock(), defaults.RELAY_RESERVATION_SECONDS)
             await trio.sleep(
                 max(left - defaults.RELAY_RENEWAL_SECONDS, left / 2, defaults.RELAY_LOOK_SECONDS)
             )
