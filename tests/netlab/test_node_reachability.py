@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +70,29 @@ async def test_behind_a_router_blocks_are_announced_with_a_relay_only(lab: Lab) 
     assert log
     text = node.tail()
     assert "as ONLINE" not in text.partition('"verdict": "unreachable"')[0]
+
+
+async def test_text_is_generated_by_a_node_that_nobody_can_dial(lab: Lab) -> None:
+    bootstrap = await first_node(lab.host("first"))
+    model = {"model": {"name": "austen", "throughput": 1.0, "threads": 1, "max_length": 256}}
+    node = our_node(lab.nat("router", "symmetric").host("inside"), "node", **swarm(bootstrap), **model)
+    await said(node, "announced 8 blocks of .* as ONLINE")
+    command = Path(sys.executable).with_name("kwaainet-bridge")
+    words = [
+        "generate",
+        "My dear",
+        "--model",
+        "austen",
+        "--max-new-tokens",
+        "12",
+        "--initial-peers",
+        bootstrap,
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    caller = lab.host("caller").process("generate", [command, *words, "--show-route"], env=env)
+    peer = await said(node, r"^peer id +(\S+)")
+    assert peer[-6:] in await said(caller, r"^route: 0:8 via (.*)")
+    assert await said(caller, r"^My dear.{10}")
 
 
 async def test_without_a_relay_nothing_is_announced(lab: Lab) -> None:
