@@ -327,6 +327,9 @@ RELAY_RESERVATION_SECONDS: Final = 3600
 RELAY_RESERVATIONS: Final = 128
 """Peers that have a place at this host at one time (stock daemon: 128)."""
 
+RELAY_RESERVATIONS_PER_ADDRESS: Final = 8
+"""Of these, peers at one public address (go-libp2p: 8): one machine can have any number of identities."""
+
 RELAY_CIRCUITS: Final = 256
 """Circuits through this host at one time: each takes two windows of memory and a share of the link."""
 

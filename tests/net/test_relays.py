@@ -209,6 +209,19 @@ async def test_places_are_limited_and_renewal_needs_no_second_one() -> None:
         await reserve(second.traversal, middle.peer_id)
 
 
+async def test_peers_at_one_public_address_have_a_few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with relay(reservations_per_address=1) as middle, host() as first, host() as second:
+        origins = {first.peer_id: "8.8.8.8", second.peer_id: "8.8.8.8"}
+        monkeypatch.setattr(middle.traversal, "origin_of", lambda stream: origins[stream.remote])
+        await hide(first, middle)
+        await reserve(first.traversal, middle.peer_id)
+        await second.connect(middle.addresses()[0])
+        with pytest.raises(RelayRefused, match="RESERVATION_REFUSED"):
+            await reserve(second.traversal, middle.peer_id)
+        origins[second.peer_id] = None  # behind a port forwarder all are seen at one private address
+        await reserve(second.traversal, middle.peer_id)
+
+
 async def test_circuits_of_one_peer_are_limited() -> None:
     async with relay(circuits_per_peer=1) as middle, host(listen=()) as hidden, host() as one, host() as two:
         await hide(hidden, middle)
@@ -238,6 +251,21 @@ async def test_a_peer_that_refuses_its_circuit() -> None:
         await hide(hidden, middle)
         hidden.unserve(STOP)
         hidden.serve(STOP, refuse)
+        with pytest.raises(PeerUnreachable, match="CONNECTION_FAILED"):
+            await caller.connect(hidden.addresses()[0])
+        assert middle.traversal.service.circuits == 0
+
+
+async def test_a_peer_that_does_not_answer_gives_its_circuits_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even whether it speaks the protocol: otherwise a few such peers could take all circuits for ever."""
+    monkeypatch.setattr(defaults, "RELAY_ANSWER_SECONDS", 0.2)
+    async with relay() as middle, host(listen=()) as hidden, host() as caller:
+        await hide(hidden, middle)
+        [connection] = [c for c in middle.connections if c.remote == hidden.peer_id]
+        connection.agreed.discard(STOP)
+        monkeypatch.setattr(middle.introductions, "of", lambda _: None)
+        for other in hidden.connections:
+            monkeypatch.setattr(other, "_accept", lambda _: None)
         with pytest.raises(PeerUnreachable, match="CONNECTION_FAILED"):
             await caller.connect(hidden.addresses()[0])
         assert middle.traversal.service.circuits == 0

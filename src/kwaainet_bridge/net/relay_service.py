@@ -17,7 +17,7 @@ from typing import Protocol
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import NetworkError, RemoteError
+from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
 from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.net.circuit import read_message
 from kwaainet_bridge.net.yamux_stream import YamuxStream
@@ -59,6 +59,9 @@ class RelayingHost(Protocol):
     def relay_of(self, stream: YamuxStream) -> PeerId | None:
         """Who carries the connection of ``stream``."""
 
+    def origin_of(self, stream: YamuxStream) -> str | None:
+        """Who answers for the address that the peer of ``stream`` is seen at; None if that is not public."""
+
     def direct_addresses(self) -> Sequence[Address]:
         """Where this host is dialled."""
 
@@ -71,9 +74,11 @@ class RelayingHost(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RelayLimits:
-    """Places at one time; circuits at one time, of all and of each peer; what one circuit carries."""
+    """Places at one time, of all and of peers at one public address; circuits at one time, of all and of each peer;
+    what one circuit carries."""
 
     reservations: int = defaults.RELAY_RESERVATIONS
+    reservations_per_address: int = defaults.RELAY_RESERVATIONS_PER_ADDRESS
     circuits: int = defaults.RELAY_CIRCUITS
     circuits_per_peer: int = defaults.RELAY_CIRCUITS_PER_PEER
     circuit: CircuitLimit = field(
@@ -100,6 +105,7 @@ class RelayService:
         self._limits = limits
         self._clock = clock
         self._places: dict[PeerId, trio.CancelScope] = {}
+        self._origins: dict[PeerId, str | None] = {}  # of those that have a place
         self._circuits: Counter[PeerId] = Counter()
 
     @property
@@ -148,12 +154,14 @@ class RelayService:
     async def _reserve(self, stream: YamuxStream) -> None:
         peer = stream.remote
         known = self._places.get(peer)
-        if known is None and len(self._places) >= self._limits.reservations:
+        origin = self._host.origin_of(stream)
+        if known is None and not self._has_room_for(origin):
             await self._answer(stream, Status.RESERVATION_REFUSED)
             return
         ends = trio.current_time() + defaults.RELAY_RESERVATION_SECONDS
         if known is None:
             self._places[peer] = trio.CancelScope(deadline=ends)
+            self._origins[peer] = origin
             self._nursery.start_soon(self._keep_place, peer)
             log.debug("%s has a place here", peer)
         else:
@@ -167,13 +175,20 @@ class RelayService:
             limit=self._limits.circuit,
         )
 
+    def _has_room_for(self, origin: str | None) -> bool:
+        if len(self._places) >= self._limits.reservations:
+            return False
+        # identities cost nothing, and the connections of those that have places are kept
+        there = sum(other == origin for other in self._origins.values())
+        return origin is None or there < self._limits.reservations_per_address
+
     async def _keep_place(self, peer: PeerId) -> None:
         self._host.protect(peer, _TAG)
         try:
             with self._places[peer]:
                 await self._host.wait_disconnected(peer)
         finally:
-            del self._places[peer]
+            del self._places[peer], self._origins[peer]
             self._host.unprotect(peer, _TAG)
 
     # --- circuits
@@ -215,15 +230,21 @@ class RelayService:
 
     async def _stop(self, caller: PeerId, target: PeerId) -> YamuxStream:
         """Tell ``target`` of ``caller``; the stream that it has accepted."""
-        stream = await self._host.open_direct_stream(target, (), STOP)
         try:
-            offer = StopMessage(StopType.CONNECT, peer=caller, limit=self._limits.circuit)
-            await stream.write(encode_stop(offer))
-            _check_consent(target, decode_stop(await read_message(stream)))
-        except BaseException:
-            stream.reset_now()
-            raise
-        return stream
+            with trio.fail_after(defaults.RELAY_ANSWER_SECONDS):
+                stream = await self._host.open_direct_stream(target, (), STOP)
+                try:
+                    offer = StopMessage(StopType.CONNECT, peer=caller, limit=self._limits.circuit)
+                    await stream.write(encode_stop(offer))
+                    _check_consent(target, decode_stop(await read_message(stream)))
+                except BaseException:
+                    stream.reset_now()
+                    raise
+                return stream
+        except trio.TooSlowError:
+            raise DeadlineExceeded(
+                f"{target} does not answer within {defaults.RELAY_ANSWER_SECONDS:g} s"
+            ) from None
 
 
 def _check_consent(target: PeerId, answer: StopMessage) -> None:

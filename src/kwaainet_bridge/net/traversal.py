@@ -16,6 +16,7 @@ from kwaainet_bridge.net.connection import Connection
 from kwaainet_bridge.net.dialer import Progress
 from kwaainet_bridge.net.hole_punching import HolePuncher
 from kwaainet_bridge.net.host import StreamHandler
+from kwaainet_bridge.net.origins import origin_of
 from kwaainet_bridge.net.relay_service import RelayLimits, RelayService
 from kwaainet_bridge.net.relays import RelayKeeper
 from kwaainet_bridge.net.stream import Stream
@@ -136,6 +137,11 @@ class Traversal:
     @staticmethod
     def relay_of(stream: YamuxStream) -> PeerId | None:
         return stream.connection.relay if isinstance(stream.connection, Connection) else None
+
+    @staticmethod
+    def origin_of(stream: YamuxStream) -> str | None:
+        host = stream.connection.remote_host if isinstance(stream.connection, Connection) else ""
+        return origin_of(host) if host else None
 
     def protect(self, peer: PeerId, tag: str) -> None:
         self._host.protect(peer, tag)
