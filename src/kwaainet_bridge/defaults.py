@@ -406,9 +406,9 @@ DHT_FALSE_NEIGHBOURS: Final = 2
 """A node is believed no more once this many of those it named fail, and fewer than a quarter answer. Before the first
 answers, as many are asked at a time."""
 
-DHT_LATE_NEIGHBOURS: Final = 6
-"""The same, when those that were asked first are late. Of six nodes, all died within an hour once in 15,000 times if a
-fifth of all did; and whoever invents silent nodes delays a search by three times DHT_PATIENCE_SECONDS at most."""
+DHT_SLOW_NEIGHBOURS: Final = 4
+"""The same, when those that were asked first take half of the patience: of four nodes, all died within an hour once in 600
+times if a fifth of all did, and this many silent ones may be invented."""
 
 DHT_BACKOFF_SECONDS: Final = 5.0
 """A peer that fails to answer a search is left alone this long, then twice as long, and so on (stock: 5)."""

@@ -9,6 +9,7 @@ import pytest
 import trio
 from dht_nodes import peer_id
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.dht import Contact, DhtId
 from kwaainet_bridge.hivemind.dht.search import Beam, Step
 from kwaainet_bridge.hivemind.dht.search import search as search_in
@@ -249,6 +250,44 @@ async def test_late_answers_are_not_waited_for_where_others_came(
     few = [contact(n) for n in range(6, 14)]
     assert (await search([KEY], few, ask))[KEY] == few
     assert trio.current_time() - started == 3.0
+
+
+async def test_a_node_is_believed_though_the_nearest_that_it_names_are_silent(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Only one of those asked first knows who is near; the first of these have died, as neighbours do."""
+    seeds = [contact(n) for n in range(100, 110)]
+    silent, near = [contact(n) for n in (1, 2, 3)], [contact(n) for n in (4, 5)]
+
+    async def ask(c: Contact, targets: Sequence[DhtId]) -> dict[DhtId, Step] | None:
+        await trio.sleep(3.0 if c in silent else 0.05)
+        if c in silent:
+            return None
+        return {target: Step([*silent, *near] if c == seeds[0] else seeds) for target in targets}
+
+    found = await search([KEY], seeds, ask)
+    assert found[KEY][:2] == near
+    assert trio.current_time() < 2.0
+
+
+async def test_invented_silent_neighbours_delay_a_search_for_a_bounded_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    seeds = [contact(n) for n in range(1000, 1010)]
+    invented = [contact(n) for n in range(1, 21)]
+    asked: list[Contact] = []
+
+    async def ask(c: Contact, targets: Sequence[DhtId]) -> dict[DhtId, Step] | None:
+        asked.append(c)
+        await trio.sleep(3.0 if c in invented else 0.05)
+        return (
+            None if c in invented else {target: Step(invented if c == seeds[0] else ()) for target in targets}
+        )
+
+    found = await search([KEY], seeds, ask)
+    assert found[KEY] == seeds
+    assert len(set(asked) & set(invented)) == defaults.DHT_SLOW_NEIGHBOURS
+    assert trio.current_time() < 1.5
 
 
 async def test_late_answers_count_that_come_before_the_end(autojump_clock: trio.testing.MockClock) -> None:

@@ -46,6 +46,7 @@ class _Source:
     """How the nodes fared that one node named."""
 
     waiting: int = 0
+    slow: int = 0
     answered: int = 0
     failed: int = 0
 
@@ -55,8 +56,11 @@ class _Source:
 
     @property
     def on_trial(self) -> bool:
-        """It may not have more of its nodes asked before one of those that were has answered."""
-        return self.answered == 0 and self.waiting >= defaults.DHT_FALSE_NEIGHBOURS
+        """It may not have more of its nodes asked before one of those that were has answered, or is slow."""
+        if self.answered:
+            return False
+        asked = self.waiting + self.slow
+        return self.waiting >= defaults.DHT_FALSE_NEIGHBOURS or asked >= defaults.DHT_SLOW_NEIGHBOURS
 
 
 class Beam:
@@ -85,6 +89,7 @@ class Beam:
         self._known: set[DhtId] = set()
         self._asked: set[DhtId] = set()
         self._waiting: set[DhtId] = set()  # asked, not answered yet
+        self._slow: set[DhtId] = set()  # asked, and known not to have answered soon
         self._answers = 0
         self._next: Contact | None = None
         self._next_is_known = False  # until something changes
@@ -153,7 +158,10 @@ class Beam:
         self._next_is_known = False
         self._waiting.discard(node_id)
         source = self._source_of(node_id)
-        source.waiting -= 1
+        if node_id in self._slow:
+            source.slow -= 1
+        else:
+            source.waiting -= 1
         if step is None:
             self._drop({node_id})
             source.failed += 1
@@ -179,6 +187,18 @@ class Beam:
     def waiting(self) -> int:
         """Nodes that were asked and have not answered."""
         return len(self._waiting)
+
+    def took_long(self, slow: AbstractSet[DhtId]) -> None:
+        """Learn which nodes do not answer soon: some others have their turn that the same sources have named.
+
+        What a node knows is not lost because the first few of its neighbours have died.
+        """
+        for node_id in (slow & self._waiting) - self._slow:
+            self._slow.add(node_id)
+            source = self._source_of(node_id)
+            source.waiting -= 1
+            source.slow += 1
+            self._next_is_known = False
 
     def exhausted(self, late: AbstractSet[DhtId] = frozenset()) -> bool:
         """Nothing more is to be waited for: finished, or every node of the beam has answered or is ``late``."""
@@ -252,14 +272,20 @@ async def search(
             now = trio.current_time()
             punctual = [call for call in calls if call.started + patience > now]
             late = {call.contact.node_id for call in calls if call.started + patience <= now}
+            slow = {call.contact.node_id for call in calls if call.started + patience / 2 <= now}
+            for beam in beams.values():
+                beam.took_long(slow)
             open_beams = [beam for beam in beams.values() if not beam.exhausted(late)]
             if not open_beams:
                 return {target: beam.nearest() for target, beam in beams.items()}
             choice = _choose(open_beams, targets_per_call) if len(punctual) < workers else None
             if choice is None:
                 progress = trio.Event()
-                late_at = min((call.started for call in punctual), default=math.inf) + patience
-                with trio.move_on_at(late_at):
+                half = patience / 2
+                turns = (
+                    call.started + (half if call.started + half > now else patience) for call in punctual
+                )
+                with trio.move_on_at(min(turns, default=math.inf)):
                     await progress.wait()
                 continue
             call = _Call(*choice, now)
