@@ -135,7 +135,7 @@ class ReachabilityConfig(_Section):
     relays: Relays = ()
     """Full addresses of relays that are tried first while nobody can dial this node. Left out: peers that offer it."""
     relay_service: bool = True
-    """Whether to relay for others that cannot be dialled, while this node can."""
+    """Whether to relay for others that cannot be dialled, unless this node turns out to be one of them."""
 
 
 class ModelConfig(_Section):

@@ -357,6 +357,16 @@ HOLE_PUNCH_TURN_SECONDS: Final = 1.5
 HOLE_PUNCH_SECONDS: Final = 5.0
 """Longest time of one such try: a dial that succeeds takes a few round trips."""
 
+HOLE_PUNCH_PERIOD_SECONDS: Final = 60.0
+"""Such tries are counted over this long, as AutoNAT's dials are."""
+
+HOLE_PUNCHES: Final = 120
+"""Tries in a period, for all peers together: two of a peer that can be reached, for 60 new callers a minute. Each dials
+up to four addresses that a stranger chooses."""
+
+HOLE_PUNCHES_PER_PEER: Final = 8
+"""The same of one peer: all tries for one connection, twice."""
+
 # --- hivemind dht ---------------------------------------------------------------------------------------
 
 DHT_BUCKET_SIZE: Final = 20

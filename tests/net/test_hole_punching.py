@@ -114,3 +114,39 @@ async def test_without_an_address_of_its_own_a_host_does_not_agree(monkeypatch: 
         await stream.write(encode_punch(PunchType.CONNECT, [Address("ip4", "5.5.5.5", 1).binary]))
         with pytest.raises(StreamReset), trio.fail_after(5):
             decode_punch(await read_message(stream))
+
+
+async def test_a_peer_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "RELAY_ANSWER_SECONDS", 0.2)
+    async with AsyncExitStack() as stack:
+        hidden, caller = await relayed_pair(stack)
+        [connection] = [c for c in hidden.connections if c.remote == caller.peer_id]
+        await connection.identified.wait()
+        monkeypatch.setattr(hidden.traversal, "punching_addresses", lambda: [Address("ip4", "5.5.5.5", 1)])
+        monkeypatch.setattr(hidden.introductions, "of", lambda _: None)  # so that its consent is waited for
+        for other in caller.connections:
+            monkeypatch.setattr(other, "_accept", lambda _: None)
+        with trio.fail_after(5):
+            assert not await hidden.traversal._puncher.upgrade(connection)
+        assert not connection.in_use
+
+
+async def test_strangers_have_few_dials(everywhere_public: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever calls through a relay names the addresses, and they may be anybody's."""
+    async with AsyncExitStack() as stack:
+        hidden, caller = await relayed_pair(stack)
+        [connection] = [c for c in hidden.connections if c.remote == caller.peer_id]
+        await until(lambda: hidden.traversal.has_direct_connection(caller.peer_id))
+        dials: list[Address] = []
+
+        async def dial_at(_peer, address: Address, **_how: bool) -> None:
+            dials.append(address)
+            raise ConnectionRefusedError
+
+        victims = [Address("ip4", "5.5.5.5", port) for port in range(1, 100)]
+        monkeypatch.setattr(hidden.traversal, "dial_at", dial_at)
+        monkeypatch.setattr(hidden.traversal, "where", lambda _: victims)
+        monkeypatch.setattr(hidden.traversal, "has_direct_connection", lambda _: False)
+        for _ in range(100):
+            assert not await hidden.traversal._puncher.upgrade(connection)
+        assert len(dials) <= defaults.HOLE_PUNCHES_PER_PEER * defaults.MAX_SUPPOSED_ADDRESSES

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -22,6 +21,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
 from kwaainet_bridge.net.addresses import Address, parse_binary_address, private_block
 from kwaainet_bridge.net.delimited import read_one
+from kwaainet_bridge.net.dial_quota import DialQuota
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.wire.envelope import text_of
@@ -110,9 +110,13 @@ class AutoNatService:
     ) -> None:
         self._observed_host = observed_host
         self._dial = dial
-        self._clock = clock
         self._dialling = 0
-        self._recent: deque[tuple[float, PeerId]] = deque()
+        self._quota = DialQuota(
+            defaults.AUTONAT_DIALS,
+            per_peer=defaults.AUTONAT_DIALS_PER_PEER,
+            seconds=defaults.AUTONAT_PERIOD_SECONDS,
+            clock=clock,
+        )
 
     async def serve(self, stream: Stream) -> None:
         """Answer one request. Raises RemoteError, which resets the stream, if it is malformed."""
@@ -131,7 +135,7 @@ class AutoNatService:
         addresses = _at_host(self._observed_host(asker), named.addrs)
         if not addresses:
             return _refusal("no address that can be dialled from here")
-        if self._dialling >= defaults.AUTONAT_DIALS_AT_ONCE or not self._count(asker):
+        if self._dialling >= defaults.AUTONAT_DIALS_AT_ONCE or not self._quota.take(asker):
             return _refusal("too many dials")
         self._dialling += 1
         try:
@@ -148,19 +152,6 @@ class AutoNatService:
             log.debug("dial-back to %s failed: %s", asker, e)
         await trio.sleep_until(end)  # a closed port shall not be told from a silent one
         return DialResponse(status=E_DIAL_ERROR, status_text="dial failed")
-
-    def _count(self, asker: PeerId) -> bool:
-        """Whether ``asker`` may be dialled now; if so, that counts for a minute."""
-        now = self._clock()
-        while self._recent and self._recent[0][0] <= now - defaults.AUTONAT_PERIOD_SECONDS:
-            self._recent.popleft()
-        if (
-            len(self._recent) >= defaults.AUTONAT_DIALS
-            or sum(peer == asker for _, peer in self._recent) >= defaults.AUTONAT_DIALS_PER_PEER
-        ):
-            return False
-        self._recent.append((now, asker))
-        return True
 
 
 def _at_host(host: str, named: Sequence[bytes]) -> list[Address]:

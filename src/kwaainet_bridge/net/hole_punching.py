@@ -20,6 +20,7 @@ from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net.addresses import Address, parse_binary_address, private_block
 from kwaainet_bridge.net.circuit import read_message
 from kwaainet_bridge.net.connection import Connection
+from kwaainet_bridge.net.dial_quota import DialQuota
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.circuit import DCUTR, PunchMessage, PunchType, decode_punch, encode_punch
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -57,6 +58,11 @@ class HolePuncher:
 
     def __init__(self, host: PunchingHost) -> None:
         self._host = host
+        self._quota = DialQuota(
+            defaults.HOLE_PUNCHES,
+            per_peer=defaults.HOLE_PUNCHES_PER_PEER,
+            seconds=defaults.HOLE_PUNCH_PERIOD_SECONDS,
+        )
 
     async def upgrade(self, connection: Connection) -> bool:
         """Try to connect directly to the peer of ``connection``, which a relay has brought; say whether that is done.
@@ -70,8 +76,9 @@ class HolePuncher:
             return True
         for attempt in range(1, defaults.HOLE_PUNCH_ATTEMPTS + 1):
             try:
-                addresses = await self._agree(connection)
-            except (NetworkError, RemoteError) as e:
+                with trio.fail_after(defaults.RELAY_ANSWER_SECONDS):
+                    addresses = await self._agree(connection)
+            except (NetworkError, RemoteError, trio.TooSlowError) as e:
                 log.debug("no hole punching with %s: %s", peer, e)
                 return False
             if await self._dial(peer, addresses, responder=attempt % 2 == 0):
@@ -123,6 +130,8 @@ class HolePuncher:
     ) -> bool:
         if self._host.has_direct_connection(peer):
             return True
+        if not addresses or not self._quota.take(peer):
+            return False
 
         async def try_one(address: Address) -> None:
             try:
