@@ -129,6 +129,19 @@ async def test_a_direct_connection_is_preferred() -> None:
         await exchange(caller, hidden.peer_id, 5)
 
 
+async def test_a_dial_through_a_relay_does_not_pass_for_a_direct_one() -> None:
+    """Whoever wants a direct one, to have it relay for instance, may find the other under way."""
+    async with relay() as middle, host() as hidden, host() as caller:
+        await hide(hidden, middle)
+        direct, relayed = hidden.addresses()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(caller.connect, relayed)
+            while not caller._dialer._attempts:
+                await trio.lowlevel.checkpoint()
+            found = await caller.direct_connection(hidden.peer_id, [parse_address(direct)])
+        assert found.relay is None
+
+
 async def test_what_a_circuit_carries_is_limited() -> None:
     limit = CircuitLimit(seconds=60, data_bytes=300_000)
     async with relay(circuit=limit) as middle, host(listen=()) as hidden, host() as caller:

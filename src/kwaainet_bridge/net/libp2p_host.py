@@ -262,10 +262,14 @@ class Libp2pHost(Host):
 
         Raises PeerUnreachable.
         """
-        connection = self.connections.find(peer)
-        if connection is not None and connection.relay is None:
-            return connection
-        return await self._dial(peer, [address for address in addresses if address.relay is None])
+        direct = [address for address in addresses if address.relay is None]
+        for dial in (False, True, True):
+            if dial:  # again if somebody else's dial was under way and has led through a relay
+                await self._dial(peer, direct)
+            connection = self.connections.find(peer)
+            if connection is not None and connection.relay is None:
+                return connection
+        raise PeerUnreachable(f"{peer} is reached through a relay only", hop="tcp")
 
     async def _connection(self, peer: PeerId) -> YamuxConnection:
         connection = self.connections.find(peer)
