@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
+import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.net import own_addresses
 from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.net.own_addresses import OwnAddresses
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -91,3 +95,24 @@ def test_few_observers_are_remembered(told: Told) -> None:
         told.own.seen(peer(number), Address("ip4", f"5.5.{number % 200}.1", 31330), local_port=31330)
     assert len(told.own._seen) == defaults.MAX_OBSERVERS
     assert len(told.own.supposed()) == defaults.MAX_SUPPOSED_ADDRESSES
+
+
+async def test_interfaces_are_looked_at_again_after_a_failure(
+    told: Told, monkeypatch: pytest.MonkeyPatch, autojump_clock
+) -> None:
+    """Without file descriptors nobody can look. That must not end the host, which has them back some time."""
+    looks: list[float] = []
+
+    def look(_listening: object) -> list[Address]:
+        looks.append(trio.current_time())
+        if len(looks) == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return [OUTSIDE]
+
+    monkeypatch.setattr(own_addresses, "reachable_forms", look)
+    moves: list[float] = []
+    with trio.move_on_after(3.5 * defaults.INTERFACES_SECONDS):
+        await told.own.follow_interfaces(lambda: moves.append(trio.current_time()))
+    assert told.own.told == (OUTSIDE,)
+    assert len(looks) == 3
+    assert len(moves) == told.changes == 1

@@ -88,12 +88,17 @@ class OwnAddresses:
         """Look every minute which addresses this machine has, and call ``moved`` when they are others."""
         while True:
             await trio.sleep(defaults.INTERFACES_SECONDS)
-            found = tuple(reachable_forms(self._listening))
-            if found != self._interfaces:
-                log.info("this machine's addresses are now: %s", ", ".join(map(str, found)))
-                self._interfaces = found
+            try:
+                found = tuple(reachable_forms(self._listening))
+                if found == self._interfaces:
+                    continue
                 moved()
-                self._notify()
+            except OSError as e:  # file descriptors have run out, for instance
+                log.warning("cannot look which addresses this machine has: %s", e)
+                continue
+            log.info("this machine's addresses are now: %s", ", ".join(map(str, found)))
+            self._interfaces = found
+            self._notify()
 
     # --- what is supposed
 
