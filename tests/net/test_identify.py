@@ -75,3 +75,20 @@ async def test_hosts_tell_each_other_where_they_see_them(client: Libp2pHost, ser
     assert described.observed == parse_address(
         "/ip4/{}/tcp/{}".format(*ours._channel.socket._socket.getsockname()[:2])
     )
+
+
+async def test_what_is_seen_on_one_connection_is_not_taken_for_the_other(
+    client: Libp2pHost, server: Libp2pHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts that have dialled each other see each other at two ports, and only one of these takes connections."""
+    seen: list[tuple[int, int]] = []
+    for host in (client, server):
+        monkeypatch.setattr(
+            host.own, "seen", lambda _, address, *, local_port: seen.append((address.port, local_port))
+        )
+    await client.connect(server.addresses()[0])
+    await server._dialer.dial(client.peer_id, client.own.direct)
+    for host in (client, server):
+        await host.wait_identified()
+    assert len(seen) == 4
+    assert all(outside == local for outside, local in seen)  # nothing is between them

@@ -21,6 +21,7 @@ from kwaainet_bridge.net.identify import (
 )
 from kwaainet_bridge.net.identify_push import IdentifyPush
 from kwaainet_bridge.net.stream import Stream
+from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Introductions:
             with trio.fail_after(defaults.NEGOTIATION_SECONDS):
                 stream = await self._negotiate(connection, IDENTIFY)
                 try:
-                    self._take(connection.remote, await read_identify(stream))
+                    self._take(connection, await read_identify(stream))
                 finally:
                     await stream.close()
         except (NetworkError, RemoteError, trio.TooSlowError) as e:
@@ -95,7 +96,7 @@ class Introductions:
         """Serve ``/ipfs/id/1.0.0``."""
         if self._connections.find(stream.remote) is not None:
             self._push.told(stream.remote)
-        said = self._introduction(stream.remote)
+        said = self._introduction(self._connection_of(stream))
         with trio.move_on_after(defaults.NEGOTIATION_SECONDS) as waiting:
             await stream.write(said)
         if waiting.cancelled_caught:
@@ -104,19 +105,22 @@ class Introductions:
     async def hear(self, stream: Stream) -> None:
         """Serve ``/ipfs/id/push/1.0.0``."""
         with trio.move_on_after(defaults.NEGOTIATION_SECONDS) as waiting:
-            self._take(stream.remote, await read_identify(stream))
+            self._take(self._connection_of(stream), await read_identify(stream))
         if waiting.cancelled_caught:
             await stream.reset()
 
-    def _take(self, peer: PeerId, description: PeerDescription) -> None:
-        connection = self._connections.find(peer)
-        if connection is not None:
-            self._descriptions[peer] = description
-            self._push.described(peer)
+    def _connection_of(self, stream: Stream) -> Connection | None:
+        # of several to one peer the very one: what both sides see of each other is different on each
+        connection = stream.connection if isinstance(stream, YamuxStream) else None
+        return connection if isinstance(connection, Connection) else self._connections.find(stream.remote)
+
+    def _take(self, connection: Connection | None, description: PeerDescription) -> None:
+        if connection is not None and self._connections.find(connection.remote) is not None:
+            self._descriptions[connection.remote] = description
+            self._push.described(connection.remote)
             self._described(connection, description)
 
-    def _introduction(self, peer: PeerId) -> bytes:
-        connection = self._connections.find(peer)
+    def _introduction(self, connection: Connection | None) -> bytes:
         observed = connection.remote_address if connection is not None else b""
         return encode_identify(self._public_key, self._own_addresses(), self._protocols(), observed)
 
@@ -138,7 +142,7 @@ class Introductions:
             with trio.fail_after(defaults.NEGOTIATION_SECONDS):
                 stream = await self._negotiate(connection, IDENTIFY_PUSH)
                 try:
-                    await stream.write(self._introduction(peer))
+                    await stream.write(self._introduction(connection))
                 finally:
                     await stream.close()
         except (NetworkError, RemoteError, trio.TooSlowError) as e:
