@@ -203,6 +203,7 @@ class Machine(Namespace):
     interface = "eth0"
     link: Link
     address: str
+    gateway: str
 
     def __init__(self, lab: Lab, name: str) -> None:
         self.name = name
@@ -213,7 +214,14 @@ class Machine(Namespace):
         """Lay the link to ``above`` and take an address. ``port``: the name of the interface there."""
         self.link = Link.lay(above, port, self, self.interface)
         self.address = address
-        self.ip(f"address add {address}/24 dev {self.interface}", f"route add default via {gateway}")
+        self.gateway = gateway
+        self.ip(f"address add {address}/24 dev {self.interface}")
+        self._find_gateway()
+
+    def _find_gateway(self) -> None:
+        # The shortest wait for an acknowledgement, 200 ms by default, would be a thousand round trips here, and nearly
+        # all of the time that a lossy transfer takes.
+        self.ip(f"route add default via {self.gateway} rto_min 20ms")
 
     def at(self, port: int) -> str:
         """The multiaddr of a TCP port of this machine."""
@@ -293,3 +301,8 @@ class Router(Machine):
         """Send what comes to a TCP port of the public address to a host inside, at the same port if none is named."""
         target = f"{host.address}:{port if inner_port is None else inner_port}"
         self.nft(f'add rule ip router forwarded_ports iifname "wan" tcp dport {port} dnat to {target}')
+
+    def forget(self) -> None:
+        """Lose all mappings, as when a router restarts or its line gets a new session. Forwarded ports stay."""
+        self.ip("link set wan down", "link set wan up")
+        self._find_gateway()

@@ -95,7 +95,7 @@ async def said(process: Process, pattern: str, *, within: float = START_SECONDS)
 
 
 async def eventually(
-    peer: Peer, command: str, good: Callable[[Any], bool], /, *, within: float, **arguments: Any
+    asked: Peer, command: str, good: Callable[[Any], bool], /, *, within: float, **arguments: Any
 ) -> Any:
     """Ask until the answer is good, for what a peer has no event for; an error is one that is not.
 
@@ -105,7 +105,7 @@ async def eventually(
     with trio.move_on_after(within):
         while True:
             try:
-                answer = await peer.do(command, **arguments)
+                answer = await asked.do(command, **arguments)
             except PeerError as e:
                 answer = e
             else:
@@ -113,5 +113,5 @@ async def eventually(
                     return answer
             await trio.sleep(POLL_SECONDS)
     raise AssertionError(
-        f"{peer.machine.name}: {command} {arguments} gave {answer!r} until {within:g} s had passed"
+        f"{asked.machine.name}: {command} {arguments} gave {answer!r} until {within:g} s had passed"
     )

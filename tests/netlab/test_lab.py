@@ -72,6 +72,26 @@ with socket.socket(type=socket.SOCK_DGRAM) as s:
     while True:
         s.sendto(*s.recvfrom(1))
 """
+# keeps a connection busy, and prints how it ended
+TALKER = f"""
+import socket, sys, time
+with socket.create_connection((sys.argv[1], {PORT})) as s:
+    print("connected", flush=True)
+    try:
+        while True:
+            s.send(b"x")
+            time.sleep(0.05)
+    except OSError as e:
+        print(type(e).__name__)
+"""
+LISTENER = f"""
+import socket
+server = socket.create_server(("", {PORT}))
+print("up", flush=True)
+caller, _ = server.accept()
+while caller.recv(100):
+    pass
+"""
 # connects to one that connects to it at the same time, each from the port that the other dials
 PUNCHER = f"""
 import socket, sys
@@ -173,6 +193,17 @@ def test_a_forwarded_port_leads_inside_and_no_other_does(lab: Lab) -> None:
     router.forward_port(7000, inside, PORT)
     assert call(outside, router.address, port=7000, own_port=5000) == f"{outside.address} 5000"
     assert call(outside, router.address, port=PORT, seconds=SILENCE) == "TimeoutError"
+
+
+def test_a_symmetric_nat_that_forgets_ends_connections(lab: Lab) -> None:
+    """What the inside sends next comes from another port, and is refused."""
+    router, inside = behind(lab, "symmetric")
+    outside = lab.host("outside")
+    serve(outside, LISTENER)
+    talker = inside.process("talker", [PYTHON, "-c", TALKER, outside.address], env=os.environ)
+    talker.wait_for("connected")
+    router.forget()
+    talker.wait_for("ConnectionResetError")
 
 
 @pytest.mark.parametrize(("kind", "outcome"), [("cone", "through"), ("symmetric", "TimeoutError")])
