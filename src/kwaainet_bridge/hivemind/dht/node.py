@@ -22,6 +22,7 @@ from kwaainet_bridge.errors import BridgeError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.dht.authorization import Authorizer
 from kwaainet_bridge.hivemind.dht.client import DhtClient, Pong
 from kwaainet_bridge.hivemind.dht.contacts import Contacts
+from kwaainet_bridge.hivemind.dht.hand_over import HandOver
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import StoreItem, read_record
 from kwaainet_bridge.hivemind.dht.placement import Placement, StoreResult, place
@@ -42,7 +43,6 @@ log = logging.getLogger(__name__)
 
 _PENDING_CHORES = 64
 _CHORE_WORKERS = 4
-_REMEMBERED_HAND_OVERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,6 @@ class DhtNode:
         self._clock = clock
         self._validator = validator
         self._nursery: trio.Nursery | None = None
-        self._next_hand_over: dict[PeerId, float] = {}
         self._storage = LocalStorage(max_bytes=storage_bytes)
         self._cache = LocalStorage(max_bytes=cache_bytes, evict=True)
         self._chores, self._todo = trio.open_memory_channel[Callable[[], Awaitable[object]]](_PENDING_CHORES)
@@ -114,7 +113,7 @@ class DhtNode:
             self.node_id,
             host.peer_id,
             clock=trio.current_time,
-            on_met=lambda contact: self._later(partial(self._hand_over, contact)),
+            on_met=lambda contact: self._later(partial(self._hand_over.to, contact)),
             on_doubt=lambda contact: self._later(partial(self._check_alive, contact)),
         )
         self._remote = DhtClient(
@@ -124,6 +123,9 @@ class DhtNode:
             clock=clock,
             validator=validator,
             authorizer=authorizer,
+        )
+        self._hand_over = HandOver(
+            self._storage, self._contacts, self._remote, replicas=replicas, clock=clock
         )
         self._reader = Reader(
             self._storage,
@@ -409,29 +411,3 @@ class DhtNode:
         item = StoreItem.of_record(key, record, in_cache=True)
         if item.wire_bytes <= defaults.DHT_STORE_REQUEST_BYTES:
             await self._remote.store(contact.peer, [item])
-
-    async def _hand_over(self, newcomer: Contact) -> None:
-        """Give a node that is new to us the records that it should keep and we are nearest to.
-
-        Source of the rule: hivemind 1.1.12, ``dht/protocol.py``, ``update_routing_table``.
-        """
-        now = trio.current_time()
-        if now < self._next_hand_over.get(newcomer.peer, -math.inf):
-            return  # a peer may call itself a new node as often as it likes
-        if len(self._next_hand_over) >= _REMEMBERED_HAND_OVERS:
-            self._next_hand_over = {peer: then for peer, then in self._next_hand_over.items() if then > now}
-        self._next_hand_over[newcomer.peer] = now + defaults.DHT_HAND_OVER_SECONDS
-        items = []
-        for key in self._storage.keys(now=self._clock()):
-            await trio.lowlevel.checkpoint()
-            known = self._contacts.nearest(key, self._replicas, exclude=newcomer.node_id)
-            belongs_there = not known or (
-                newcomer.node_id.distance(key) < known[-1].node_id.distance(key)
-                and self.node_id.distance(key) < known[0].node_id.distance(key)
-            )
-            record = self._storage.get(key, now=self._clock()) if belongs_there else None
-            if record is not None:
-                items.append(StoreItem.of_record(key, record))
-        if items:
-            accepted = await self._remote.store(newcomer.peer, items)
-            log.debug("handed over to %s: it accepted %d of %d", newcomer.peer, sum(accepted), len(items))
