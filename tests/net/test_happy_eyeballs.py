@@ -306,3 +306,14 @@ async def test_a_relay_that_refuses_is_a_hop_of_its_own(network: Network, dialer
     with pytest.raises(PeerUnreachable, match=r"relay: no place") as failed:
         await dialer.dial(PEER, [Address("ip4", "8.8.8.8", 1, relay=OTHER)])
     assert failed.value.hop == "relay"
+
+
+async def test_many_addresses_leave_relayed_ones_a_turn(
+    autojump_clock, network: Network, dialer: Dialer
+) -> None:
+    """Of a machine with many interfaces that only a relay leads to."""
+    network.answers[str(OTHER)] = 0.1
+    interfaces = at(*(f"8.8.8.{number}" for number in range(3 * defaults.MAX_DIAL_ADDRESSES)))
+    found = await dialer.dial(PEER, [*interfaces, Address("ip4", "9.9.9.9", 1, relay=OTHER)])
+    assert found == f"connection to {OTHER}"
+    assert len(network.tried) == defaults.MAX_DIAL_ADDRESSES

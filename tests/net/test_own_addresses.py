@@ -66,6 +66,19 @@ def test_relayed_addresses_come_last(told: Told) -> None:
     assert told.own.direct == (*LISTENING, OUTSIDE)
 
 
+def test_many_interfaces_do_not_crowd_out_what_leads_here() -> None:
+    """Others keep the first 32 addresses of a peer."""
+    bridges = [Address("ip4", f"172.17.{number}.1", 31330) for number in range(100)]
+    own = OwnAddresses(bridges, [], lambda: None)
+    relayed = [OUTSIDE.through(peer(number)) for number in range(100)]
+    own.prove([OUTSIDE])
+    own.relay(relayed)
+    kept = own.told[: defaults.MAX_ADDRESSES_PER_PEER]
+    assert OUTSIDE in kept
+    assert bridges[0] in kept
+    assert relayed[0] in kept
+
+
 def test_the_port_of_another_socket_says_nothing(told: Told) -> None:
     """A dial left from any port: the router is supposed to forward the one that is listened on."""
     told.own.seen(peer(1), Address("ip4", "5.5.5.5", 50123), local_port=40404)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -195,7 +195,7 @@ class Dialer:
         forgotten. Raises PeerUnreachable with the furthest hop and what happened at each address.
         Cancelled: the attempt goes on for those who share it.
         """
-        wanted = list(dict.fromkeys(a.without_peer() for a in addresses))[: defaults.MAX_DIAL_ADDRESSES]
+        wanted = _few(dict.fromkeys(a.without_peer() for a in addresses))
         while True:
             attempt = self._attempts.get(peer)
             if attempt is None:
@@ -353,3 +353,11 @@ async def _next(attempt: _Attempt) -> _Endpoint | None:
             await attempt.resolved.wait()
         if waiting.cancelled_caught and (endpoint := attempt.candidates.next(_Tier.RELAYED)) is not None:
             return endpoint
+
+
+def _few(addresses: Iterable[Address]) -> list[Address]:
+    """As many as one dial tries; of a peer with many interfaces, relayed ones, which come last, too."""
+    addresses = list(addresses)
+    relayed = [a for a in addresses if a.relay is not None][: defaults.MAX_DIAL_ADDRESSES // 2]
+    direct = [a for a in addresses if a.relay is None]
+    return [*direct[: defaults.MAX_DIAL_ADDRESSES - len(relayed)], *relayed]

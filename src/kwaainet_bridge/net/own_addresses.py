@@ -47,8 +47,11 @@ class OwnAddresses:
 
     @property
     def direct(self) -> tuple[Address, ...]:
-        """Those that lead here without a relay."""
-        return tuple(dict.fromkeys((*(self._announced or self._interfaces), *self._proved)))
+        """Those that lead here without a relay; of a machine with many interfaces some."""
+        # others keep so many of a peer's addresses, and half of these are for relayed ones
+        proved = self._proved[: defaults.MAX_ADDRESSES_PER_PEER // 4]
+        known = self._announced or self._interfaces
+        return tuple(dict.fromkeys((*known[: defaults.MAX_ADDRESSES_PER_PEER // 2 - len(proved)], *proved)))
 
     @property
     def told(self) -> tuple[Address, ...]:
