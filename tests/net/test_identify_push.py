@@ -10,10 +10,11 @@ import trio.testing
 from echo_protocol import echo
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.net import Libp2pHost, own_addresses
+from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host, own_addresses
 from kwaainet_bridge.net.addresses import parse_listen_address
 from kwaainet_bridge.net.identify import IDENTIFY, IDENTIFY_PUSH
 from kwaainet_bridge.net.identify_push import IdentifyPush
+from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.wire.peer_id import PeerId
 
 ONE, TWO = (PeerId(b"\x12\x20" + bytes([i]) * 32) for i in range(2))
@@ -178,6 +179,22 @@ async def test_new_addresses(quick, server: Libp2pHost, client: Libp2pHost, monk
         await until(lambda: address in client.known_addresses(server.peer_id))
         nursery.cancel_scope.cancel()
     assert server.addresses() == [address] != before
+
+
+async def test_a_machine_that_moves_is_noticed_whatever_it_announces(monkeypatch) -> None:
+    """What it announces stays. Which private networks it is part of does not, nor whether the address still leads here."""
+    monkeypatch.setattr(defaults, "INTERFACES_SECONDS", 0.01)
+    announced = "/ip4/203.0.113.9/tcp/4001"
+    async with open_host(HostConfig(Identity.generate("ed25519"), announce=[announced])) as host:
+        before, vicinity = host.addresses(), host._vicinity
+        changed = host.introductions._push._version
+        moved = [parse_listen_address("/ip4/192.0.2.9/tcp/31330")]
+        monkeypatch.setattr(own_addresses, "reachable_forms", lambda _: moved)
+        with trio.fail_after(5):
+            await host.own.wait_changed()
+        assert host._vicinity is not vicinity
+        assert host.addresses() == before
+        assert host.introductions._push._version == changed  # nobody is told anything new
 
 
 async def test_peers_that_take_no_pushes_get_none(quick, server: Libp2pHost, client: Libp2pHost) -> None:

@@ -109,8 +109,7 @@ async def open_host(config: HostConfig) -> AsyncIterator[Libp2pHost]:
             nursery.start_soon(host.connections.tend)
             nursery.start_soon(host.introductions.run)
             nursery.start_soon(host.traversal.keeper.run)
-            if not announce:
-                nursery.start_soon(host.follow_interfaces)
+            nursery.start_soon(host.follow_interfaces)
             listening = trio.CancelScope()
             if bound:
                 listeners = [listener for listener, _ in bound]

@@ -76,15 +76,16 @@ class OwnAddresses:
         self._proved = self._proved if proved is None else proved
         self._relayed = self._relayed if relayed is None else relayed
         if self.told != before:
-            self._notify()
+            self._notify(told=True)
 
-    def _notify(self) -> None:
-        self._tell()
+    def _notify(self, *, told: bool) -> None:
+        if told:
+            self._tell()
         self._changed.set()
         self._changed = trio.Event()
 
     async def wait_changed(self) -> None:
-        """Return once others are told other addresses than now."""
+        """Return once others are told other addresses than now, or this machine has others."""
         await self._changed.wait()
 
     async def follow_interfaces(self, moved: Callable[[], None]) -> None:
@@ -100,8 +101,8 @@ class OwnAddresses:
                 log.warning("cannot look which addresses this machine has: %s", e)
                 continue
             log.info("this machine's addresses are now: %s", ", ".join(map(str, found)))
-            self._interfaces = found
-            self._notify()
+            before, self._interfaces = self.told, found
+            self._notify(told=self.told != before)
 
     # --- what is supposed
 
