@@ -170,6 +170,19 @@ async def test_a_relay_that_ends_takes_its_circuits_with_it() -> None:
             await caller.open_stream(hidden.peer_id, "Echo.run")
 
 
+async def test_of_a_relay_with_many_interfaces_the_public_address_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes last among its addresses if a router forwards it, and of so many not all are told."""
+    public = Address("ip4", "8.8.8.8", 4001)
+    own = [*(Address("ip4", f"10.0.{number}.1", 4001) for number in range(20)), public]
+    async with relay() as middle, host(listen=()) as hidden:
+        monkeypatch.setattr(middle.traversal, "direct_addresses", lambda: own)
+        await hide(hidden, middle)
+        assert hidden.own.told[0] == public.through(middle.peer_id)
+        assert len(hidden.own.told) == defaults.MAX_RELAY_ADDRESSES
+
+
 # --- what a relay refuses
 
 

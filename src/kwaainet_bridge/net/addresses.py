@@ -221,6 +221,11 @@ def private_block(host: str) -> Network | None:
     return next((block for block in _PRIVATE if address in block), None)
 
 
+def public_first(addresses: Iterable[Address]) -> list[Address]:
+    """Public addresses and names, then private ones, each in the order given."""
+    return sorted(addresses, key=lambda address: private_block(address.host) is not None)
+
+
 class Vicinity:
     """Which private networks this machine is part of, and so which private addresses of strangers may be
     dialled.

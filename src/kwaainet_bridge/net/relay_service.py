@@ -18,7 +18,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
-from kwaainet_bridge.net.addresses import Address
+from kwaainet_bridge.net.addresses import Address, public_first
 from kwaainet_bridge.net.circuit import read_message
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.circuit import (
@@ -166,12 +166,12 @@ class RelayService:
             log.debug("%s has a place here", peer)
         else:
             known.deadline = ends
-        addresses = tuple(a.binary_of(self._host.peer_id) for a in self._host.direct_addresses())
+        own = public_first(self._host.direct_addresses())[: defaults.MAX_RELAY_ADDRESSES]
         await self._answer(
             stream,
             Status.OK,
             expires=int(self._clock() + defaults.RELAY_RESERVATION_SECONDS),
-            addresses=addresses[: defaults.MAX_RELAY_ADDRESSES],
+            addresses=tuple(address.binary_of(self._host.peer_id) for address in own),
             limit=self._limits.circuit,
         )
 

@@ -13,7 +13,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
-from kwaainet_bridge.net.addresses import Address, parse_binary_address, split_peer_address
+from kwaainet_bridge.net.addresses import Address, parse_binary_address, public_first, split_peer_address
 from kwaainet_bridge.net.circuit import ask_hop
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.circuit import HOP, CircuitLimit, HopMessage, HopType
@@ -83,7 +83,7 @@ async def reserve(host: RelayedHost, relay: PeerId) -> Reservation:
     direct = [a for a in named if a is not None and a.relay is None and a.port]
     # stock relays name their public addresses only, so none at all in a private network
     direct = direct or [a for a in host.where(relay) if a.relay is None]
-    addresses = dict.fromkeys(a.through(relay) for a in direct[: defaults.MAX_RELAY_ADDRESSES])
+    addresses = dict.fromkeys(a.through(relay) for a in public_first(direct)[: defaults.MAX_RELAY_ADDRESSES])
     if not addresses:
         raise RemoteError(f"relay {relay}: granted a place, and nobody knows where it is")
     return Reservation(relay, float(answer.expires), tuple(addresses), answer.limit)
