@@ -177,7 +177,9 @@ async def _take_part_in_petals(
                     if config.model is None:
                         await _serve_until(stop, state)
                     else:
-                        model = ModelService(config.model, dht, server, client, state, reachability=reachability)
+                        model = ModelService(
+                            config.model, dht, server, client, state, reachability=reachability
+                        )
                         await _serve_blocks(model, state, stop, config.drain_seconds)
                 nursery.cancel_scope.cancel()
 
