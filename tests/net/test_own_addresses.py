@@ -84,7 +84,14 @@ def test_the_port_of_another_socket_says_nothing(told: Told) -> None:
     told.own.seen(peer(1), Address("ip4", "5.5.5.5", 50123), local_port=40404)
     assert told.own.supposed() == [OUTSIDE]
     told.own.seen(peer(1), Address("ip4", "5.5.5.5", 50124), local_port=31330)
-    assert told.own.supposed() == [Address("ip4", "5.5.5.5", 50124)]
+    assert told.own.supposed() == [Address("ip4", "5.5.5.5", 50124), OUTSIDE]
+
+
+def test_a_router_that_shows_another_port_to_each_peer(told: Told) -> None:
+    """Only the port that the operator may have forwarded is worth a check then."""
+    for number in range(5):
+        told.own.seen(peer(number), Address("ip4", "5.5.5.5", 50000 + number), local_port=31330)
+    assert told.own.supposed() == [OUTSIDE]
 
 
 def test_without_a_socket_of_the_family_nothing_is_supposed() -> None:
@@ -100,7 +107,7 @@ def test_one_liar_among_many_is_not_passed_on(told: Told) -> None:
     assert told.own.supposed() == [OUTSIDE]
     for number in range(4):
         told.own.unseen(peer(number))
-    assert told.own.supposed() == [Address("ip4", "9.9.9.9", 80)]
+    assert told.own.supposed() == [Address("ip4", "9.9.9.9", 80), Address("ip4", "9.9.9.9", 31330)]
 
 
 def test_few_observers_are_remembered(told: Told) -> None:

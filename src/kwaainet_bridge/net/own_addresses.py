@@ -34,7 +34,7 @@ class OwnAddresses:
         self._interfaces = tuple(reachable_forms(listening))
         self._proved: tuple[Address, ...] = ()
         self._relayed: tuple[Address, ...] = ()
-        self._seen: OrderedDict[PeerId, Address] = OrderedDict()
+        self._seen: OrderedDict[PeerId, tuple[Address, ...]] = OrderedDict()
 
     @property
     def listens(self) -> bool:
@@ -109,17 +109,15 @@ class OwnAddresses:
     def seen(self, observer: PeerId, address: Address, *, local_port: int) -> None:
         """Note as which address ``observer`` sees this host, over a connection to ``local_port`` here.
 
-        Unless that is a port it listens on, the port outside says nothing, and the usual forwarding of a router is
-        supposed: the same port on both sides.
+        Its port means something if the connection is to a port that is listened on. In any case the usual forwarding
+        of a router is supposed: the same port on both sides.
         """
-        port = address.port
-        if local_port not in {own.port for own in self._listening}:
-            same_family = [own.port for own in self._listening if own.family == address.family]
-            if not same_family:
-                return
-            port = same_family[0]
+        ports = [own.port for own in self._listening if own.family == address.family]
+        supposed = [Address(address.protocol, address.host, port) for port in ports[:1]]
+        if local_port in ports:
+            supposed.insert(0, address.without_peer())
         self._seen.pop(observer, None)
-        self._seen[observer] = Address(address.protocol, address.host, port)
+        self._seen[observer] = tuple(dict.fromkeys(supposed))
         if len(self._seen) > defaults.MAX_OBSERVERS:
             self._seen.popitem(last=False)
 
@@ -129,7 +127,7 @@ class OwnAddresses:
 
     def supposed(self) -> list[Address]:
         """Addresses as which peers see this host, those that most see first. Only their word, so not for telling."""
-        counts = Counter(self._seen.values())
+        counts = Counter(address for seen in self._seen.values() for address in seen)
         most = max(counts.values(), default=0)
         # one liar among many observers is not passed on; with few of them nobody can tell
         agreed = [address for address, count in counts.most_common() if 2 * count >= most]

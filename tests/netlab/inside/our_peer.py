@@ -44,7 +44,7 @@ from multiaddr import Multiaddr
 
 from kwaainet_bridge.errors import NetworkError
 from kwaainet_bridge.net import HostConfig, Libp2pHost, Stream, autonat, open_host
-from kwaainet_bridge.net.addresses import Address, parse_address
+from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.net.bootstrap import BootstrapEvent, keep_bootstrapped
 from kwaainet_bridge.net.identity import load_identity
 from kwaainet_bridge.net.limits import Limits
@@ -178,8 +178,8 @@ class Commands:
         return [str(address) for address in self.host.own.for_punching()]
 
     async def reachable(self, peer: str) -> list[Any]:
-        own = [a for a in map(parse_address, self.host.addresses()) if a is not None]
-        found = await autonat.ask(self.host, PeerId.parse(peer), own)
+        await self.host.wait_identified()
+        found = await autonat.ask(self.host, PeerId.parse(peer), self.host.own.for_checks())
         return [found.reachable, found.address and str(found.address), found.text]
 
     async def dial_back(self) -> None:
