@@ -323,6 +323,7 @@ class Relay:
         self.seconds = 3600.0
         self.error: NetworkError | RemoteError | None = None
         self.gone = trio.Event()
+        self.host = "8.8.8.8"
         self.offers = True
         self.silent = False
         self.asked: list[float] = []
@@ -355,8 +356,8 @@ class Network:
     async def wait_disconnected(self, peer: PeerId) -> None:
         await self.relays[peer].gone.wait()
 
-    def where(self, _peer: PeerId) -> list[Address]:
-        return [Address("ip4", "8.8.8.8", 4001)]
+    def where(self, peer: PeerId) -> list[Address]:
+        return [Address("ip4", self.relays[peer].host, 4001)]
 
     def protect(self, peer: PeerId, _tag: str) -> None:
         self.protected.append(peer)
@@ -510,3 +511,15 @@ async def test_a_relay_that_was_good_is_asked_again_as_soon_as_it_is_back(autoju
         one.gone = trio.Event()
         await trio.sleep(2 * defaults.RELAY_LOOK_SECONDS)
         assert not keeper.reservations
+
+
+async def test_relays_of_the_same_network_come_last(autojump_clock) -> None:
+    """Nobody outside gets to them."""
+    neighbours = [Relay(n) for n in range(20)]
+    outside = [Relay(n) for n in range(20, 22)]
+    for other in neighbours:
+        other.host = "192.168.1.7"
+    async with keeping(Network([*neighbours, *outside])) as (keeper, _):
+        keeper.want(True)
+        await trio.sleep(1)
+        assert {held.relay for held in keeper.reservations} == {other.peer for other in outside}

@@ -13,7 +13,13 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, RemoteError
-from kwaainet_bridge.net.addresses import Address, parse_binary_address, public_first, split_peer_address
+from kwaainet_bridge.net.addresses import (
+    Address,
+    parse_binary_address,
+    private_block,
+    public_first,
+    split_peer_address,
+)
 from kwaainet_bridge.net.circuit import ask_hop
 from kwaainet_bridge.net.yamux_stream import YamuxStream
 from kwaainet_bridge.wire.circuit import HOP, CircuitLimit, HopMessage, HopType
@@ -166,6 +172,7 @@ class RelayKeeper:
     def _candidates(self) -> list[PeerId]:
         others = [peer for peer in self._host.direct_peers(HOP) if peer not in self._preferred]
         self._rng.shuffle(others)
+        others.sort(key=self._is_private)
         now = trio.current_time()
         self._next_try = {relay: then for relay, then in self._next_try.items() if then > now}
         return [
@@ -173,6 +180,11 @@ class RelayKeeper:
             for relay in (*self._preferred, *others)
             if relay not in self._holders and relay not in self._next_try
         ]
+
+    def _is_private(self, relay: PeerId) -> bool:
+        """Whether it leads here for its own network only, as far as it says where it is."""
+        where = [address for address in self._host.where(relay) if address.relay is None]
+        return all(private_block(address.host) is not None for address in where)
 
     async def _hold(self, relay: PeerId) -> None:
         self._host.protect(relay, _TAG)
