@@ -17,13 +17,16 @@ def peer(number):
     return PeerId(bytes([0x12, 0x20, number]) + bytes(31))
 
 
-async def ask(probe, about):
+async def ask(probe, about, *, times=1):
     async with trio.open_nursery() as nursery:
         network = MemoryNetwork(nursery)
         ReachabilityService(peer(1), probe).mount(RpcServer(network.host(peer(1))))
         request = PingRequest(peer=NodeInfo(node_id=about))
+        client = RpcClient(network.host(peer(2)))
         try:
-            return await RpcClient(network.host(peer(2))).call(peer(1), RPC_CHECK, request, timeout=60)
+            for _ in range(times - 1):
+                await client.call(peer(1), RPC_CHECK, request, timeout=60)
+            return await client.call(peer(1), RPC_CHECK, request, timeout=60)
         finally:
             nursery.cancel_scope.cancel()
 
@@ -60,3 +63,11 @@ async def test_anything_else_is_refused(about, text):
     with pytest.raises(BaseExceptionGroup) as caught:
         await ask(found, about)
     assert caught.group_contains(HandlerError, match=text)
+
+
+async def test_a_peer_that_asks_without_end_is_refused():
+    """Each check is a dial at addresses that it names."""
+    assert (await ask(found, peer(2).raw, times=defaults.AUTONAT_DIALS_PER_PEER)).available
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await ask(found, peer(2).raw, times=defaults.AUTONAT_DIALS_PER_PEER + 1)
+    assert caught.group_contains(HandlerError, match="too many checks")

@@ -13,6 +13,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import BridgeError, Refusal
 from kwaainet_bridge.hivemind.experts.methods import RPC_CHECK
+from kwaainet_bridge.net.dial_quota import DialQuota
 from kwaainet_bridge.rpc import CallContext, RpcServer
 from kwaainet_bridge.wire.pb.dht_pb2 import PingRequest, PingResponse
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -30,6 +31,11 @@ class ReachabilityService:
         self._own = own
         self._probe = probe
         self._under_way: set[PeerId] = set()
+        self._quota = DialQuota(
+            defaults.AUTONAT_DIALS,
+            per_peer=defaults.AUTONAT_DIALS_PER_PEER,
+            seconds=defaults.AUTONAT_PERIOD_SECONDS,
+        )
 
     def mount(self, server: RpcServer) -> None:
         server.mount(RPC_CHECK, self.check)
@@ -44,6 +50,8 @@ class ReachabilityService:
             raise Refusal("a peer may ask about itself only")
         if peer in self._under_way or len(self._under_way) >= defaults.REACHABILITY_CHECKS_AT_ONCE:
             raise Refusal("busy with other checks")  # which is no verdict: stock peers do not count it
+        if not self._quota.take(peer):
+            raise Refusal("too many checks within a minute")
         available = False
         self._under_way.add(peer)
         try:
