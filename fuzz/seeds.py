@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from fuzz.averaging_targets import OWN, PEER, SCHEMA
 from fuzz.net_targets import PROPOSED
 from fuzz.tensor_targets import codec_layout
 from kwaainet_bridge.compression import CompressionType, Encoded
 from kwaainet_bridge.compression.encoded import DTYPES
+from kwaainet_bridge.hivemind.averaging.group import Group, leader_message
 from kwaainet_bridge.hivemind.dht import messages
 from kwaainet_bridge.hivemind.dht.id import DhtId
 from kwaainet_bridge.hivemind.dht.messages import StoreItem
@@ -24,6 +26,7 @@ from kwaainet_bridge.net.addresses import Address
 from kwaainet_bridge.net.identify import encode_identify
 from kwaainet_bridge.net.yamux_frames import DATA, FIN, GO_AWAY, SYN, WINDOW_UPDATE, encode_header
 from kwaainet_bridge.wire import frames
+from kwaainet_bridge.wire.averaging import AveragingData, DownloadData, MessageCode
 from kwaainet_bridge.wire.circuit import (
     CircuitLimit,
     HopMessage,
@@ -38,7 +41,7 @@ from kwaainet_bridge.wire.circuit import (
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
 from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 from kwaainet_bridge.wire.msgpack import pack
-from kwaainet_bridge.wire.pb import autonat_pb2, dht_pb2, kad_pb2
+from kwaainet_bridge.wire.pb import autonat_pb2, averaging_pb2, dht_pb2, kad_pb2
 from kwaainet_bridge.wire.pb.expert_pb2 import ExpertInfo
 from kwaainet_bridge.wire.peer_id import PeerId
 from kwaainet_bridge.wire.tensors import TensorMessage, split_tensor
@@ -69,6 +72,7 @@ def seeds() -> Iterator[Seed]:
     yield from _petals()
     yield from _dht()
     yield from _net()
+    yield from _averaging(golden)
 
 
 def regressions() -> Iterator[tuple[str, Path]]:
@@ -239,3 +243,24 @@ def _net() -> Iterator[Seed]:
         encode_punch(PunchType.SYNC),
     ):
         yield "circuit", circuit[1:]
+
+
+def _averaging(golden: dict[str, Any]) -> Iterator[Seed]:
+    about = bytes.fromhex(golden["averaging"]["data_for_gather"])
+    yield "averaging-about", about
+    for key in ("run.0b0", "run.0b1"):
+        request = averaging_pb2.JoinRequest(
+            schema_hash=SCHEMA, expiration=1010.0, gather=about, client_mode=True, group_key=key
+        )
+        yield "averaging-join", request.SerializeToString()
+    begin = Group(bytes(20), (PEER, OWN), (about, about)).message()
+    disbanded = leader_message(MessageCode.GROUP_DISBANDED, suggested=_PEER)
+    for message in (begin, disbanded, leader_message(MessageCode.ACCEPTED)):
+        yield "averaging-leader", message.SerializeToString()
+        yield "averaging-group", message.SerializeToString()
+    tensor = TensorMessage(values=[bytes(8)], size=[2], dtype="float32")
+    part = AveragingData(code=4, group_id=bytes(20), tensor_part=tensor, weight=2.0)
+    yield "averaging-data", b"".join(part.parts())
+    yield "averaging-data", b"".join(AveragingData(code=MessageCode.BAD_GROUP_ID).parts())
+    state = DownloadData(metadata=pack({"group_key": "0"}), tensor_part=tensor)
+    yield "averaging-download", b"".join(state.parts())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from fuzz import dht_targets, net_targets, tensor_targets, wire_targets
+from fuzz import averaging_targets, dht_targets, net_targets, tensor_targets, wire_targets
 
 Target = Callable[[bytes], None]
 
@@ -14,4 +14,5 @@ TARGETS: Final[dict[str, Target]] = {
     **tensor_targets.TARGETS,
     **dht_targets.TARGETS,
     **net_targets.TARGETS,
+    **averaging_targets.TARGETS,
 }

@@ -726,11 +726,12 @@ AVERAGING_SEARCH_SECONDS: Final = 0.5
 AVERAGING_FIRST_PART_SECONDS: Final = 15.0
 """How long a member may take to send its first part, once the group begins (stock optimizers: 15 s)."""
 
-AVERAGING_PART_SECONDS: Final = 5.0
-"""Least time that a member has for any later part."""
+AVERAGING_PART_SECONDS: Final = 15.0
+"""Least time that a member has for any later part (stock optimizers: 15 s)."""
 
 AVERAGING_PART_FACTOR: Final = 8.0
-"""A member has this many times what the slowest part before took, if that is more."""
+"""A member has this many times what the slowest part before took, if that is more, and at most half of
+AVERAGING_RESULT_SECONDS: then others still wait for our average."""
 
 AVERAGING_RESULT_SECONDS: Final = 60.0
 """How long a member may take to answer with the next average. It waits for senders meanwhile, so this is longer than

@@ -1,0 +1,315 @@
+"""One all-reduce of one group: every member averages a share of the values and gets the others' shares averaged.
+
+To each other member that has a share goes one stream with the parts of it; back come the differences between average
+and part. Source: hivemind 1.1.12, ``averaging/allreduce.py``.
+
+A member that fails costs its own contribution or its own share, never the rest: a share that does not come back keeps
+its local values.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.errors import CompressionError, NetworkError, RemoteError
+from kwaainet_bridge.hivemind.averaging.coding import coded
+from kwaainet_bridge.hivemind.averaging.group import Group
+from kwaainet_bridge.hivemind.averaging.reducer import Reducer, check_values
+from kwaainet_bridge.hivemind.averaging.split import Part, partition
+from kwaainet_bridge.rpc import ClientStream, RpcClient, ServerStream, StreamMethod
+from kwaainet_bridge.wire.averaging import AveragingData, MessageCode, code_name
+from kwaainet_bridge.wire.peer_id import PeerId
+from kwaainet_bridge.wire.tensors import TensorMessage, decode_tensor, encode_tensor
+
+log = logging.getLogger(__name__)
+
+Exchange = StreamMethod[AveragingData, AveragingData]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What all members of a group must have alike (compression, part size), and what a member allows."""
+
+    compression: CompressionType = CompressionType.NONE
+    part_bytes: int = defaults.AVERAGING_PART_BYTES
+    max_rms: float = math.inf
+    """Root mean square of a part or a difference from which on it is refused."""
+
+
+class AllReduce:
+    """The all-reduce of ``group``, as its member ``own``. The tensors stay unchanged until ``apply``.
+
+    They must be contiguous, of floats, and may not be changed by others meanwhile. ``shares`` are the elements that
+    each member averages. ``run`` is called once; ``serve`` for every stream that comes for this group, which may be
+    before ``run``.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        tensors: Sequence[torch.Tensor],
+        *,
+        own: PeerId,
+        weight: float,
+        shares: Sequence[int],
+        options: Options,
+    ) -> None:
+        self.group = group
+        self.failed_reducers: dict[PeerId, str] = {}
+        self.deltas: dict[Part, torch.Tensor] = {}
+        self._tensors = tensors
+        self._own = own
+        self._weight = weight
+        self._options = options
+        self._share = dict(zip(group.members, shares, strict=True))
+        parts = partition(tensors, shares, options.compression, options.part_bytes)
+        self._parts = dict(zip(group.members, parts, strict=True))
+        self._reducer = Reducer(
+            [part.length for part in self._parts[own]],
+            group.members,
+            now=trio.current_time(),
+            max_rms=options.max_rms,
+        )
+        self._serving: dict[PeerId, trio.CancelScope] = {}
+        self._changed = trio.Event()
+        self._cancelled = False
+
+    @property
+    def failed_senders(self) -> dict[PeerId, str]:
+        """Whose parts are missing in what we averaged, and why."""
+        return self._reducer.failed
+
+    @property
+    def missing_elements(self) -> int:
+        """Elements that keep their local values since nobody averaged them."""
+        return sum(part.length for parts in self._parts.values() for part in parts if part not in self.deltas)
+
+    async def run(self, client: RpcClient, method: Exchange) -> None:
+        """Take part to the end: all parts are averaged or given up. Raises nothing for members that fail.
+
+        Cancelled: members that still wait for our averages are told so.
+        """
+        with trio.move_on_after(defaults.AVERAGING_ALLREDUCE_SECONDS):
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_senders)
+                    nursery.start_soon(self._average_own)
+                    for peer, parts in self._parts.items():
+                        if peer != self._own and parts:
+                            nursery.start_soon(self._exchange, client, method, peer, parts)
+            finally:
+                self._cancelled = not self._reducer.done
+                self._notify()
+
+    def apply(self, alpha: float = 1.0) -> None:
+        """Move the tensors by ``alpha`` towards the average."""
+        with torch.no_grad():
+            for part, delta in self.deltas.items():
+                values = part.of(self._tensors)
+                values.add_(delta.to(values.device), alpha=alpha)
+
+    # --- our own parts ------------------------------------------------------------------------------------
+
+    async def _average_own(self) -> None:
+        for number, part in enumerate(self._parts[self._own]):
+            values = part.of(self._tensors).cpu()
+            weighted = values.to(torch.float32) * self._weight
+            self._reducer.add(self._own, weighted, self._weight, now=trio.current_time())
+            self._notify()
+            await self._until_ready(number)
+            average = self._reducer.average(number)
+            self.deltas[part] = torch.zeros_like(values) if average is None else average - values
+
+    async def _watch_senders(self) -> None:
+        """Leave out senders that are late."""
+        while not self._reducer.done:
+            with trio.move_on_at(self._reducer.deadline()):
+                await self._changed.wait()
+            for peer in self._reducer.late(trio.current_time()):
+                if peer != self._own:
+                    self._fail(peer, "late")
+
+    def _fail(self, sender: PeerId, why: str) -> None:
+        if sender in self._reducer.failed:
+            return
+        log.info("averaging: %s is left out from part %d on: %s", sender, self._reducer.received(sender), why)
+        self._reducer.fail(sender, why, now=trio.current_time())
+        if scope := self._serving.get(sender):
+            scope.cancel()
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _until_ready(self, number: int) -> None:
+        """Wait for the average of a part, or for the end of an all-reduce without it."""
+        while not (self._reducer.is_ready(number) or self._cancelled):
+            await self._changed.wait()
+
+    # --- others' shares -----------------------------------------------------------------------------------
+
+    async def _exchange(self, client: RpcClient, method: Exchange, peer: PeerId, parts: list[Part]) -> None:
+        """Have one member average its share."""
+        patience = trio.CancelScope(deadline=trio.current_time() + defaults.AVERAGING_RESULT_SECONDS)
+        why = None
+        try:
+            async with client.stream(peer, method, open_timeout=defaults.CONNECT_SECONDS) as stream:
+                with patience:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._send, stream, parts, patience)
+                        why = await self._receive(stream, parts, patience)
+                        if why is not None:
+                            nursery.cancel_scope.cancel()
+                if patience.cancelled_caught:
+                    why = f"no answer within {defaults.AVERAGING_RESULT_SECONDS:g} s"
+        except NetworkError as e:
+            why = str(e)
+        if why is not None:
+            log.info("averaging: the rest of the share of %s stays as it is: %.200s", peer, why)
+            self.failed_reducers[peer] = why
+
+    async def _send(
+        self,
+        stream: ClientStream[AveragingData, AveragingData],
+        parts: list[Part],
+        patience: trio.CancelScope,
+    ) -> None:
+        try:
+            for number, part in enumerate(parts):
+                values = part.of(self._tensors)
+                tensor = await coded(partial(self._encode, values), values.nbytes, self._options.compression)
+                message = AveragingData(tensor_part=tensor, weight=self._weight)
+                if not number:
+                    message.code = MessageCode.PART_FOR_AVERAGING
+                    message.group_id = self.group.group_id
+                await stream.send(message)
+                patience.deadline = trio.current_time() + defaults.AVERAGING_RESULT_SECONDS
+            await stream.end()
+        except NetworkError as e:
+            log.debug("averaging: sending to %s: %s", stream.peer, e)  # what it answers, if anything, counts
+
+    def _encode(self, values: torch.Tensor) -> TensorMessage:
+        return encode_tensor(values, self._options.compression, legacy_bfloat16=True)
+
+    async def _receive(
+        self,
+        stream: ClientStream[AveragingData, AveragingData],
+        parts: list[Part],
+        patience: trio.CancelScope,
+    ) -> str | None:
+        """Take in the differences of a share. Returns what went wrong."""
+        try:
+            for part in parts:
+                message = await stream.receive()
+                patience.deadline = trio.current_time() + defaults.AVERAGING_RESULT_SECONDS
+                if message.code != MessageCode.AVERAGED_PART:
+                    return f"it answers {code_name(message.code)}"
+                tensor = _checked(message, part.length)
+
+                def decode(tensor: TensorMessage = tensor) -> torch.Tensor:
+                    delta = decode_tensor(tensor, name="difference").detach().reshape(-1)
+                    check_values(delta, self._options.max_rms)
+                    return delta
+
+                self.deltas[part] = await coded(decode, len(tensor.buffer), self._options.compression)
+        except trio.EndOfChannel:
+            return "it answered fewer parts than it got"
+        except (NetworkError, RemoteError) as e:
+            return str(e)
+        return None
+
+    # --- serving our share --------------------------------------------------------------------------------
+
+    async def serve(self, stream: ServerStream[AveragingData, AveragingData], first: AveragingData) -> None:
+        """Average the parts that come from one member. ``first`` is the stream's first message."""
+        sender = stream.context.peer
+        if sender not in self._reducer.senders or sender == self._own or sender in self._serving:
+            await stream.send(AveragingData(code=MessageCode.PROTOCOL_VIOLATION))
+            return
+        if self._cancelled:
+            await stream.send(AveragingData(code=MessageCode.CANCELLED))
+            return
+        why = "it left"
+        try:
+            with trio.CancelScope() as self._serving[sender]:
+                await self._serve(stream, first, sender)
+                why = "it sent fewer parts than its share has"
+        except (RemoteError, CompressionError) as e:
+            why = str(e)
+        finally:
+            if self._reducer.received(sender) < len(self._reducer.lengths):
+                self._fail(sender, why)
+        if sender in self._reducer.failed:
+            await stream.send(AveragingData(code=MessageCode.INTERNAL_ERROR))
+        elif not self._reducer.done:
+            await stream.send(AveragingData(code=MessageCode.CANCELLED))
+
+    async def _serve(
+        self, stream: ServerStream[AveragingData, AveragingData], message: AveragingData, sender: PeerId
+    ) -> None:
+        if message.code != MessageCode.PART_FOR_AVERAGING:
+            raise RemoteError(f"its first message has {code_name(message.code)}")
+        # whoever averages nothing has a thin line, perhaps: it gets answers when it has sent everything
+        answers: list[AveragingData] | None = None if self._share[sender] else []
+        number = 0
+        while True:
+            part = await self._add(message, sender)
+            await self._until_ready(number)
+            if not self._reducer.is_ready(number):
+                return
+            answer = await self._difference(number, part, message)
+            if answers is None:
+                await stream.send(answer)
+            else:
+                answers.append(answer)
+            number += 1
+            try:
+                message = await stream.receive()
+            except trio.EndOfChannel:
+                break
+        for answer in answers or ():
+            await stream.send(answer)
+
+    async def _add(self, message: AveragingData, sender: PeerId) -> torch.Tensor:
+        tensor = _checked(message, self._reducer.expected(sender))
+
+        def decode() -> tuple[torch.Tensor, torch.Tensor]:
+            part = decode_tensor(tensor, name="part").detach().reshape(-1)
+            return part, self._reducer.contribution(part, message.weight)
+
+        part, weighted = await coded(decode, len(tensor.buffer), self._options.compression)
+        self._reducer.add(sender, weighted, message.weight, now=trio.current_time())
+        self._notify()
+        return part
+
+    async def _difference(self, number: int, part: torch.Tensor, message: AveragingData) -> AveragingData:
+        average = self._reducer.average(number)
+        assert message.tensor_part is not None
+        compression = message.tensor_part.compression
+
+        def encode() -> TensorMessage:
+            delta = torch.zeros_like(part) if average is None else average - part
+            return encode_tensor(delta, compression, legacy_bfloat16=True)
+
+        tensor = await coded(encode, part.nbytes, self._options.compression)
+        return AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor)
+
+
+def _checked(message: AveragingData, length: int) -> TensorMessage:
+    """The tensor of a message, known to have ``length`` elements. Raises RemoteError before anything is decoded."""
+    tensor = message.tensor_part
+    if tensor is None:
+        raise RemoteError("a message has no tensor")
+    if math.prod(tensor.size) != length:
+        raise RemoteError(f"a part has size {tensor.size!r:.100}, not {length}")
+    return tensor

@@ -1,0 +1,21 @@
+"""Where tensors are coded: small ones on the event loop, large ones in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.compression import CompressionType
+
+T = TypeVar("T")
+
+
+async def coded(code: Callable[[], T], size: int, compression: int) -> T:
+    """What ``code`` returns or raises; it handles ``size`` bytes. Cancelled: it goes on to its end first."""
+    plain = compression == CompressionType.NONE
+    if size <= (defaults.INLINE_BYTES if plain else defaults.INLINE_COMPRESSED_BYTES):
+        return code()
+    return await trio.to_thread.run_sync(code)

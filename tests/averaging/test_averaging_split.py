@@ -1,0 +1,73 @@
+"""The split that all members compute alone: equal to stock peers', part by part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.hivemind.averaging.split import part_elements, partition, share_elements
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "vectors" / "hivemind.json").read_text())["averaging"]
+STOCK_NAMES = {"NoCompression": CompressionType.NONE, "Float16Compression": CompressionType.FLOAT16}
+
+
+@pytest.mark.parametrize("vector", GOLDEN["partition"])
+def test_parts_are_those_of_stock_peers(vector: dict) -> None:
+    tensors = [torch.zeros(shape) for shape in vector["shapes"]]
+    compression = STOCK_NAMES[vector["compression"]]
+    parts = partition(tensors, vector["fractions"], compression, vector["part_size_bytes"])
+    assert [[part.length for part in member] for member in parts] == vector["parts_by_peer"]
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any),
+    st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any),
+    st.integers(4, 64),
+)
+def test_every_element_belongs_to_one_member(sizes: list[int], weights: list[int], part_bytes: int) -> None:
+    tensors = [torch.zeros(size) for size in sizes]
+    parts = [part for member in partition(tensors, weights, part_bytes=part_bytes) for part in member]
+    assert sorted((p.tensor, p.start) for p in parts) == [(p.tensor, p.start) for p in parts]
+    for number, size in enumerate(sizes):
+        assert sum(part.length for part in parts if part.tensor == number) == size
+    assert all(part.length * 4 <= part_bytes for part in parts)
+
+
+def test_unspecified_bandwidths_share_alike() -> None:
+    assert share_elements(1000, [None, None, None]) == (334, 333, 333)
+    assert share_elements(1000, [None, 0.0, None]) == (500, 0, 500)
+    assert share_elements(5, [0, None]) == (0, 5)
+
+
+def test_a_group_with_given_bandwidths_is_refused() -> None:
+    with pytest.raises(RemoteError, match="bandwidths of the group are"):
+        share_elements(1000, [None, 50.0])
+
+
+def test_a_group_in_which_nobody_averages_is_refused() -> None:
+    with pytest.raises(RemoteError, match="nobody in the group averages"):
+        share_elements(1000, [0.0, 0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compression", "elements"),
+    [
+        (torch.float32, CompressionType.NONE, 131072),
+        (torch.float32, CompressionType.FLOAT16, 262144),
+        (torch.float32, CompressionType.MEANSTD_16BIT, 262144),
+        (torch.float32, CompressionType.BLOCKWISE_8BIT, 524288),
+        (torch.float16, CompressionType.FLOAT16, 262144),
+        (torch.float64, CompressionType.NONE, 65536),
+    ],
+)
+def test_parts_are_as_long_as_stock_peers_make_them(
+    dtype: torch.dtype, compression: CompressionType, elements: int
+) -> None:
+    assert part_elements(dtype, compression, 1 << 19) == elements
