@@ -417,8 +417,8 @@ DHT_FALSE_NEIGHBOURS: Final = 2
 answers, as many are asked at a time."""
 
 DHT_SLOW_NEIGHBOURS: Final = 4
-"""The same, when those that were asked first take half of the patience: of four nodes, all died within an hour once in 600
-times if a fifth of all did, and this many silent ones may be invented."""
+"""The same, when those that were asked first take half of the patience: of four nodes, all died within an hour once in
+600 times if a fifth of all did, and this many silent ones may be invented."""
 
 DHT_BACKOFF_SECONDS: Final = 5.0
 """A peer that fails to answer a search is left alone this long, then twice as long, and so on (stock: 5)."""
