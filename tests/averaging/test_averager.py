@@ -169,6 +169,34 @@ async def test_group_bits_lead_everybody_to_one_mean(autojump_clock: object) -> 
         assert sum(values) == pytest.approx(6.0)
 
 
+async def test_a_grid_of_sixteen_averages_exactly_in_two_rounds(autojump_clock: object) -> None:
+    """Groups of four by two group bits: each of the second round has one member of each of the first."""
+    async with run() as swarm:
+        for number in range(16):
+            await swarm.add((20,), **group_of(4), bits=format(number // 4, "02b"))
+        await swarm.step()
+        assert [means(peer)[0] for peer in swarm.peers] == [n // 4 * 4 + 1.5 for n in range(16)]
+        await swarm.step()
+        assert [means(peer)[0] for peer in swarm.peers] == [7.5] * 16
+
+
+async def test_peers_that_die_while_they_wait_leave_the_others_a_group(autojump_clock: object) -> None:
+    async with run(4, **group_of(8)) as swarm:
+        async with trio.open_nursery() as nursery:
+            for peer in swarm.peers[:3]:
+                nursery.start_soon(peer.step)
+            dying = trio.CancelScope()
+            nursery.start_soon(_step_until_cancelled, swarm.peers[3], dying)
+            await trio.sleep(2)
+            dying.cancel()
+        assert [means(peer)[0] for peer in swarm.peers] == [1.0, 1.0, 1.0, 3.0]
+
+
+async def _step_until_cancelled(peer: Peer, scope: trio.CancelScope) -> None:
+    with scope:
+        await peer.averager.step()
+
+
 async def test_alpha_moves_only_part_of_the_way(autojump_clock: object) -> None:
     async with run(2, **group_of(2), alpha=0.5) as swarm:
         await swarm.step()

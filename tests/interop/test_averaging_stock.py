@@ -17,7 +17,8 @@ from stock_swarm import START_SECONDS, StockEnvironment
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import DeadlineExceeded
 from kwaainet_bridge.hivemind.averaging import Averager, Options, Rules, StepResult
-from kwaainet_bridge.wire.averaging import AveragingData, MessageCode
+from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce
+from kwaainet_bridge.wire.averaging import AveragingData, MessageCode, code_name
 
 PREFIX = "run"
 SIZES = (1000, 7, 400_000)
@@ -177,6 +178,51 @@ async def test_all_members_end_with_the_weighted_mean(
         await mix.check(await mix.step(weights), mean(weights), compression)
 
 
+def words_of_leaders(peer: OurPeer) -> list[str]:
+    """What leaders say to one of ours, from now on."""
+    words: list[str] = []
+    machine = peer.averager._meeting.machine
+    original = machine.leader_said
+
+    def leader_said(now: float, message: Any) -> Any:
+        words.append(code_name(message.code))
+        return original(now, message)
+
+    machine.leader_said = leader_said  # type: ignore[method-assign]
+    return words
+
+
+async def test_ours_leads_stock_peers(stock_averagers: Driver) -> None:
+    """Ours declares first, so that the stock peers ask it."""
+    weights = {0: 1.0, 1: 2.0, 2: 5.0}
+    async with mixed(stock_averagers, size=3) as mix:
+        await mix.add_stock(1, size=3)
+        await mix.add_stock(2, size=3)
+        ours = mix.ours[0]
+        words = words_of_leaders(ours)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(ours.step, weight=weights[0], timeout=40))
+            await until(partial(ours.node.dht.get, f"{PREFIX}.0b"), lambda found: found is not None)
+            for number, stock in mix.stock.items():
+                await stock_averagers.aask("begin", averager=stock["averager"], weight=weights[number])
+        assert words == []
+        check(ours.tensors, mean(weights), "NONE")
+        for stock in mix.stock.values():
+            assert len(await stock_averagers.aask("step", averager=stock["averager"])) == 3
+            check(await stock_values(stock_averagers, stock), mean(weights), "NONE")
+
+
+async def test_ours_follows_a_stock_leader(stock_averagers: Driver) -> None:
+    async with mixed(stock_averagers, size=2) as mix:
+        stock = await mix.add_stock(1, size=2)
+        words = words_of_leaders(mix.ours[0])
+        await stock_averagers.aask("begin", averager=stock["averager"])
+        await until(partial(mix.ours[0].node.dht.get, f"{PREFIX}.0b"), lambda found: found is not None)
+        await mix.ours[0].step(timeout=40)
+        assert words == ["ACCEPTED", "BEGIN_ALLREDUCE"]
+        check(mix.ours[0].tensors, mean({0: 1.0, 1: 1.0}), "NONE")
+
+
 async def test_rounds_follow_each_other_with_the_same_group_bits(stock_averagers: Driver) -> None:
     async with mixed(stock_averagers, size=2, bits="0") as mix:
         stock = await mix.add_stock(1, size=2, initial_group_bits="0")
@@ -307,3 +353,31 @@ async def test_a_sender_that_spoils_its_values_is_left_out(stock_averagers: Driv
             assert {str(sender) for sender in peer.result.failed_senders} == {bad["peer"]}
             assert {str(reducer) for reducer in peer.result.failed_reducers} == {bad["peer"]}
             assert all(bool(torch.isfinite(tensor).all()) for tensor in peer.tensors)
+
+
+async def test_a_stock_peer_that_is_killed_in_the_middle(
+    stock_averagers: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies before it had our parts: the survivors average their own shares and keep their values for its."""
+    async with mixed(stock_averagers, size=3) as mix:
+        doomed = await mix.add_stock(1, size=3)
+        # as in stock optimizers; without it a stock peer waits for ever for a sender that never came
+        stock = await mix.add_stock(2, size=3, next_chunk_timeout=15.0)
+        original = AllReduce.run
+
+        async def kill_and_run(self: AllReduce, client: Any, method: Any) -> None:
+            await stock_averagers.aask("kill", averager=doomed["averager"])
+            await original(self, client, method)
+
+        monkeypatch.setattr(AllReduce, "run", kill_and_run)
+        gathered = await mix.step({0: 1.0, 1: 1.0, 2: 1.0})
+        result = mix.ours[0].result
+        assert result is not None
+        assert {str(peer) for peer in result.failed_reducers} == {doomed["peer"]}
+        assert 0 < result.missing_elements < sum(SIZES)
+        assert await stock_averagers.aask("step", averager=stock["averager"]) == gathered
+        ours, theirs = (torch.cat(mix.ours[0].tensors), torch.cat(await stock_values(stock_averagers, stock)))
+        differ = (ours - theirs).abs() > 1e-5
+        assert abs(int(differ.sum()) - result.missing_elements) < 20
+        assert torch.equal(ours[differ], torch.cat(values(0))[differ])
+        assert torch.equal(theirs[differ], torch.cat(values(2))[differ])

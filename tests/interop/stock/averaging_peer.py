@@ -10,6 +10,7 @@ Commands::
     values {averager}                                      -> its tensors as lists
     bits  {averager}                                       -> its group bits
     load  {averager}                                       -> {metadata, tensors} from whoever shares them, or null
+    kill  {averager}                                       -> null; it and its daemon end without a word to anybody
     shutdown {}                                            -> null, once all have ended
 
 Event: ``ready``.
@@ -24,6 +25,7 @@ import sys
 from typing import Any
 
 import hivemind
+import psutil
 import torch
 from hivemind import compression as codecs
 from hivemind.averaging import DecentralizedAverager
@@ -108,11 +110,20 @@ class Commands:
         metadata, tensors = loaded
         return {"metadata": metadata, "tensors": [tensor.tolist() for tensor in tensors]}
 
+    async def kill(self, averager: int) -> None:
+        doomed = self._averagers[averager]
+        for process in psutil.Process(doomed.dht.pid).children(recursive=True):
+            process.kill()
+        doomed.kill()
+
     async def shutdown(self) -> None:
         averagers, self._averagers = self._averagers, []
         for averager in averagers:
-            await asyncio.to_thread(averager.shutdown)
-            await asyncio.to_thread(averager.dht.shutdown)
+            if averager.is_alive():
+                await asyncio.to_thread(averager.shutdown)
+                await asyncio.to_thread(averager.dht.shutdown)
+            else:
+                averager.dht.kill()
 
 
 async def main() -> None:
