@@ -172,7 +172,8 @@ def alive(folder):
     ("number", "after"), [(signal.SIGTERM, "The swarm keeps running"), (signal.SIGHUP, "node-1 serves")]
 )
 def test_demo_drains_its_nodes_when_told_to_end(tmp_path, number, after):
-    command = [COMMAND, "demo", "--folder", tmp_path / "run"]
+    # under nohup a child ignores SIGHUP, and lives on
+    command = ["env", "--default-signal=HUP", COMMAND, "demo", "--folder", tmp_path / "run"]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENV
     ) as demo:
