@@ -141,7 +141,8 @@ class Process:
         members = self.members()
         sockets = {path for process in members for path in _unix_sockets(process)}
         for process in members:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                process.kill()
         self._popen.wait()
         while self.members():  # not psutil.wait_procs: orphans stay zombies until init looks for them
             time.sleep(0.01)
