@@ -74,7 +74,7 @@ def golden(number: int) -> tuple[DhtRecord, bytes]:
 def test_records_signed_by_stock_are_valid_and_ours_are_made_the_same_way(number: int) -> None:
     unsigned, signed_value = golden(number)
     validator = RsaSignatureValidator(OWNER)
-    assert signatures.owner_marker(OWNER) == validator.marker == GOLDEN["marker"].encode()
+    assert signatures.owner_marker(OWNER) == GOLDEN["marker"].encode()
     signed = replace(unsigned, value=signed_value)
     assert validator.validate(signed)
     assert RsaSignatureValidator().validate(signed)
@@ -308,3 +308,37 @@ async def test_whole_seconds_are_signed_as_they_travel(autojump_clock: MockClock
     async with swarm(2, validator=RsaSignatureValidator(OWNER)) as nodes:
         result = await nodes.nodes[0].store("key", 1, int(LATER), subkey=signatures.owner_marker(OWNER))
         assert len(result.accepted) == 2
+
+
+async def test_validators_added_to_a_running_node_count_from_then_on(
+    autojump_clock: MockClock, stranger: rsa.RSAPrivateKey
+) -> None:
+    """As stock's optimizers do: each run adds its schema, and the same kind of signatures."""
+    async with swarm(2) as nodes:
+        first, second = nodes.nodes
+        assert (await first.store("run_steps", "wrong", LATER)).ok
+        for node in (first, second):
+            node.add_validators([SCHEMA, RsaSignatureValidator()])
+        first.add_validators([SchemaValidator({"other": Run}), RsaSignatureValidator(OWNER)])
+        for wrong in ("run_steps", "other_steps"):
+            with pytest.raises(ValueError, match=wrong):
+                await first.store(wrong, "wrong", LATER + 1)
+        assert await second.get("run_steps", latest=True) is not None  # what was there stays
+        marker = signatures.owner_marker(OWNER)
+        assert len((await first.store("key", 1, LATER, subkey=marker)).accepted) == 2
+        vandal = await nodes.start()
+        assert (await vandal.store("key", 2, LATER + 1, subkey=marker)).accepted == (vandal.peer_id,)
+        assert (await second.get("key")).value == {marker: FoundEntry(1, LATER)}
+
+
+def test_two_signature_validators_become_one_that_signs_for_both(stranger: rsa.RSAPrivateKey) -> None:
+    both = CompositeValidator([RsaSignatureValidator(OWNER), SCHEMA, RsaSignatureValidator(stranger)])
+    nested = CompositeValidator([RsaSignatureValidator(), both])
+    for key in (OWNER, stranger):
+        unsigned = record(subkey=signatures.owner_marker(key))
+        signed = replace(unsigned, value=nested.sign_value(unsigned))
+        assert nested.validate(signed)
+        assert signed.value.count(b"[signature:") == 1
+        assert nested.strip_value(signed) == b"v"
+    assert RsaSignatureValidator().merged_with(SCHEMA) is None
+    assert SCHEMA.merged_with(SchemaValidator({})) is None

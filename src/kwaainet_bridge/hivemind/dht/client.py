@@ -57,7 +57,7 @@ class DhtClient:
         self._rpc = rpc
         self._contacts = contacts
         self._clock = clock
-        self._validator = validator
+        self.validator = validator
         self._authorizer = authorizer
         self._timeout = timeout
         self._slots = trio.CapacityLimiter(parallel)
@@ -151,9 +151,9 @@ class DhtClient:
 
     async def _validated(self, key: DhtId, answer: FindAnswer) -> FindAnswer:
         """An answer without what the validator refuses: its sender may only have passed it on."""
-        if self._validator is None or answer.record is None:
+        if self.validator is None or answer.record is None:
             return answer
-        return replace(answer, record=await valid_part(self._validator, key, answer.record))
+        return replace(answer, record=await valid_part(self.validator, key, answer.record))
 
     async def _call(
         self,

@@ -31,7 +31,7 @@ from kwaainet_bridge.hivemind.dht.routing import Contact
 from kwaainet_bridge.hivemind.dht.search import Step, search
 from kwaainet_bridge.hivemind.dht.service import DhtService
 from kwaainet_bridge.hivemind.dht.storage import LocalStorage
-from kwaainet_bridge.hivemind.dht.validation import RecordValidator, stripped
+from kwaainet_bridge.hivemind.dht.validation import CompositeValidator, RecordValidator, stripped
 from kwaainet_bridge.hivemind.dht.values import Found, Record, decode
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.rpc.client import RpcClient
@@ -181,6 +181,14 @@ class DhtNode:
         else:
             self._service.mount(self._server)
             self._later(partial(self._find_nearest, [self.node_id]))
+
+    def add_validators(self, validators: Sequence[RecordValidator]) -> None:
+        """Check, sign and strip records by these too from now on, beside what there is already.
+
+        What this node holds already is not checked again: it was accepted under the old rules.
+        """
+        combined = CompositeValidator([*([] if self._validator is None else [self._validator]), *validators])
+        self._validator = self._remote.validator = self._service.validator = combined
 
     def neighbours(self) -> list[Contact]:
         """The nodes in the routing table. If there are none, only bootstrap() leads back to the network."""

@@ -63,7 +63,7 @@ class DhtService:
         self._cache = cache
         self._call_back = call_back
         self._clock = clock
-        self._validator = validator
+        self.validator = validator
         self._authorizer = authorizer
         self._node = pb.NodeInfo(node_id=contacts.own_id.to_bytes())
 
@@ -124,8 +124,8 @@ class DhtService:
         """Keep what is valid of an item; True iff that is all of it and all was accepted."""
         record = messages.read_record(item)
         valid: Record | None = record
-        if self._validator is not None:
-            valid = await valid_part(self._validator, item.key, record)
+        if self.validator is not None:
+            valid = await valid_part(self.validator, item.key, record)
             if valid is not record:
                 log.debug("%s stored an invalid record under key %s", peer, item.key)
         if valid is None:

@@ -33,15 +33,20 @@ def names_owner(text: bytes) -> bool:
 class RsaSignatureValidator(RecordValidator):
     """Accepts protected records only with their owner's signature, and all others as they are.
 
-    With ``key`` it signs the records that name it as owner. Stock also strips what looks like a signature from
-    values of records without owner; this one leaves them alone.
+    With ``keys`` it signs the records that name one of them as owner. A node can have only one such validator, since it
+    strips signatures: two are merged. Stock also strips what looks like a signature from values of records without
+    owner; this one leaves them alone.
     """
 
     priority = 10  # as stock: before those that unpack the value
 
-    def __init__(self, key: rsa.RSAPrivateKey | None = None) -> None:
-        self._key = key
-        self.marker = None if key is None else owner_marker(key)
+    def __init__(self, *keys: rsa.RSAPrivateKey) -> None:
+        self._keys = {owner_marker(key): key for key in keys}
+
+    def merged_with(self, other: RecordValidator) -> RecordValidator | None:
+        if not isinstance(other, RsaSignatureValidator):
+            return None
+        return RsaSignatureValidator(*self._keys.values(), *other._keys.values())
 
     def validate(self, record: DhtRecord) -> bool:
         owners = _owners(record)
@@ -54,12 +59,11 @@ class RsaSignatureValidator(RecordValidator):
         return rsa_keys.verify(owners.pop(), signed, signatures[0])
 
     def sign_value(self, record: DhtRecord) -> bytes:
-        if self._key is None or self.marker is None:
-            return record.value
-        if self.marker not in record.key and self.marker not in record.subkey:
-            return record.value
-        signature = rsa_keys.sign(self._key, _signed_bytes(record, record.value))
-        return record.value + b"[signature:" + signature + b"]"
+        for marker, key in self._keys.items():
+            if marker in record.key or marker in record.subkey:
+                signature = rsa_keys.sign(key, _signed_bytes(record, record.value))
+                return record.value + b"[signature:" + signature + b"]"
+        return record.value
 
     def strip_value(self, record: DhtRecord) -> bytes:
         return _SIGNATURE.sub(b"", record.value) if _owners(record) else record.value

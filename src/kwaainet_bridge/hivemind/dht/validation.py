@@ -52,12 +52,29 @@ class RecordValidator(ABC):
         """The value of a valid record without what ``sign_value`` added."""
         return record.value
 
+    def merged_with(self, other: RecordValidator) -> RecordValidator | None:
+        """One validator that does the work of both, for kinds of which there may be only one; else None."""
+        return None
+
 
 class CompositeValidator(RecordValidator):
-    """Several validators as one: a record must satisfy all of them."""
+    """Several validators as one: a record must satisfy all of them. Those that can be merged are."""
 
     def __init__(self, validators: Iterable[RecordValidator]) -> None:
-        self._validators = sorted(validators, key=lambda validator: validator.priority)
+        self._validators: list[RecordValidator] = []
+        for validator in validators:
+            parts = validator._validators if isinstance(validator, CompositeValidator) else [validator]
+            for part in parts:
+                self._add(part)
+        self._validators.sort(key=lambda validator: validator.priority)
+
+    def _add(self, new: RecordValidator) -> None:
+        for place, old in enumerate(self._validators):
+            merged = old.merged_with(new)
+            if merged is not None:
+                self._validators[place] = merged
+                return
+        self._validators.append(new)
 
     def validate(self, record: DhtRecord) -> bool:
         for validator in reversed(self._validators):
