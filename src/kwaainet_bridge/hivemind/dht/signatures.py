@@ -8,6 +8,7 @@ Source: hivemind 1.1.12, ``dht/crypto.py``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -41,12 +42,12 @@ class RsaSignatureValidator(RecordValidator):
     priority = 10  # as stock: before those that unpack the value
 
     def __init__(self, *keys: rsa.RSAPrivateKey) -> None:
-        self._keys = {owner_marker(key): key for key in keys}
+        self.keys: Mapping[bytes, rsa.RSAPrivateKey] = {owner_marker(key): key for key in keys}
 
     def merged_with(self, other: RecordValidator) -> RecordValidator | None:
         if not isinstance(other, RsaSignatureValidator):
             return None
-        return RsaSignatureValidator(*self._keys.values(), *other._keys.values())
+        return RsaSignatureValidator(*self.keys.values(), *other.keys.values())
 
     def validate(self, record: DhtRecord) -> bool:
         owners = _owners(record)
@@ -59,7 +60,7 @@ class RsaSignatureValidator(RecordValidator):
         return rsa_keys.verify(owners.pop(), signed, signatures[0])
 
     def sign_value(self, record: DhtRecord) -> bytes:
-        for marker, key in self._keys.items():
+        for marker, key in self.keys.items():
             if marker in record.key or marker in record.subkey:
                 signature = rsa_keys.sign(key, _signed_bytes(record, record.value))
                 return record.value + b"[signature:" + signature + b"]"

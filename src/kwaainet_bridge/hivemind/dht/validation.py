@@ -52,7 +52,7 @@ class RecordValidator(ABC):
         """The value of a valid record without what ``sign_value`` added."""
         return record.value
 
-    def merged_with(self, other: RecordValidator) -> RecordValidator | None:
+    def merged_with(self, other: RecordValidator) -> RecordValidator | None:  # noqa: ARG002
         """One validator that does the work of both, for kinds of which there may be only one; else None."""
         return None
 
@@ -61,35 +61,34 @@ class CompositeValidator(RecordValidator):
     """Several validators as one: a record must satisfy all of them. Those that can be merged are."""
 
     def __init__(self, validators: Iterable[RecordValidator]) -> None:
-        self._validators: list[RecordValidator] = []
+        self.parts: list[RecordValidator] = []
         for validator in validators:
-            parts = validator._validators if isinstance(validator, CompositeValidator) else [validator]
-            for part in parts:
+            for part in validator.parts if isinstance(validator, CompositeValidator) else [validator]:
                 self._add(part)
-        self._validators.sort(key=lambda validator: validator.priority)
+        self.parts.sort(key=lambda validator: validator.priority)
 
     def _add(self, new: RecordValidator) -> None:
-        for place, old in enumerate(self._validators):
+        for place, old in enumerate(self.parts):
             merged = old.merged_with(new)
             if merged is not None:
-                self._validators[place] = merged
+                self.parts[place] = merged
                 return
-        self._validators.append(new)
+        self.parts.append(new)
 
     def validate(self, record: DhtRecord) -> bool:
-        for validator in reversed(self._validators):
+        for validator in reversed(self.parts):
             if not validator.validate(record):
                 return False
             record = replace(record, value=validator.strip_value(record))
         return True
 
     def sign_value(self, record: DhtRecord) -> bytes:
-        for validator in self._validators:
+        for validator in self.parts:
             record = replace(record, value=validator.sign_value(record))
         return record.value
 
     def strip_value(self, record: DhtRecord) -> bytes:
-        for validator in reversed(self._validators):
+        for validator in reversed(self.parts):
             record = replace(record, value=validator.strip_value(record))
         return record.value
 
