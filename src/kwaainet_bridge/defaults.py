@@ -77,6 +77,30 @@ MAX_TENSOR_DIMENSIONS: Final = 16
 MAX_JOINED_TENSORS: Final = 1 << 14
 """Tensors in one stream. A forward call carries 2 to 5, an averager's state as many as its model has."""
 
+# --- wire: KwaaiNet ------------------------------------------------------------------------------------------
+
+MAX_MUX_FRAME_BYTES: Final = 64 * MIB
+"""Longest frame of the mux protocol; KwaaiNet's peers accept as much. A bridge may be given less: a body that comes
+as integers takes 10 ns a byte to read."""
+
+MAX_TENSOR_FRAME_BYTES: Final = 64 * MIB
+"""Longest frame of /kwaai/tensor/1.0.0, whose own reader knows no limit: 60 million values in 8 bits."""
+
+MAX_MODEL_NAME_BYTES: Final = 1 * KIB
+"""Name of a model in a request for a lease. Those of the hub have up to 200 characters."""
+
+MAX_HTTP_METHOD_BYTES: Final = 32
+"""HTTP method of a tunnelled request. The longest registered one has 17."""
+
+MAX_HTTP_PATH_BYTES: Final = 8 * KIB
+"""Path and query of a tunnelled request: what HTTP servers accept of a request line."""
+
+MAX_TENSOR_TEXT_BYTES: Final = 64 * KIB
+"""Name or metadata of a tensor message. The example sends a word."""
+
+MAX_HELLO_BYTES: Final = 4 * KIB
+"""A text for the people who run a node: a page."""
+
 # --- net ------------------------------------------------------------------------------------------------
 
 DIAL_SECONDS: Final = 10.0
@@ -707,6 +731,9 @@ AVERAGING_GROUP_ID_BYTES: Final = 64
 AVERAGING_MAX_GROUP: Final = 256
 """Members of a group, where no target size is set. Stock runs use 2 to 64."""
 
+AVERAGING_INLINE_BALANCE: Final = 16
+"""Largest group whose given bandwidths are balanced on the event loop: it takes 5 ms; 64 members take 60 ms."""
+
 AVERAGING_GATHER_BYTES: Final = 64 * KIB
 """What one member may tell its group (``gather``): a leader sends all of them to everybody."""
 
@@ -747,3 +774,48 @@ AVERAGING_STATE_SECONDS: Final = 30.0
 AVERAGING_STATE_FACTOR: Final = 8
 """A state that is downloaded may have this many times the bytes of the tensors that are averaged, plus 64 MiB:
 parameters in float32 with an optimizer's moments are 3 to 6 times those of half precision."""
+
+# --- training ---------------------------------------------------------------------------------------------
+
+TRAINING_MATCHMAKING_SECONDS: Final = 15.0
+"""How long before an epoch's end peers look for their group, and wait for each other (stock: 15 s; 2 to 5 s suffice in
+a fast network)."""
+
+TRAINING_AVERAGING_SECONDS: Final = 60.0
+"""Limit of one round of averaging, search included; then a peer goes on with its own gradients (stock: 60 s)."""
+
+TRAINING_LOAD_SECONDS: Final = 600.0
+"""Limit of one attempt to get the state from others (stock: 600 s)."""
+
+TRAINING_RECORD_SECONDS: Final = 60.0
+"""A peer's report lives so long, and is renewed after half of it (stock: 60 s)."""
+
+TRAINING_REPORT_SECONDS: Final = 0.1
+"""Least time between two reports: small models take a hundred steps per second (stock: none)."""
+
+TRAINING_LOOK_SECONDS: Final = 3.0
+"""Pause between two looks at the run's reports while there are none (stock: 3 s)."""
+
+TRAINING_LOOK_MIN_SECONDS: Final = 0.5
+"""Least pause between two looks at the run's reports (stock: 0.5 s)."""
+
+TRAINING_LOOK_MAX_SECONDS: Final = 10.0
+"""Longest pause between two looks at the run's reports (stock: 10 s)."""
+
+TRAINING_DRIFT_PEERS: Final = 3
+"""So many peers may join within an epoch: looks come before its estimated end accordingly (stock: 3)."""
+
+TRAINING_DRIFT_RATE: Final = 0.2
+"""Such a part of the peers may join within an epoch, if that is more (stock: 0.2)."""
+
+TRAINING_RATE_SMOOTHING: Final = 0.1
+"""Weight of the newest value in the average of seconds per sample (stock: 0.1)."""
+
+TRAINING_DOUBT_SECONDS: Final = 60.0
+"""Reports of an epoch whose state nobody gave are left out so long: as long as a report lives without renewal."""
+
+TRAINING_RETRY_SECONDS: Final = 1.0
+"""Pause after an attempt to get the state that failed: peers announce it some round trips after they begin."""
+
+TRAINING_GOODBYE_SECONDS: Final = 3.0
+"""Limit of taking back one's report when leaving; it expires anyway (stock: 5 s)."""

@@ -92,6 +92,10 @@ class CallBackFailed(NetworkError):
     """A peer answers us but cannot call us back: our announced addresses are not reachable from there."""
 
 
+class AveragingCancelled(BridgeError):
+    """A step of averaging was cancelled on this side, or its averager has ended."""
+
+
 class Refusal(BridgeError):
     """An answer to a caller that its request cannot be served.
 

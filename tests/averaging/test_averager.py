@@ -15,8 +15,9 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
-from kwaainet_bridge.errors import DeadlineExceeded, HandlerError, NetworkError
-from kwaainet_bridge.hivemind.averaging import Averager, Options, Rules, State, StepResult
+from kwaainet_bridge.errors import AveragingCancelled, DeadlineExceeded, HandlerError, NetworkError
+from kwaainet_bridge.hivemind import peer as hivemind_peer
+from kwaainet_bridge.hivemind.averaging import Averager, Phase, State, StepResult
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.net.memory import MemoryHost, MemoryNetwork
 from kwaainet_bridge.rpc import RpcClient, RpcServer
@@ -27,7 +28,7 @@ from kwaainet_bridge.wire.peer_id import PeerId
 from kwaainet_bridge.wire.tensors import encode_tensor
 
 PREFIX = "run"
-SMALL = Options(part_bytes=64)  # 16 elements of float32
+SMALL = {"part_bytes": 64}  # 16 elements of float32
 
 
 def clock() -> float:
@@ -50,15 +51,8 @@ class Peer:
         self.dht = DhtNode(
             self.host, self.server, self.client, client_mode=is_client, clock=clock, rng=random.Random(number)
         )
-        self.averager = Averager(
-            self.dht,
-            self.server,
-            self.client,
-            tensors,
-            prefix=PREFIX,
-            clock=clock,
-            **{"options": SMALL} | options,
-        )
+        self.node = hivemind_peer.Peer(self.host, self.server, self.client, self.dht)
+        self.averager = Averager(self.node, tensors, prefix=PREFIX, clock=clock, **SMALL | options)
         self.result: StepResult | None = None
 
     async def step(self, **arguments: Any) -> None:
@@ -79,7 +73,7 @@ class Run:
         await self._stack.enter_async_context(peer.dht.running())
         if self.peers:
             await peer.dht.bootstrap([self.peers[0].id])
-        await self._stack.enter_async_context(peer.averager.running())
+        await self._stack.enter_async_context(peer.averager)
         self.peers.append(peer)
         return peer
 
@@ -102,7 +96,7 @@ async def run(size: int = 0, **options: Any) -> AsyncIterator[Run]:
 
 
 def group_of(size: int) -> dict[str, Any]:
-    return {"rules": Rules(target_size=size)}
+    return {"target_group_size": size}
 
 
 def means(peer: Peer) -> list[float]:
@@ -140,8 +134,7 @@ async def test_all_members_end_with_the_weighted_mean(autojump_clock: object, si
 
 @pytest.mark.parametrize("compression", list(CompressionType))
 async def test_any_compression_averages(autojump_clock: object, compression: CompressionType) -> None:
-    options = Options(compression=compression, part_bytes=256)
-    async with run(2, **group_of(2), options=options) as swarm:
+    async with run(2, **group_of(2), compression=compression, part_bytes=256) as swarm:
         ours = [peer.tensors[0].copy_(torch.linspace(n, 1 + n, 40)) for n, peer in enumerate(swarm.peers)]
         expected = (ours[0] + ours[1]) / 2
         await swarm.step()
@@ -234,6 +227,130 @@ async def test_a_cancelled_step_changes_nothing_and_another_may_follow(autojump_
         assert means(swarm.peers[0]) == [0.0, 0.0]
         await swarm.step()
         assert [means(peer)[0] for peer in swarm.peers] == [0.5, 0.5]
+
+
+# --- steps in the background ------------------------------------------------------------------------------
+
+
+async def test_a_step_waits_for_its_trigger_and_takes_the_weight_of_then(autojump_clock: object) -> None:
+    async with run(2, **group_of(2)) as swarm:
+        first, second = swarm.peers
+        waiting = first.averager.begin(timeout=60, triggered=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(second.step)
+            await trio.sleep(10)
+            assert waiting.phase is Phase.WAITING
+            assert means(first) == [0.0, 0.0]
+            waiting.weight = 3.0
+            first.tensors[0].fill_(8.0)
+            waiting.trigger()
+            result = await waiting.result()
+        assert waiting.done
+        assert result.missing_elements == 0
+        assert [means(peer)[0] for peer in swarm.peers] == [6.25, 6.25]
+
+
+async def test_a_trigger_that_never_comes_ends_the_step(autojump_clock: object) -> None:
+    async with run(2, **group_of(2)) as swarm:
+        waiting = swarm.peers[0].averager.begin(timeout=30, triggered=False)
+        await swarm.peers[1].step()
+        with pytest.raises(DeadlineExceeded, match="no trigger came"):
+            await waiting.result()
+        assert [means(peer)[0] for peer in swarm.peers] == [0.0, 1.0]
+        assert swarm.peers[1].result is not None
+        assert swarm.peers[1].result.failed_reducers.keys() == {swarm.peers[0].id}
+
+
+async def test_a_step_begins_when_it_is_scheduled(autojump_clock: object) -> None:
+    async with run(2, **group_of(4)) as swarm:
+        began = trio.current_time()
+        await swarm.step(scheduled=clock() + 20)
+        assert 19.9 < trio.current_time() - began < 22
+
+
+async def test_steps_of_one_averager_follow_each_other(autojump_clock: object) -> None:
+    async with run(2, **group_of(2)) as swarm:
+        steps = [peer.averager.begin(timeout=60) for peer in swarm.peers for _ in range(2)]
+        for step in steps:
+            assert (await step.result()).missing_elements == 0
+
+
+async def test_a_step_in_the_background_can_be_cancelled(autojump_clock: object) -> None:
+    async with run(1) as swarm:
+        step = swarm.peers[0].averager.begin()
+        await trio.sleep(1)
+        step.cancel()
+        with pytest.raises(AveragingCancelled):
+            await step.result()
+    with pytest.raises(RuntimeError, match="not running"):
+        swarm.peers[0].averager.begin()
+
+
+async def test_an_averager_that_ends_cancels_its_steps(autojump_clock: object) -> None:
+    async with run(1) as swarm:
+        peer = swarm.peers[0]
+        async with Averager(peer.node, [torch.zeros(1)], prefix="other", clock=clock) as averager:
+            step = averager.begin()
+            await trio.sleep(1)
+        with pytest.raises(AveragingCancelled):
+            await step.result()
+
+
+# --- bandwidths and allowed peers -------------------------------------------------------------------------
+
+
+async def test_a_peer_with_a_thin_line_averages_nothing_for_faster_ones(autojump_clock: object) -> None:
+    async with run() as swarm:
+        for bandwidth in (100.0, 1.0, None, 20.0):
+            await swarm.add((20_000,), **group_of(4), bandwidth=bandwidth)
+        shares = averaged_elements(swarm.peers)
+        await swarm.step()
+        for peer in swarm.peers:
+            assert means(peer) == pytest.approx([1.5])
+        assert sum(shares.values()) == 20_000
+        assert [shares[peer.id] > 6000 for peer in swarm.peers] == [True, False, True, True]
+        assert shares[swarm.peers[1].id] == 0
+
+
+def averaged_elements(peers: list[Peer]) -> dict[PeerId, int]:
+    """How many elements each of them averages for the group, once a step is over."""
+    shares: dict[PeerId, int] = {}
+    for peer in peers:
+        reduce = peer.averager._reduce
+
+        async def noting(
+            group: Any, weight: float, split: Any, own: PeerId = peer.id, reduce: Any = reduce
+        ) -> Any:
+            shares[own] = split[group.members.index(own)]
+            return await reduce(group, weight, split)
+
+        peer.averager._reduce = noting  # type: ignore[method-assign]
+    return shares
+
+
+@pytest.mark.parametrize("stranger_first", [False, True])
+async def test_a_stranger_gets_into_no_group_of_allowed_peers(
+    autojump_clock: object, stranger_first: bool
+) -> None:
+    allowed = [peer_id(number) for number in range(2)]
+    async with run(2, **group_of(3), allowed_peers=allowed) as swarm:
+        stranger = await swarm.add(**group_of(3))
+        async with trio.open_nursery() as nursery:
+
+            async def step_in_vain() -> None:
+                with pytest.raises(DeadlineExceeded):
+                    await stranger.averager.step(timeout=20)
+
+            nursery.start_soon(step_in_vain)
+            if stranger_first:
+                await trio.sleep(1)
+            for peer in swarm.peers[:2]:
+                nursery.start_soon(peer.step)
+        assert [means(peer)[0] for peer in swarm.peers] == [0.5, 0.5, 2.0]
+        assert await stranger.averager.load_state_from_peers() is None
+        state = await swarm.peers[0].averager.load_state_from_peers()
+        assert state is not None
+        assert float(state.tensors[0][0]) == 0.5
 
 
 # --- roles ------------------------------------------------------------------------------------------------
@@ -337,7 +454,7 @@ async def test_a_reducer_that_fails_costs_its_share_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with run() as swarm:
-        bad = await with_a_bad_fourth(swarm, behaviour, options=Options(part_bytes=64, max_rms=1e6))
+        bad = await with_a_bad_fourth(swarm, behaviour, max_rms=1e6)
         for number, peer in enumerate(survivors(swarm)):
             assert peer.result is not None
             assert list(peer.result.failed_reducers) == [bad.id]
@@ -471,6 +588,8 @@ async def test_own_values_that_are_not_finite_are_not_sent(autojump_clock: objec
         (torch.zeros(0), {}, "nothing to average"),
         (torch.zeros(1), {"prefix": "a.b"}, "without a dot"),
         (torch.zeros(1), {"client_mode": True, "auxiliary": True}, "auxiliary"),
+        (torch.zeros(1), {"bandwidth": math.nan}, "bandwidth is nan"),
+        (torch.zeros(1), {"target_group_size": 1}, "at least 2 must fit"),
     ],
 )
 async def test_what_cannot_be_averaged_is_refused_at_once(
@@ -479,7 +598,7 @@ async def test_what_cannot_be_averaged_is_refused_at_once(
     async with run(1) as swarm:
         peer = swarm.peers[0]
         with pytest.raises(ValueError, match=error):
-            Averager(peer.dht, peer.server, peer.client, [tensor], **{"prefix": "other"} | options)
+            Averager(peer.node, [tensor], **{"prefix": "other"} | options)
         for weight in (math.nan, -1.0, math.inf):
             with pytest.raises(ValueError, match="weight is"):
                 await peer.averager.step(weight=weight)

@@ -23,6 +23,7 @@ from kwaainet_bridge.hivemind.averaging.matchmaking import (
     Search,
 )
 from kwaainet_bridge.wire.averaging import MessageCode
+from kwaainet_bridge.wire.msgpack import pack
 from kwaainet_bridge.wire.pb import averaging_pb2 as pb
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -229,13 +230,27 @@ def test_a_leader_suggested_in_a_refusal_is_not_followed() -> None:
         ({"group_key": "run.0b1"}, "BAD_GROUP_KEY"),
         ({"expiration": NOW + 4}, "BAD_EXPIRATION_TIME"),
         ({"gather": b"\xc1"}, "PROTOCOL_VIOLATION"),
-        ({"gather": About(10.0, Mode.NODE, None).packed()}, "PROTOCOL_VIOLATION"),
+        ({"gather": About(10.0, Mode.NODE, None).packed()}, "ACCEPTED"),
+        ({"gather": pack([-1.0, 0, pack(None)])}, "PROTOCOL_VIOLATION"),
         ({}, "ACCEPTED"),
         ({"expiration": 0.0}, "ACCEPTED"),
     ],
 )
 def test_who_may_join(fields: dict[str, Any], code: str) -> None:
     assert said(started().asked(HIGH, request(**fields)), HIGH) == [code]
+
+
+def test_only_allowed_peers_are_asked_followed_and_accepted() -> None:
+    looking = started(allowed=[HIGH])
+    assert said(looking.asked(OTHER, request()), OTHER) == ["NOT_LOOKING_FOR_GROUP"]
+    assert said(looking.asked(HIGH, request()), HIGH) == ["ACCEPTED"]
+    assert not [a for a in looking.found(NOW, [(LOW, NOW + 1)]) if isinstance(a, Ask)]
+    (ask,) = (a for a in looking.found(NOW, [(LOW, NOW + 1), (HIGH, NOW + 2)]) if isinstance(a, Ask))
+    assert ask.leader == HIGH
+    looking.leader_said(NOW, leader_message(MessageCode.ACCEPTED))
+    group = Group(b"id", (OURS, HIGH, LOW), (b"",) * 3)
+    assert Leave() in looking.leader_said(NOW, group.message())
+    assert looking.looking
 
 
 def test_who_does_not_look_for_a_group_accepts_nobody() -> None:

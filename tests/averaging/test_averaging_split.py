@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kwaainet_bridge.compression import CompressionType
@@ -15,6 +15,7 @@ from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.hivemind.averaging.split import part_elements, partition, share_elements
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "vectors" / "hivemind.json").read_text())["averaging"]
+BALANCE = json.loads((Path(__file__).parents[1] / "vectors" / "hivemind-balance.json").read_text())
 STOCK_NAMES = {"NoCompression": CompressionType.NONE, "Float16Compression": CompressionType.FLOAT16}
 
 
@@ -46,9 +47,23 @@ def test_unspecified_bandwidths_share_alike() -> None:
     assert share_elements(5, [0, None]) == (0, 5)
 
 
-def test_a_group_with_given_bandwidths_is_refused() -> None:
-    with pytest.raises(RemoteError, match="bandwidths of the group are"):
-        share_elements(1000, [None, 50.0])
+@pytest.mark.parametrize("vector", BALANCE, ids=lambda vector: str(vector["bandwidths"])[:60])
+def test_given_bandwidths_are_balanced_as_stock_peers_do_it(vector: dict) -> None:
+    """Made by ``load_balance_peers`` of hivemind 1.1.12; some have no solution."""
+    assert list(share_elements(vector["total"], vector["bandwidths"])) == vector["shares"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.none() | st.floats(0, 1e150, allow_subnormal=False), min_size=2, max_size=6).filter(any))
+def test_any_bandwidths_share_all_elements(bandwidths: list[float | None]) -> None:
+    shares = share_elements(1000, bandwidths)
+    assert sum(shares) == 1000
+    assert min(shares) >= 0
+
+
+def test_bandwidths_beyond_computing_are_the_peers_mistake() -> None:
+    with pytest.raises(RemoteError, match="bandwidths"):
+        share_elements(1000, [5e-324, None])
 
 
 def test_a_group_in_which_nobody_averages_is_refused() -> None:

@@ -16,8 +16,9 @@ from stock_swarm import START_SECONDS, StockEnvironment
 
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import DeadlineExceeded
-from kwaainet_bridge.hivemind.averaging import Averager, Options, Rules, StepResult
+from kwaainet_bridge.hivemind.averaging import Averager, StepResult
 from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce
+from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.wire.averaging import AveragingData, MessageCode, code_name
 
 PREFIX = "run"
@@ -47,7 +48,8 @@ class OurPeer:
     def __init__(self, node: Node, tensors: list[torch.Tensor], options: dict[str, Any]) -> None:
         self.node = node
         self.tensors = tensors
-        self.averager = Averager(node.dht, node.server, node.client, tensors, prefix=PREFIX, **options)
+        peer = Peer(node.host, node.server, node.client, node.dht)
+        self.averager = Averager(peer, tensors, prefix=PREFIX, **options)
         self.result: StepResult | None = None
 
     async def step(self, **arguments: Any) -> None:
@@ -58,12 +60,16 @@ class OurPeer:
 async def our_peer(
     seed: int, *, size: int, compression: str = "NONE", join: Sequence[str] = (), **options: Any
 ) -> AsyncIterator[OurPeer]:
-    rules = Rules(target_size=size, matchmaking_seconds=3.0, request_seconds=1.5)
-    options = {"rules": rules, "options": Options(compression=CompressionType[compression])} | options
+    options = {
+        "target_group_size": size,
+        "matchmaking_seconds": 3.0,
+        "request_seconds": 1.5,
+        "compression": CompressionType[compression],
+    } | options
     async with our_node(client_mode=options.get("client_mode", False)) as node:
         await node.join(join)
         peer = OurPeer(node, values(seed), options)
-        async with peer.averager.running():
+        async with peer.averager:
             yield peer
 
 

@@ -6,14 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import trio
 import typer
 
-from kwaainet_bridge import defaults
 from kwaainet_bridge.cli.printing import printable, spinner
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import ConfigError, NetworkError
 from kwaainet_bridge.hivemind.dht import DhtNode, RsaSignatureValidator
+from kwaainet_bridge.hivemind.peer import reach
 from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.node.logs import configure_logging
@@ -52,35 +51,10 @@ async def visit_swarm(config: NodeConfig, *, join: bool = True) -> AsyncIterator
         dht = DhtNode(host, RpcServer(host), rpc, client_mode=True, validator=validator)
         async with dht.running():
             with spinner("joining the swarm"):
-                reached, failures = await _reach(host, dht if join else None, network.bootstrap)
+                reached, failures = await reach(host, dht if join else None, network.bootstrap)
+            failures = [printable(failure) for failure in failures]
             if not reached:
                 raise NetworkError("the swarm cannot be reached:\n  " + "\n  ".join(failures))
             for failure in failures:
                 typer.echo(f"not reached: {failure}", err=True)
             yield Visit(host, rpc, dht, tuple(dict.fromkeys(reached)))
-
-
-async def _reach(
-    host: Libp2pHost, dht: DhtNode | None, addresses: tuple[str, ...]
-) -> tuple[list[PeerId], list[str]]:
-    """The peers that were reached, and for each of the other addresses what failed."""
-    reached: list[PeerId] = []
-    failures: list[str] = []
-
-    async def attempt(address: str) -> None:
-        try:
-            with trio.fail_after(defaults.BOOTSTRAP_ROUND_SECONDS):
-                peer = await host.connect(address)
-                if dht is not None and (error := (await dht.bootstrap([peer]))[0].error) is not None:
-                    raise error
-        except NetworkError as e:
-            failures.append(printable(f"{address}: {e}"))
-        except trio.TooSlowError:
-            failures.append(f"{address}: no answer within {defaults.BOOTSTRAP_ROUND_SECONDS:g} s")
-        else:
-            reached.append(peer)
-
-    async with trio.open_nursery() as nursery:
-        for address in addresses:
-            nursery.start_soon(attempt, address)
-    return reached, failures

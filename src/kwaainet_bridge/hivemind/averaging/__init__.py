@@ -1,8 +1,7 @@
 """Averaging tensors with other peers, stock Hivemind averagers among them: groups, all-reduce, state download."""
 
-from kwaainet_bridge.hivemind.averaging.allreduce import Options
-from kwaainet_bridge.hivemind.averaging.averager import Averager, StepResult
-from kwaainet_bridge.hivemind.averaging.matchmaking import Rules
+from kwaainet_bridge.hivemind.averaging.averager import Averager
 from kwaainet_bridge.hivemind.averaging.state import State
+from kwaainet_bridge.hivemind.averaging.step import Phase, Step, StepResult
 
-__all__ = ["Averager", "Options", "Rules", "State", "StepResult"]
+__all__ = ["Averager", "Phase", "State", "Step", "StepResult"]

@@ -10,16 +10,17 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import DeadlineExceeded, RemoteError
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.errors import BridgeError, DeadlineExceeded, RemoteError
 from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce, Options
 from kwaainet_bridge.hivemind.averaging.group import About, Group, Mode
 from kwaainet_bridge.hivemind.averaging.group_keys import check_prefix, schema_hash
@@ -28,137 +29,155 @@ from kwaainet_bridge.hivemind.averaging.meeting import Meeting
 from kwaainet_bridge.hivemind.averaging.methods import first_request, methods
 from kwaainet_bridge.hivemind.averaging.split import share_elements
 from kwaainet_bridge.hivemind.averaging.state import State, StateSharing, download_state
-from kwaainet_bridge.hivemind.dht import DhtNode
-from kwaainet_bridge.rpc import RpcClient, RpcServer, ServerStream
+from kwaainet_bridge.hivemind.averaging.step import Phase, Step, StepResult
+from kwaainet_bridge.hivemind.peer import Peer
+from kwaainet_bridge.rpc import ServerStream
+from kwaainet_bridge.rpc.method import Method
 from kwaainet_bridge.wire.averaging import AveragingData, MessageCode
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One round: what each member gathered for, and what was missing in it.
-
-    ``failed_senders`` are members whose values are not (all) in our share of the average, ``failed_reducers`` those
-    whose shares kept our local values in part or whole: ``missing_elements`` of them.
-    """
-
-    gathered: dict[PeerId, Any]
-    failed_senders: dict[PeerId, str]
-    failed_reducers: dict[PeerId, str]
-    missing_elements: int
-
-
 class Averager:
-    """Averages ``tensors`` in place with other peers of ``prefix``, whenever ``step`` is called.
+    """Averages ``tensors`` in place with other peers of ``prefix``, whenever a step is made.
 
-    All of a run's peers must have the same prefix, ``kind`` (the class that stock peers run), shapes, dtypes,
-    ``options.compression`` and ``options.part_bytes``. Tensors are contiguous, of floats, on the CPU, and may not be
-    changed while a step runs; ``lock`` is held whenever they are read or written here.
+    Used as ``async with Averager(peer, tensors, prefix="run", target_group_size=16) as averager``, once; within the
+    block it serves other averagers. Leaving it cancels steps and refuses new calls.
 
-    In ``client_mode`` nobody calls this peer: it averages nothing for others and shares no state. An ``auxiliary``
-    peer averages for others, with weight 0. ``state`` gives what others download, by default the tensors.
+    All of a run's peers must have the same ``prefix``, ``kind`` (the class that stock peers run), ``compression``,
+    ``part_bytes``, and tensors of the same shapes and dtypes, and should have the same group sizes and times (seconds).
+    Tensors are contiguous, of floats, on the CPU, and may not be changed while they are averaged; ``lock`` is held
+    whenever they are read or written here.
+
+    ``bandwidth`` (in any unit, the same for all) decides the share that this peer averages for others; left out, it
+    is that of the others on average. In ``client_mode`` nobody calls this peer: it averages nothing for others and
+    shares no state. An ``auxiliary`` peer averages for others, with weight 0. ``alpha`` is how far the tensors move
+    towards the average. ``max_rms`` refuses parts whose root mean square exceeds it; values that are not finite or
+    could overflow a sum are refused always. With ``allowed_peers`` it averages with nobody else and takes and gives
+    nobody else a state. ``state`` gives what others download, by default the tensors. ``clock`` tells unix time.
+
+    Raises ValueError for tensors or options that cannot be.
     """
 
     def __init__(
         self,
-        dht: DhtNode,
-        server: RpcServer,
-        client: RpcClient,
+        peer: Peer,
         tensors: Sequence[torch.Tensor],
         *,
         prefix: str,
         kind: str = "DecentralizedAverager",
-        rules: Rules | None = None,
-        options: Options | None = None,
+        target_group_size: int | None = None,
+        min_group_size: int = 2,
+        matchmaking_seconds: float = defaults.AVERAGING_MATCHMAKING_SECONDS,
+        request_seconds: float = defaults.AVERAGING_REQUEST_SECONDS,
+        compression: CompressionType = CompressionType.NONE,
+        part_bytes: int = defaults.AVERAGING_PART_BYTES,
+        max_rms: float = math.inf,
+        bandwidth: float | None = None,
         bits: str = "",
         client_mode: bool = False,
         auxiliary: bool = False,
         alpha: float = 1.0,
         share_state: bool = True,
         state: Callable[[], State] | None = None,
+        state_compression: CompressionType = CompressionType.NONE,
+        allowed_peers: Collection[PeerId] | None = None,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
         check_prefix(prefix)
         if client_mode and auxiliary:
             raise ValueError("an auxiliary peer averages for others, which nobody in client mode can")
+        if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):
+            raise ValueError(
+                f"bandwidth is {bandwidth}: it must be a finite number of at least 0, or left out"
+            )
         for number, tensor in enumerate(tensors):
             if not tensor.is_contiguous() or not tensor.is_floating_point() or tensor.device.type != "cpu":
                 raise ValueError(f"tensor {number} must be contiguous, of floats and on the CPU")
         self._total = sum(tensor.numel() for tensor in tensors)
         if not self._total:
             raise ValueError("there is nothing to average: the tensors have no elements")
+        self.tensors = tuple(tensors)
         self.lock = trio.Lock()
-        self.peer_id = dht.peer_id
+        self.prefix = prefix
         self.mode = Mode.CLIENT if client_mode else Mode.AUXILIARY if auxiliary else Mode.NODE
-        self._tensors = tuple(tensors)
-        self._dht = dht
-        self._server = server
-        self._client = client
-        self._prefix = prefix
-        self._options = options or Options()
+        self._peer = peer
+        self._options = Options(compression, part_bytes, max_rms)
+        self._bandwidth = bandwidth
         self._alpha = alpha
         self._clock = clock
         self._methods = methods(prefix, kind)
-        rules = rules or Rules()
-        self._matchmaking_seconds = rules.matchmaking_seconds
-        self._meeting = Meeting(
-            Matchmaking(
-                dht.peer_id,
-                prefix,
-                schema_hash(self._tensors),
-                rules,
-                rng=rng or random.SystemRandom(),
-                bits=bits,
-                client_mode=client_mode,
-            ),
-            dht,
-            client,
-            self._methods.join_group,
+        self._matchmaking_seconds = matchmaking_seconds
+        self._allowed = allowed_peers
+        machine = Matchmaking(
+            peer.peer_id,
+            prefix,
+            schema_hash(self.tensors),
+            Rules(target_group_size, min_group_size, matchmaking_seconds, request_seconds),
+            rng=rng or random.SystemRandom(),
+            bits=bits,
+            client_mode=client_mode,
+            allowed=allowed_peers,
+        )
+        self._meeting = Meeting(machine, peer.dht, peer.client, self._methods.join_group, clock=clock)
+        self._sharing = StateSharing(
+            peer.dht,
+            prefix,
+            state or self._own_state,
+            self.lock,
+            compression=state_compression,
+            allowed_peers=allowed_peers,
             clock=clock,
         )
-        self._sharing = StateSharing(dht, prefix, state or self._own_state, self.lock, clock=clock)
         self._sharing.allowed = share_state and self.mode is Mode.NODE
-        self._groups: dict[bytes, AllReduce] = {}
+        self._groups: dict[bytes, AllReduce | None] = {}  # None: it has not begun here
         self._groups_changed = trio.Event()
-        self._step = trio.Lock()
+        self._one_at_a_time = trio.Lock()
+        self._nursery: trio.Nursery | None = None
+        self._life = self._living()
 
     @property
     def group_bits(self) -> str:
         """The bits of the key at which this peer looks for its next group."""
         return self._meeting.machine.bits
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[Averager]:
-        """Serve other averagers within the block. To be entered once.
+    async def __aenter__(self) -> Self:
+        await self._life.__aenter__()
+        return self
 
-        Leaving it refuses new calls; calls of this prefix that still run end with the host.
-        """
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._life.__aexit__(kind, error, trace)
+
+    @asynccontextmanager
+    async def _living(self) -> AsyncIterator[None]:
+        server = self._peer.server
+        served: list[Method[Any, Any]] = []
         if self.mode is not Mode.CLIENT:
-            self._server.mount_stream(self._methods.join_group, self._meeting.serve)
-            self._server.mount_stream(
+            server.mount_stream(self._methods.join_group, self._meeting.serve)
+            server.mount_stream(
                 self._methods.aggregate_part,
                 self._serve_part,
                 # a difference is float32 whatever the part was compressed to, and eight bits may become 32
                 max_message_bytes=8 * self._options.part_bytes + 64 * defaults.KIB,
             )
-            self._server.mount_stream(self._methods.download_state, self._sharing.serve)
+            server.mount_stream(self._methods.download_state, self._sharing.serve)
+            served = [self._methods.join_group, self._methods.aggregate_part, self._methods.download_state]
         try:
-            async with self._meeting.running(), trio.open_nursery() as nursery:
+            async with self._meeting.running(), trio.open_nursery() as self._nursery:
                 if self.mode is not Mode.CLIENT:
-                    nursery.start_soon(self._sharing.announce)
-                yield self
-                nursery.cancel_scope.cancel()
+                    self._nursery.start_soon(self._sharing.announce)
+                yield
+                self._nursery.cancel_scope.cancel()
         finally:
-            if self.mode is not Mode.CLIENT:
-                for method in (
-                    self._methods.join_group,
-                    self._methods.aggregate_part,
-                    self._methods.download_state,
-                ):
-                    self._server.unmount(method)
+            self._nursery = None
+            for method in served:
+                server.unmount(method)
+
+    # --- steps --------------------------------------------------------------------------------------------
 
     async def step(
         self,
@@ -177,50 +196,113 @@ class Averager:
         Raises DeadlineExceeded if no group was found in time; ValueError for values that are not finite.
         Cancelled: the tensors are unchanged.
         """
+        step = self.begin(weight=weight, gather=gather, scheduled=scheduled, timeout=timeout)
+        try:
+            return await step.result()
+        finally:
+            step.cancel()
+
+    def begin(
+        self,
+        *,
+        weight: float | None = None,
+        gather: Any = None,
+        scheduled: float | None = None,
+        timeout: float = math.inf,
+        triggered: bool = True,
+    ) -> Step:
+        """Begin a step that goes on in the background; steps of one averager follow each other.
+
+        Unless ``triggered``, the group waits for ``Step.trigger`` before it averages, with the weight that the step has
+        then. ``timeout`` covers the search for a group and that wait. The rest is as with ``step``.
+        """
+        if self._nursery is None:
+            raise RuntimeError("the averager is not running: use it within `async with`")
         if weight is None or self.mode is Mode.AUXILIARY:
             weight = float(self.mode is not Mode.AUXILIARY)
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"weight is {weight}: it must be a finite number of at least 0")
-        about = About(None, self.mode, gather).packed()
         now = self._clock()
-        async with self._step:
-            while True:
-                group = await self._meeting.find_group(
-                    gather=about,
-                    scheduled=now + self._matchmaking_seconds if scheduled is None else scheduled,
-                    deadline=now + timeout,
-                )
-                if group is None:
-                    raise DeadlineExceeded(f"averaging {self._prefix!r}: no group within {timeout:g} s")
-                try:
-                    return await self._average(group, weight)
-                except RemoteError as e:
-                    log.info("averaging %s: looking for another group: %.200s", self._prefix, e)
-
-    async def _average(self, group: Group, weight: float) -> StepResult:
-        about = group.about()
-        shares = share_elements(
-            self._total, [0.0 if member.mode is Mode.CLIENT else member.bandwidth for member in about]
+        step = Step(
+            weight,
+            gather=About(self._bandwidth, self.mode, gather).packed(),
+            scheduled=now + self._matchmaking_seconds if scheduled is None else scheduled,
+            deadline=now + timeout,
         )
-        async with self.lock:
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in self._tensors):
-                raise ValueError(f"averaging {self._prefix!r}: own values are not finite")
-            reduction = AllReduce(
-                group, self._tensors, own=self.peer_id, weight=weight, shares=shares, options=self._options
+        if triggered:
+            step.trigger()
+        self._nursery.start_soon(self._run, step, timeout)
+        return step
+
+    async def _run(self, step: Step, timeout: float) -> None:
+        outcome: StepResult | Exception | None = None
+        try:
+            with step.scope:
+                async with self._one_at_a_time:
+                    outcome = await self._look_and_average(step, timeout)
+        except (BridgeError, ValueError) as e:
+            outcome = e
+        finally:
+            step.end(outcome)
+
+    async def _look_and_average(self, step: Step, timeout: float) -> StepResult:
+        while True:
+            step.phase = Phase.LOOKING
+            group = await self._meeting.find_group(
+                gather=step.gather, scheduled=step.scheduled, deadline=step.deadline
             )
-            self._groups[group.group_id] = reduction
-            self._notify()
+            if group is None:
+                raise DeadlineExceeded(f"averaging {self.prefix!r}: no group within {timeout:g} s")
+            step.group = group
             try:
-                await reduction.run(self._client, self._methods.aggregate_part)
+                return await self._average(step, group)
+            except RemoteError as e:
+                log.info("averaging %s: looking for another group: %.200s", self.prefix, e)
             finally:
-                del self._groups[group.group_id]
-            reduction.apply(self._alpha)
+                step.group = None
+
+    async def _average(self, step: Step, group: Group) -> StepResult:
+        about = group.about()
+        self._groups[group.group_id] = None
+        try:
+            shares = await self._shares([0.0 if m.mode is Mode.CLIENT else m.bandwidth for m in about])
+            step.phase = Phase.WAITING
+            with trio.move_on_after(max(0.0, step.deadline - self._clock())):
+                await step.wait_triggered()
+            if not step.triggered:
+                raise DeadlineExceeded(f"averaging {self.prefix!r}: a group was found, but no trigger came")
+            step.phase = Phase.AVERAGING
+            reduction = await self._reduce(group, step.weight, shares)
+        finally:
+            del self._groups[group.group_id]
+            self._notify()
         return StepResult(
             dict(zip(group.members, (member.data for member in about), strict=True)),
             dict(reduction.failed_senders),
             dict(reduction.failed_reducers),
             reduction.missing_elements,
         )
+
+    async def _shares(self, bandwidths: Sequence[float | None]) -> tuple[int, ...]:
+        if any(bandwidths) and len(bandwidths) > defaults.AVERAGING_INLINE_BALANCE:
+            return await trio.to_thread.run_sync(share_elements, self._total, bandwidths)
+        return share_elements(self._total, bandwidths)
+
+    async def _reduce(self, group: Group, weight: float, shares: Sequence[int]) -> AllReduce:
+        async with self.lock:
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors):
+                raise ValueError(f"averaging {self.prefix!r}: own values are not finite")
+            reduction = AllReduce(
+                group,
+                self.tensors,
+                own=self._peer.peer_id,
+                weight=weight,
+                shares=shares,
+                options=self._options,
+            )
+            self._groups[group.group_id] = reduction
+            self._notify()
+            await reduction.run(self._peer.client, self._methods.aggregate_part)
+            reduction.apply(self._alpha)
+        return reduction
 
     def _notify(self) -> None:
         self._groups_changed.set()
@@ -230,8 +312,10 @@ class Averager:
         first = await first_request(stream)
         with trio.move_on_after(defaults.AVERAGING_REQUEST_SECONDS):
             # our leader's word that the group begins may arrive after its members' first parts
-            while first.group_id not in self._groups and self._step.locked():
+            while first.group_id not in self._groups and self._one_at_a_time.locked():
                 await self._groups_changed.wait()
+        while first.group_id in self._groups and self._groups[first.group_id] is None:
+            await self._groups_changed.wait()
         reduction = self._groups.get(first.group_id)
         if reduction is None:
             await stream.send(AveragingData(code=MessageCode.BAD_GROUP_ID))
@@ -241,7 +325,7 @@ class Averager:
     # --- state --------------------------------------------------------------------------------------------
 
     def _own_state(self) -> State:
-        return State({"group_key": self.group_bits}, self._tensors)
+        return State({"group_key": self.group_bits}, self.tensors)
 
     def share_state(self, *, allowed: bool, priority: float = 0.0) -> None:
         """Offer this peer's state to others, or no more. Those with the highest priority are asked first.
@@ -257,11 +341,12 @@ class Averager:
 
         It is not put into the tensors. Raises nothing for peers that fail. Cancelled: nothing remains.
         """
-        own_bytes = sum(tensor.nbytes for tensor in self._tensors)
+        own_bytes = sum(tensor.nbytes for tensor in self.tensors)
         return await download_state(
-            self._dht,
-            self._client,
+            self._peer.dht,
+            self._peer.client,
             self._methods.download_state,
-            self._prefix,
+            self.prefix,
+            allowed_peers=self._allowed,
             max_bytes=defaults.AVERAGING_STATE_FACTOR * own_bytes + 64 * defaults.MIB,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -120,7 +120,9 @@ class Matchmaking:
         rng: random.Random,
         bits: str = "",
         client_mode: bool = False,
+        allowed: Collection[PeerId] | None = None,
     ) -> None:
+        """With ``allowed``, this peer forms groups with nobody else."""
         check_prefix(prefix)
         check_bits(bits)
         self.bits = bits
@@ -131,6 +133,7 @@ class Matchmaking:
         self._rules = rules
         self._rng = rng
         self._client_mode = client_mode
+        self._allowed = None if allowed is None else frozenset(allowed) | {own}
         self._reset()
 
     def _reset(self) -> None:
@@ -209,7 +212,7 @@ class Matchmaking:
         self._candidates = sorted(
             (expiration, peer)
             for peer, expiration in entries
-            if peer != self._own and math.isfinite(expiration)
+            if peer != self._own and self._allows(peer) and math.isfinite(expiration)
         )
         self._search_at = now + defaults.AVERAGING_SEARCH_SECONDS
         return self.tick(now)
@@ -243,10 +246,12 @@ class Matchmaking:
                 group = Group.read(message, own=self._own, leader=leader.peer, max_size=self._rules.max_size)
             except RemoteError:
                 return [Leave(), *self._without_leader(now)]
+            if not all(map(self._allows, group.members)):
+                return [Leave(), *self._without_leader(now)]
             return self._begin(group, [])
         other = suggested_leader(message)
         redirects = code in (MessageCode.GROUP_DISBANDED, MessageCode.CANCELLED)
-        if redirects and other and other != self._own and other not in self._redirected:
+        if redirects and other and self._allows(other) and other not in self._redirected | {self._own}:
             self._redirected.add(other)  # once: two peers could send us back and forth
             return [Leave(), self._ask(now, other)]
         return [Leave(), *self._without_leader(now)]
@@ -316,7 +321,7 @@ class Matchmaking:
     def _refusal(self, peer: PeerId, request: pb.JoinRequest) -> pb.MessageFromLeader | None:
         """The answer to a peer that cannot join. The order of reasons is the stock leader's."""
         code = None
-        if not self.looking:
+        if not self.looking or not self._allows(peer):
             code = MessageCode.NOT_LOOKING_FOR_GROUP
         elif not request.schema_hash or not math.isfinite(request.expiration) or self._client_mode:
             code = MessageCode.PROTOCOL_VIOLATION
@@ -337,6 +342,9 @@ class Matchmaking:
         elif not _can_average_with(request.gather):
             code = MessageCode.PROTOCOL_VIOLATION
         return None if code is None else leader_message(code)
+
+    def _allows(self, peer: PeerId) -> bool:
+        return self._allowed is None or peer in self._allowed
 
     def _disband(self, new_leader: PeerId | None) -> list[Action]:
         message = leader_message(MessageCode.GROUP_DISBANDED, suggested=new_leader)
@@ -377,6 +385,7 @@ class Matchmaking:
 def _can_average_with(gather: bytes) -> bool:
     """One member's words reach the whole group, and a wrong one would fail it."""
     try:
-        return not About.read(gather).bandwidth
+        About.read(gather)
     except RemoteError:
         return False
+    return True

@@ -16,6 +16,7 @@ import torch
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.hivemind.averaging.balance import balanced_scores
 
 _BITS_AFTER: Final = {CompressionType.FLOAT16: 16, CompressionType.MEANSTD_16BIT: 16}
 _BITS_OF_OTHERS: Final = 8
@@ -37,15 +38,12 @@ class Part:
 def share_elements(total: int, bandwidths: Sequence[float | None]) -> tuple[int, ...]:
     """How many of ``total`` elements each member averages. None: not specified; 0: it averages nothing.
 
-    Raises RemoteError if somebody specified a bandwidth: stock peers then solve a linear program whose solution is
-    not unique, and only their own solver finds theirs. Raises it too if nobody is there to average.
+    Raises RemoteError if nobody is there to average. With given bandwidths it takes a while, see ``balanced_scores``.
     """
     if any(bandwidth for bandwidth in bandwidths):
-        raise RemoteError(
-            f"bandwidths of the group are {list(bandwidths)!r:.200}: groups with given bandwidths are not "
-            f"supported, all members must leave theirs out or set it to 0"
-        )
-    scores = [1.0 if bandwidth is None else 0.0 for bandwidth in bandwidths]
+        scores = balanced_scores(bandwidths)
+    else:
+        scores = [1.0 if bandwidth is None else 0.0 for bandwidth in bandwidths]
     if not any(scores):
         raise RemoteError("nobody in the group averages: all members are in client mode or have bandwidth 0")
     shares = [int(total * score / sum(scores)) for score in scores]

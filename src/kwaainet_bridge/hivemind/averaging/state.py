@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +62,7 @@ class StateSharing:
         lock: trio.Lock,
         *,
         compression: CompressionType = CompressionType.NONE,
+        allowed_peers: Collection[PeerId] | None = None,
         clock: Callable[[], float],
     ) -> None:
         self.allowed = False
@@ -70,6 +71,7 @@ class StateSharing:
         self._state = state
         self._lock = lock
         self._compression = compression
+        self._allowed_peers = allowed_peers
         self._clock = clock
         self._priority = 0.0
         self._changed = trio.Event()
@@ -101,7 +103,8 @@ class StateSharing:
     async def serve(self, stream: ServerStream[pb.DownloadRequest, DownloadData]) -> None:
         """Send the state, or nothing if it is not shared: then peers ask somebody else."""
         await first_request(stream)
-        if not self.allowed or not self._downloads.available_tokens:
+        known = self._allowed_peers is None or stream.context.peer in self._allowed_peers
+        if not self.allowed or not known or not self._downloads.available_tokens:
             return
         async with self._downloads:
             async with self._lock:
@@ -125,6 +128,7 @@ async def download_state(
     prefix: str,
     *,
     max_bytes: int,
+    allowed_peers: Collection[PeerId] | None = None,
     rng: random.Random | None = None,
 ) -> State | None:
     """The state of the first peer that gives it, of at most ``max_bytes``; None if nobody does.
@@ -137,6 +141,7 @@ async def download_state(
         for peer, entry in entries_of(await dht.get(state_key(prefix)))
         if isinstance(entry.value, float | int) and not isinstance(entry.value, bool)
         if peer != dht.peer_id and not math.isnan(entry.value)
+        if allowed_peers is None or peer in allowed_peers
     ]
     for _, _, peer in sorted(offers, reverse=True):
         try:

@@ -1,0 +1,102 @@
+"""One step of an averager, while it is under way and after."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from kwaainet_bridge.errors import AveragingCancelled
+from kwaainet_bridge.hivemind.averaging.group import Group
+from kwaainet_bridge.wire.peer_id import PeerId
+
+
+class Phase(enum.StrEnum):
+    """Where a step is."""
+
+    LOOKING = "looking for a group"
+    WAITING = "waiting for the trigger"
+    AVERAGING = "averaging"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One round: what each member gathered for, and what was missing in it.
+
+    ``failed_senders`` are members whose values are not (all) in our share of the average, ``failed_reducers`` those
+    whose shares kept our local values in part or whole: ``missing_elements`` of them.
+    """
+
+    gathered: dict[PeerId, Any]
+    failed_senders: dict[PeerId, str]
+    failed_reducers: dict[PeerId, str]
+    missing_elements: int
+
+
+class Step:
+    """A step that was begun; ``Averager.begin`` makes it, and runs it in the background.
+
+    Once it is averaging, neither the trigger nor the weight has any effect.
+    """
+
+    def __init__(self, weight: float, *, gather: bytes, scheduled: float, deadline: float) -> None:
+        self.weight = weight
+        self.phase = Phase.LOOKING
+        self.group: Group | None = None
+        self.gather = gather
+        self.scheduled = scheduled
+        self.deadline = deadline
+        self.scope = trio.CancelScope()
+        self._triggered = trio.Event()
+        self._done = trio.Event()
+        self._outcome: StepResult | Exception | None = None
+
+    @property
+    def weight(self) -> float:
+        """How much the tensors count. Setting it raises ValueError unless it is finite and at least 0."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"weight is {weight}: it must be a finite number of at least 0")
+        self._weight = float(weight)
+
+    @property
+    def triggered(self) -> bool:
+        return self._triggered.is_set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def trigger(self) -> None:
+        """Let the averaging begin, as soon as there is a group. The tensors may not be changed from now on."""
+        self._triggered.set()
+
+    def cancel(self) -> None:
+        """Leave the group, if there is one; the tensors are unchanged."""
+        self.scope.cancel()
+
+    async def result(self) -> StepResult:
+        """Wait for the end. Raises AveragingCancelled after ``cancel``, else what ``Averager.step`` raises.
+
+        Cancelled: the step goes on.
+        """
+        await self._done.wait()
+        if isinstance(self._outcome, StepResult):
+            return self._outcome
+        raise self._outcome or AveragingCancelled("this step was cancelled")
+
+    async def wait_triggered(self) -> None:
+        await self._triggered.wait()
+
+    def end(self, outcome: StepResult | Exception | None) -> None:
+        """Called once, by the averager; None if the step was cancelled."""
+        self.phase = Phase.DONE
+        self._outcome = outcome
+        self._done.set()
