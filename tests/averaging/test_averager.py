@@ -373,6 +373,18 @@ async def test_an_auxiliary_peer_adds_nothing_to_the_mean(autojump_clock: object
         assert [means(peer)[0] for peer in swarm.peers] == [0.5] * 3
 
 
+async def test_a_peer_that_does_not_lead_joins_those_who_do(autojump_clock: object) -> None:
+    async with run(2, **group_of(4)) as swarm:
+        helper = await swarm.add(**group_of(4), auxiliary=True, leads=False)
+        step = helper.averager.begin()
+        await trio.sleep(600)  # no group can come about around it
+        assert step.phase is Phase.LOOKING
+        for peer in swarm.peers[:2]:
+            peer.averager.begin()
+        assert (await step.result()).gathered.keys() == {peer.id for peer in swarm.peers}
+        assert [means(peer)[0] for peer in swarm.peers] == [0.5] * 3
+
+
 async def test_if_all_weights_are_zero_nobody_changes(autojump_clock: object) -> None:
     async with run(2, **group_of(2)) as swarm:
         await swarm.step(weights=[0.0, 0.0])

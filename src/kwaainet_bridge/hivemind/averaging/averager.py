@@ -52,10 +52,11 @@ class Averager:
 
     ``bandwidth`` (in any unit, the same for all) decides the share that this peer averages for others; left out, it
     is that of the others on average. In ``client_mode`` nobody calls this peer: it averages nothing for others and
-    shares no state. An ``auxiliary`` peer averages for others, with weight 0. ``alpha`` is how far the tensors move
-    towards the average. ``max_rms`` refuses parts whose root mean square exceeds it; values that are not finite or
-    could overflow a sum are refused always. With ``allowed_peers`` it averages with nobody else and takes and gives
-    nobody else a state. ``state`` gives what others download, by default the tensors. ``clock`` tells unix time.
+    shares no state. An ``auxiliary`` peer averages for others, with weight 0. Unless it ``leads``, a peer joins groups
+    of others only. ``alpha`` is how far the tensors move towards the average. ``max_rms`` refuses parts whose root mean
+    square exceeds it; values that are not finite or could overflow a sum are refused always. With ``allowed_peers``
+    nobody else is averaged with, given a state or asked for one. ``state`` gives what others download, by default the
+    tensors. ``clock`` tells unix time.
 
     Raises ValueError for tensors or options that cannot be.
     """
@@ -78,6 +79,7 @@ class Averager:
         bits: str = "",
         client_mode: bool = False,
         auxiliary: bool = False,
+        leads: bool = True,
         alpha: float = 1.0,
         share_state: bool = True,
         state: Callable[[], State] | None = None,
@@ -119,6 +121,7 @@ class Averager:
             rng=rng or random.SystemRandom(),
             bits=bits,
             client_mode=client_mode,
+            leads=leads,
             allowed=allowed_peers,
         )
         self._meeting = Meeting(machine, peer.dht, peer.client, self._methods.join_group, clock=clock)

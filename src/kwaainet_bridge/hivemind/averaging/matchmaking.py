@@ -120,9 +120,10 @@ class Matchmaking:
         rng: random.Random,
         bits: str = "",
         client_mode: bool = False,
+        leads: bool = True,
         allowed: Collection[PeerId] | None = None,
     ) -> None:
-        """With ``allowed``, this peer forms groups with nobody else."""
+        """Unless it ``leads``, this peer only joins groups of others. With ``allowed`` it joins with nobody else."""
         check_prefix(prefix)
         check_bits(bits)
         self.bits = bits
@@ -133,6 +134,7 @@ class Matchmaking:
         self._rules = rules
         self._rng = rng
         self._client_mode = client_mode
+        self._leads = leads and not client_mode
         self._allowed = None if allowed is None else frozenset(allowed) | {own}
         self._reset()
 
@@ -214,7 +216,9 @@ class Matchmaking:
             for peer, expiration in entries
             if peer != self._own and self._allows(peer) and math.isfinite(expiration)
         )
-        self._search_at = now + defaults.AVERAGING_SEARCH_SECONDS
+        # who leads nobody may look for days: often enough to find a group while it can be joined
+        patience = 0.0 if self._leads else self._rules.matchmaking_seconds / 4
+        self._search_at = now + max(defaults.AVERAGING_SEARCH_SECONDS, patience)
         return self.tick(now)
 
     def asked(self, peer: PeerId, request: pb.JoinRequest) -> list[Action]:
@@ -298,7 +302,7 @@ class Matchmaking:
         return min(max(self._scheduled, now + self._rules.matchmaking_seconds), self._deadline)
 
     def _declare(self, now: float) -> list[Action]:
-        if self._client_mode:
+        if not self._leads:
             return []
         self._declared = Declare(self.key, self._begin_by(now), looking=True)
         self._redirected.clear()
