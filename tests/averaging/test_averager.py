@@ -17,7 +17,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import AveragingCancelled, DeadlineExceeded, HandlerError, NetworkError
 from kwaainet_bridge.hivemind import peer as hivemind_peer
-from kwaainet_bridge.hivemind.averaging import Averager, Phase, State, StepResult
+from kwaainet_bridge.hivemind.averaging import Averager, Phase, State, Status, StepResult
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.net.memory import MemoryHost, MemoryNetwork
 from kwaainet_bridge.rpc import RpcClient, RpcServer
@@ -294,6 +294,25 @@ async def test_an_averager_that_ends_cancels_its_steps(autojump_clock: object) -
             await trio.sleep(1)
         with pytest.raises(AveragingCancelled):
             await step.result()
+
+
+async def test_the_status_tells_what_happens(autojump_clock: object) -> None:
+    async with run(2, **group_of(2)) as swarm:
+        first, second = swarm.peers
+        assert first.averager.status == Status(None, (), 0, 0, 0, None)
+        step = first.averager.begin(timeout=60, triggered=False)
+        await trio.sleep(1)
+        assert first.averager.status.phase is Phase.LOOKING
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(second.step)
+            await trio.sleep(8)
+            assert first.averager.status.phase is Phase.WAITING
+            assert set(first.averager.status.members) == {first.id, second.id}
+            step.trigger()
+        result = await step.result()
+        # each sends half of 43 float32 numbers, and the differences of the other half
+        assert (result.sent_bytes, result.received_bytes) == (172, 172)
+        assert first.averager.status == Status(None, (), 1, 172, 172, result)
 
 
 # --- bandwidths and allowed peers -------------------------------------------------------------------------

@@ -66,6 +66,8 @@ class AllReduce:
         self.group = group
         self.failed_reducers: dict[PeerId, str] = {}
         self.deltas: dict[Part, torch.Tensor] = {}
+        self.sent_bytes = 0  # of tensors as they travel
+        self.received_bytes = 0
         self._tensors = tensors
         self._own = own
         self._weight = weight
@@ -188,6 +190,7 @@ class AllReduce:
             for number, part in enumerate(parts):
                 values = part.of(self._tensors)
                 tensor = await coded(partial(self._encode, values), values.nbytes, self._options.compression)
+                self.sent_bytes += len(tensor.buffer)
                 message = AveragingData(tensor_part=tensor, weight=self._weight)
                 if not number:
                     message.code = MessageCode.PART_FOR_AVERAGING
@@ -215,6 +218,7 @@ class AllReduce:
                 if message.code != MessageCode.AVERAGED_PART:
                     return f"it answers {code_name(message.code)}"
                 tensor = _checked(message, part.length)
+                self.received_bytes += len(tensor.buffer)
 
                 def decode(tensor: TensorMessage = tensor) -> torch.Tensor:
                     delta = decode_tensor(tensor, name="difference").detach().reshape(-1)
@@ -282,6 +286,7 @@ class AllReduce:
 
     async def _add(self, message: AveragingData, sender: PeerId) -> torch.Tensor:
         tensor = _checked(message, self._reducer.expected(sender))
+        self.received_bytes += len(tensor.buffer)
 
         def decode() -> tuple[torch.Tensor, torch.Tensor]:
             part = decode_tensor(tensor, name="part").detach().reshape(-1)
@@ -302,6 +307,7 @@ class AllReduce:
             return encode_tensor(delta, compression, legacy_bfloat16=True)
 
         tensor = await coded(encode, part.nbytes, self._options.compression)
+        self.sent_bytes += len(tensor.buffer)
         return AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor)
 
 

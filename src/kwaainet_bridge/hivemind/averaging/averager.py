@@ -29,7 +29,7 @@ from kwaainet_bridge.hivemind.averaging.meeting import Meeting
 from kwaainet_bridge.hivemind.averaging.methods import first_request, methods
 from kwaainet_bridge.hivemind.averaging.split import share_elements
 from kwaainet_bridge.hivemind.averaging.state import State, StateSharing, download_state
-from kwaainet_bridge.hivemind.averaging.step import Phase, Step, StepResult
+from kwaainet_bridge.hivemind.averaging.step import Phase, Status, Step, StepResult
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.rpc import ServerStream
 from kwaainet_bridge.rpc.method import Method
@@ -110,6 +110,7 @@ class Averager:
         self._bandwidth = bandwidth
         self._alpha = alpha
         self._clock = clock
+        self._kind = kind
         self._methods = methods(prefix, kind)
         self._matchmaking_seconds = matchmaking_seconds
         self._allowed = allowed_peers
@@ -138,8 +139,24 @@ class Averager:
         self._groups: dict[bytes, AllReduce | None] = {}  # None: it has not begun here
         self._groups_changed = trio.Event()
         self._one_at_a_time = trio.Lock()
+        self._step: Step | None = None
+        self._rounds = self._sent_bytes = self._received_bytes = 0
+        self._last: StepResult | None = None
         self._nursery: trio.Nursery | None = None
         self._life = self._living()
+
+    @property
+    def status(self) -> Status:
+        """What it is doing now, and what it did."""
+        step = self._step
+        return Status(
+            step.phase if step else None,
+            step.group.members if step and step.group else (),
+            self._rounds,
+            self._sent_bytes,
+            self._received_bytes,
+            self._last,
+        )
 
     @property
     def group_bits(self) -> str:
@@ -240,10 +257,14 @@ class Averager:
         try:
             with step.scope:
                 async with self._one_at_a_time:
-                    outcome = await self._look_and_average(step, timeout)
+                    self._step = step
+                    outcome = self._last = await self._look_and_average(step, timeout)
+                    self._rounds += 1
         except (BridgeError, ValueError) as e:
             outcome = e
         finally:
+            if self._step is step:
+                self._step = None
             step.end(outcome)
 
     async def _look_and_average(self, step: Step, timeout: float) -> StepResult:
@@ -282,6 +303,8 @@ class Averager:
             dict(reduction.failed_senders),
             dict(reduction.failed_reducers),
             reduction.missing_elements,
+            reduction.sent_bytes,
+            reduction.received_bytes,
         )
 
     async def _shares(self, bandwidths: Sequence[float | None]) -> tuple[int, ...]:
@@ -303,7 +326,11 @@ class Averager:
             )
             self._groups[group.group_id] = reduction
             self._notify()
-            await reduction.run(self._peer.client, self._methods.aggregate_part)
+            try:
+                await reduction.run(self._peer.client, self._methods.aggregate_part)
+            finally:
+                self._sent_bytes += reduction.sent_bytes
+                self._received_bytes += reduction.received_bytes
             reduction.apply(self._alpha)
         return reduction
 
@@ -346,10 +373,9 @@ class Averager:
         """
         own_bytes = sum(tensor.nbytes for tensor in self.tensors)
         return await download_state(
-            self._peer.dht,
-            self._peer.client,
-            self._methods.download_state,
+            self._peer,
             self.prefix,
+            self._kind,
             allowed_peers=self._allowed,
             max_bytes=defaults.AVERAGING_STATE_FACTOR * own_bytes + 64 * defaults.MIB,
         )

@@ -21,8 +21,9 @@ from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.hivemind.averaging.coding import coded
 from kwaainet_bridge.hivemind.averaging.group_keys import entries_of, state_key
-from kwaainet_bridge.hivemind.averaging.methods import first_request
+from kwaainet_bridge.hivemind.averaging.methods import first_request, methods
 from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.rpc import RpcClient, ServerStream, StreamMethod
 from kwaainet_bridge.wire.averaging import DownloadData
 from kwaainet_bridge.wire.msgpack import pack, unpack
@@ -122,36 +123,37 @@ class StateSharing:
 
 
 async def download_state(
-    dht: DhtNode,
-    client: RpcClient,
-    method: DownloadMethod,
+    peer: Peer,
     prefix: str,
+    kind: str,
     *,
     max_bytes: int,
     allowed_peers: Collection[PeerId] | None = None,
     rng: random.Random | None = None,
 ) -> State | None:
-    """The state of the first peer that gives it, of at most ``max_bytes``; None if nobody does.
+    """The state of the first of ``prefix`` and ``kind`` that gives it, of at most ``max_bytes``; None if nobody does.
 
-    Peers are asked by falling priority, those with the same one in any order.
+    Peers are asked by falling priority, those with the same one in any order. Raises nothing for peers that fail.
+    Cancelled: nothing remains.
     """
     rng = rng or random.SystemRandom()
+    method = methods(prefix, kind).download_state
     offers = [
-        (float(entry.value), rng.random(), peer)
-        for peer, entry in entries_of(await dht.get(state_key(prefix)))
+        (float(entry.value), rng.random(), other)
+        for other, entry in entries_of(await peer.dht.get(state_key(prefix)))
         if isinstance(entry.value, float | int) and not isinstance(entry.value, bool)
-        if peer != dht.peer_id and not math.isnan(entry.value)
-        if allowed_peers is None or peer in allowed_peers
+        if other != peer.peer_id and not math.isnan(entry.value)
+        if allowed_peers is None or other in allowed_peers
     ]
-    for _, _, peer in sorted(offers, reverse=True):
+    for _, _, other in sorted(offers, reverse=True):
         try:
-            state = await _download(client, method, peer, max_bytes)
+            state = await _download(peer.client, method, other, max_bytes)
         except (NetworkError, RemoteError) as e:
-            log.info("averaging: no state from %s: %.200s", peer, e)
+            log.info("averaging: no state from %s: %.200s", other, e)
             continue
         if state is not None:
             return state
-        log.info("averaging: %s does not share its state", peer)
+        log.info("averaging: %s does not share its state", other)
     return None
 
 

@@ -28,13 +28,32 @@ class StepResult:
     """One round: what each member gathered for, and what was missing in it.
 
     ``failed_senders`` are members whose values are not (all) in our share of the average, ``failed_reducers`` those
-    whose shares kept our local values in part or whole: ``missing_elements`` of them.
+    whose shares kept our local values in part or whole: ``missing_elements`` of them. Bytes are those of tensors as
+    they travelled.
     """
 
     gathered: dict[PeerId, Any]
     failed_senders: dict[PeerId, str]
     failed_reducers: dict[PeerId, str]
     missing_elements: int
+    sent_bytes: int
+    received_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What an averager does, and what it did since it began.
+
+    ``phase`` is that of the step under way, None if there is none; ``members`` are those of its group, if it has one.
+    ``rounds`` are steps that averaged; ``last`` is the result of the latest.
+    """
+
+    phase: Phase | None
+    members: tuple[PeerId, ...]
+    rounds: int
+    sent_bytes: int
+    received_bytes: int
+    last: StepResult | None
 
 
 class Step:
