@@ -366,10 +366,11 @@ class Averager:
             raise ValueError("a peer in client mode cannot share its state")
         self._sharing.set(allowed=allowed, priority=priority)
 
-    async def load_state_from_peers(self) -> State | None:
+    async def load_state_from_peers(self, check: Callable[[State], object] | None = None) -> State | None:
         """The state of the peer with the highest priority that gives it; None if nobody does.
 
-        It is not put into the tensors. Raises nothing for peers that fail. Cancelled: nothing remains.
+        A state for which ``check``, called in a thread, raises RemoteError is left for that of the next peer. It is not
+        put into the tensors. Raises nothing for peers that fail. Cancelled: nothing remains.
         """
         own_bytes = sum(tensor.nbytes for tensor in self.tensors)
         return await download_state(
@@ -377,5 +378,6 @@ class Averager:
             self.prefix,
             self._kind,
             allowed_peers=self._allowed,
+            check=check,
             max_bytes=defaults.AVERAGING_STATE_FACTOR * own_bytes + 64 * defaults.MIB,
         )
