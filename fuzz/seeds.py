@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from fuzz import kwaai_seeds
 from fuzz.averaging_targets import OWN, PEER, SCHEMA
 from fuzz.net_targets import PROPOSED
 from fuzz.tensor_targets import codec_layout
@@ -73,6 +74,7 @@ def seeds() -> Iterator[Seed]:
     yield from _dht()
     yield from _net()
     yield from _averaging(golden)
+    yield from kwaai_seeds.seeds()
 
 
 def regressions() -> Iterator[tuple[str, Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from fuzz import averaging_targets, dht_targets, net_targets, tensor_targets, wire_targets
+from fuzz import averaging_targets, dht_targets, kwaai_targets, net_targets, tensor_targets, wire_targets
 
 Target = Callable[[bytes], None]
 
@@ -15,4 +15,5 @@ TARGETS: Final[dict[str, Target]] = {
     **dht_targets.TARGETS,
     **net_targets.TARGETS,
     **averaging_targets.TARGETS,
+    **kwaai_targets.TARGETS,
 }

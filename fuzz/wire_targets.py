@@ -55,7 +55,7 @@ def _outcome(decoder: PrefixedDecoder[Any], parts: list[bytes]) -> tuple[list[An
     return messages, None
 
 
-def _same_however_cut(make: Callable[[], PrefixedDecoder[Any]], data: bytes) -> tuple[list[Any], str | None]:
+def same_however_cut(make: Callable[[], PrefixedDecoder[Any]], data: bytes) -> tuple[list[Any], str | None]:
     whole = _outcome(make(), [data])
     for size in _PIECES:
         expect(_outcome(make(), pieces(data, size)) == whole, f"pieces of {size} bytes end otherwise")
@@ -71,7 +71,7 @@ def varint(data: bytes) -> None:
 
 
 def delimited(data: bytes) -> None:
-    bodies, error = _same_however_cut(lambda: DelimitedDecoder(_MAX_BODY), data)
+    bodies, error = same_however_cut(lambda: DelimitedDecoder(_MAX_BODY), data)
     again = b"".join(encode_uvarint(len(body)) + body for body in bodies)
     expect(DelimitedDecoder(_MAX_BODY).feed(again) == bodies, "round trip")
     if error is not None:
@@ -79,7 +79,7 @@ def delimited(data: bytes) -> None:
 
 
 def _frames(order: FrameOrder, data: bytes) -> None:
-    whole, error = _same_however_cut(lambda: FrameDecoder(_MAX_BODY, order=order), data)
+    whole, error = same_however_cut(lambda: FrameDecoder(_MAX_BODY, order=order), data)
     again = b"".join(order.encode_header(f.marker, len(f.payload)) + f.payload for f in whole)
     expect(data.startswith(again), "round trip")
     expect(error is not None or again == data, "bytes were lost")

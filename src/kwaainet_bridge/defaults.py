@@ -81,7 +81,7 @@ MAX_JOINED_TENSORS: Final = 1 << 14
 
 MAX_MUX_FRAME_BYTES: Final = 64 * MIB
 """Longest frame of the mux protocol; KwaaiNet's peers accept as much. A bridge may be given less: a body that comes
-as integers takes 10 ns a byte to read."""
+as integers takes 20 ns a byte to read, 0.8 s for the longest."""
 
 MAX_TENSOR_FRAME_BYTES: Final = 64 * MIB
 """Longest frame of /kwaai/tensor/1.0.0, whose own reader knows no limit: 60 million values in 8 bits."""
@@ -774,6 +774,14 @@ AVERAGING_STATE_SECONDS: Final = 30.0
 AVERAGING_STATE_FACTOR: Final = 8
 """A state that is downloaded may have this many times the bytes of the tensors that are averaged, plus 64 MiB:
 parameters in float32 with an optimizer's moments are 3 to 6 times those of half precision."""
+
+AVERAGING_HELPED_BYTES: Final = 1024 * MIB
+"""Largest tensors of a run that a node helps unless it is configured otherwise; two to three times as much is used."""
+
+AVERAGING_HELP_RETRY_SECONDS: Final = 30.0
+"""Pause after which a node looks again for a peer of a run that it helps. Records of who shares a state live as
+long."""
+
 
 # --- training ---------------------------------------------------------------------------------------------
 

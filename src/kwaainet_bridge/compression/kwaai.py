@@ -73,8 +73,11 @@ def quantise_blocks(tensor: torch.Tensor, block_size: int = BLOCK) -> QuantisedB
     return QuantisedBlocks(data, stored, tuple(tensor.shape), block_size)
 
 
-def dequantise_blocks(quantised: QuantisedBlocks, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A new CPU tensor of ``dtype``. Raises RemoteError if counts, block size or scales cannot be right."""
+def check_blocks(quantised: QuantisedBlocks) -> tuple[int, ...]:
+    """The shape, once counts, block size and scales were found to fit it; nothing of its size is allocated.
+
+    Raises RemoteError naming the field.
+    """
     shape = checked_shape(quantised.shape)
     count, size = elements(shape), quantised.block_size
     if size < 1:
@@ -90,6 +93,13 @@ def dequantise_blocks(quantised: QuantisedBlocks, dtype: torch.dtype = torch.flo
         )
     if not torch.isfinite(quantised.scales).all():
         raise RemoteError("quantised tensor: scales has values that are not finite")
+    return shape
+
+
+def dequantise_blocks(quantised: QuantisedBlocks, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A new CPU tensor of ``dtype``. Raises RemoteError if counts, block size or scales cannot be right."""
+    shape = check_blocks(quantised)
+    count, size, blocks = elements(shape), quantised.block_size, quantised.scales.numel()
     values = quantised.data.to(torch.float32)
     scales = quantised.scales.to(torch.float32)
     whole = count // size

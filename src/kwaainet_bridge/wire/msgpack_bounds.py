@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.wire.fields import Buffer
 
 # What the first byte of a value says: the value's whole length, where that is fixed ...
 _LENGTH: Final = {
@@ -43,6 +44,18 @@ def check_bounds(
 ) -> None:
     """Check that ``data`` is exactly one msgpack value of bounded size and depth.
 
+    Raises RemoteError that begins with ``name``. See value_end.
+    """
+    end, _ = value_end(data, 0, nested_ext=nested_ext, max_depth=max_depth, max_items=max_items, name=name)
+    if end != len(data):
+        raise RemoteError(f"{name}: {len(data) - end} bytes follow the value")
+
+
+def value_end(
+    data: Buffer, at: int, *, nested_ext: frozenset[int], max_depth: int, max_items: int, name: str
+) -> tuple[int, int]:
+    """Where the msgpack value at ``at`` ends, and how many items its containers have, without making objects.
+
     Containers and the extension types in ``nested_ext``, whose payload is one msgpack value, count as one
     level each; a scalar has depth 0. Items are counted over all containers, a map's pair as two. Raises
     RemoteError that begins with ``name``. It does not look into strings, nor into other extension types.
@@ -51,7 +64,6 @@ def check_bounds(
     be held once for each: all payloads together may have 8 times the length of ``data``, or 64 KiB.
     """
     end = len(data)
-    at = 0
     items = 0
     copies = 0
     max_copies = max(_COPIES * end, _FREE_COPIES_BYTES)
@@ -61,9 +73,7 @@ def check_bounds(
     while True:
         while missing == 0:
             if not enclosing:
-                if at != end:
-                    raise RemoteError(f"{name}: {end - at} bytes follow the value")
-                return
+                return at, items
             missing, outer_limit, is_extension = enclosing.pop()
             if is_extension and at != limit:
                 raise RemoteError(f"{name}: {limit - at} bytes follow the value in an extension")
@@ -108,7 +118,7 @@ def check_bounds(
             raise RemoteError(f"{name}: nested more than {max_depth} deep")
 
 
-def _container(data: bytes, at: int, first: int, name: str) -> tuple[int, int]:
+def _container(data: Buffer, at: int, first: int, name: str) -> tuple[int, int]:
     """How many values the array or map at ``at`` announces, and where the first of them is."""
     if 0x80 <= first <= 0x8F:
         return 2 * (first & 0x0F), at + 1
