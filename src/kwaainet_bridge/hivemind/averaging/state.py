@@ -134,8 +134,8 @@ async def download_state(
 ) -> State | None:
     """The state of the first of ``prefix`` and ``kind`` that gives it, of at most ``max_bytes``; None if nobody does.
 
-    Peers are asked by falling priority, those with the same one in any order; the next one, too, if ``check``, which is
-    called in a thread, raises RemoteError. Raises nothing for peers that fail. Cancelled: nothing remains.
+    Peers are asked by falling priority, those with the same one in any order; the next one, too, if ``check``
+    raises RemoteError. Raises nothing for peers that fail. Cancelled: nothing remains.
     """
     rng = rng or random.SystemRandom()
     method = methods(prefix, kind).download_state
@@ -150,7 +150,7 @@ async def download_state(
         try:
             state = await _download(peer.client, method, other, max_bytes)
             if state is not None and check is not None:
-                await trio.to_thread.run_sync(check, state)
+                await coded(partial(check, state), sum(t.nbytes for t in state.tensors), CompressionType.NONE)
         except (NetworkError, RemoteError) as e:
             log.info("averaging: no state from %s: %.200s", other, e)
             continue

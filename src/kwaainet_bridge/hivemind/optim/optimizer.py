@@ -11,8 +11,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import trio
@@ -21,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.hivemind.averaging import Averager, State, StepResult
+from kwaainet_bridge.hivemind.optim.computing import compute, size_of
 from kwaainet_bridge.hivemind.optim.gradients import Gradients
 from kwaainet_bridge.hivemind.optim.progress import Rate, SwarmProgress
 from kwaainet_bridge.hivemind.optim.rounds import Rounds
@@ -29,6 +31,8 @@ from kwaainet_bridge.hivemind.optim.training_state import Scheduler, TrainingSta
 from kwaainet_bridge.hivemind.peer import Peer
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,7 @@ class CollaborativeOptimizer:
             optimizer, scheduler=scheduler, average_statistics=average_statistics, extra_tensors=extra_tensors
         )
         self._gradients = Gradients(self._state.parameters)
+        self._size = size_of(self._state.averaged)
         self._tracker = ProgressTracker(
             peer.dht, run_id, target_batch_size, client_mode=client_mode, key=owner_key, clock=clock
         )
@@ -197,6 +202,9 @@ class CollaborativeOptimizer:
             self._state_rounds.give_up_search()
             await self._take_in_state_round()
 
+    async def _compute(self, work: Callable[[], T]) -> T:
+        return await compute(work, self._size)
+
     # --- steps --------------------------------------------------------------------------------------------
 
     async def step(self, batch_size: int | None = None) -> None:
@@ -221,7 +229,7 @@ class CollaborativeOptimizer:
                 return
             else:
                 assert batch_size is not None
-                if not await trio.to_thread.run_sync(self._gradients.accumulate, batch_size):
+                if not await self._compute(partial(self._gradients.accumulate, batch_size)):
                     log.warning("training: a batch was left out, its gradients are not finite")
                 self._tracker.accumulated(self.epoch, self._gradients.samples)
             self._schedule()
@@ -277,7 +285,7 @@ class CollaborativeOptimizer:
             stepped = not self.auxiliary and (peers > 1 or samples > 0)
             averages_state = self._averages_state()
             async with self._state_averager.lock:
-                await trio.to_thread.run_sync(self._update, stepped)
+                await self._compute(partial(self._update, stepped))
             # no cancellation between the step and what is told of it
             self._checked = False
             self._tracker.begin_epoch(self.epoch)
@@ -307,7 +315,7 @@ class CollaborativeOptimizer:
             log.warning("training: epoch %d ends with own gradients alone", self.epoch + 1)
         self._gradient_rounds.drop()
         async with self._gradient_rounds.averager.lock:
-            await trio.to_thread.run_sync(self._gradients.load)
+            await self._compute(self._gradients.load)
         return 1
 
     # --- averaging of parameters --------------------------------------------------------------------------
@@ -332,7 +340,7 @@ class CollaborativeOptimizer:
         await current.ended.wait()
         if current.result is not None:
             async with self._state_averager.lock:
-                await trio.to_thread.run_sync(self._state.apply_averaged)
+                await self._compute(self._state.apply_averaged)
         self._state_round = None
 
     # --- the state ----------------------------------------------------------------------------------------
@@ -373,7 +381,7 @@ class CollaborativeOptimizer:
                 return False
             before = self.epoch
             async with self._state_averager.lock:
-                await trio.to_thread.run_sync(self._take_over, state)
+                await self._compute(partial(self._take_over, state))
             if self.epoch == self.swarm.epoch - 1:
                 self._state.begin_epoch(self.swarm.epoch)
             elif self.epoch == before < self.swarm.epoch:

@@ -10,6 +10,7 @@ import trio
 
 from kwaainet_bridge.errors import BridgeError
 from kwaainet_bridge.hivemind.averaging import Averager, Step, StepResult
+from kwaainet_bridge.hivemind.optim.computing import compute, size_of
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ class Rounds:
     def __init__(self, averager: Averager, *, seconds: float) -> None:
         self.averager = averager
         self._seconds = seconds
+        self._size = size_of(averager.tensors)
         self._ahead: Step | None = None
         self._current: Step | None = None
 
@@ -38,7 +40,7 @@ class Rounds:
     ) -> StepResult | None:
         """Average once, with the group that was found ahead if there is one.
 
-        ``load`` fills the averager's tensors, in a thread. None if it fails, for whatever reason, which is logged: then
+        ``load`` fills the averager's tensors. None if it fails, for whatever reason, which is logged: then
         the tensors are as ``load`` left them. Cancelled: so they are.
         """
         if not self.scheduled:
@@ -48,7 +50,7 @@ class Rounds:
         self._current = step
         try:
             async with self.averager.lock:
-                await trio.to_thread.run_sync(load)
+                await compute(load, self._size)
             if weight is not None:
                 step.weight = weight
             step.trigger()
