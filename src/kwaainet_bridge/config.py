@@ -21,11 +21,12 @@ from pydantic import (
 )
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.errors import ConfigError, RemoteError
 from kwaainet_bridge.hivemind.experts.records import check_prefix
 from kwaainet_bridge.net.addresses import parse_announce_address, parse_listen_address
 from kwaainet_bridge.net.bootstrap import parse_bootstrap_addresses
 from kwaainet_bridge.net.kademlia import KAD, check_protocol
+from kwaainet_bridge.wire.peer_id import PeerId
 
 EMBEDDED_MODEL: Final = "austen"
 """The small model that the package holds; ``model.name: austen`` needs no download."""
@@ -59,6 +60,13 @@ def _checked(parse: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _peer_id(text: str) -> PeerId:
+    try:
+        return PeerId.parse(text)
+    except RemoteError as e:
+        raise ConfigError(str(e)) from e
+
+
 def _check_bootstrap(entry: str) -> str:
     if entry not in PRESETS:
         try:
@@ -82,6 +90,10 @@ Bootstrap = Annotated[
 Relays = tuple[Annotated[str, _checked(lambda text: parse_bootstrap_addresses([text]))], ...]
 
 Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+CompressionName = Literal[
+    "NONE", "MEANSTD_16BIT", "FLOAT16", "QUANTILE_8BIT", "UNIFORM_8BIT", "BLOCKWISE_8BIT"
+]
 
 
 class _Section(BaseModel):
@@ -159,9 +171,7 @@ class ModelConfig(_Section):
     """Most tokens (batch x length) in one request."""
     threads: Positive | None = None
     """Threads of torch; left out: as many as cores."""
-    compression: Literal[
-        "NONE", "MEANSTD_16BIT", "FLOAT16", "QUANTILE_8BIT", "UNIFORM_8BIT", "BLOCKWISE_8BIT"
-    ] = "NONE"
+    compression: CompressionName = "NONE"
     """Compression of hidden states on the wire. All servers of a model should announce the same."""
     throughput: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     """Tokens per second to announce; ``auto`` measures it at the start."""
@@ -190,6 +200,49 @@ class ModelConfig(_Section):
             return None
         first, end = self.blocks.split(":")
         return range(int(first), int(end))
+
+
+class AveragingRun(_Section):
+    """A run of Hivemind averagers that this node helps: it averages for the others and adds nothing of its own."""
+
+    prefix: Annotated[str, Field(pattern=r"^[^.]+$")]
+    """Name of the run's averagers; those of a stock optimizer with run id ``r`` are ``r_grad_averager`` and
+    ``r_state_averager``."""
+    kind: Literal["DecentralizedAverager", "GradientAverager", "TrainingStateAverager"] = (
+        "DecentralizedAverager"
+    )
+    """Class of the run's averagers."""
+    target_group_size: Annotated[int, Field(ge=2, le=defaults.AVERAGING_MAX_GROUP)] | None = None
+    """Members of a full group. Left out: groups have no size at which they are full."""
+    group_bits: Annotated[str, Field(pattern="^[01]*$")] = ""
+    """Where to look for the first group, in runs whose groups form a grid."""
+    compression: CompressionName = "NONE"
+    """Compression of parts. All members must have the same."""
+    part_kib: Positive = defaults.AVERAGING_PART_BYTES // defaults.KIB
+    """KiB of one part. All members must have the same."""
+    matchmaking_seconds: Seconds = defaults.AVERAGING_MATCHMAKING_SECONDS
+    """How long the run's peers wait for each other (stock: ``min_matchmaking_time``, ``matchmaking_time``)."""
+    bandwidth: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """In the unit of the run's other peers; decides how much this node averages. Left out: their mean."""
+    max_rms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Root mean square from which on a part is refused. Left out: any that cannot overflow."""
+
+
+class AveragingConfig(_Section):
+    """Averaging for Hivemind runs; off unless runs are named."""
+
+    runs: tuple[AveragingRun, ...] = ()
+    peers: tuple[Annotated[str, _checked(_peer_id)], ...] | None = None
+    """Ids of the only peers to average with. Left out: whoever takes part in the runs."""
+    max_tensors_mib: Positive = defaults.AVERAGING_HELPED_BYTES // defaults.MIB
+    """Largest tensors of a run, in MiB; up to three times that much memory is used."""
+
+    @model_validator(mode="after")
+    def _check_runs_differ(self) -> AveragingConfig:
+        names = [(run.prefix, run.kind) for run in self.runs]
+        if twice := next((prefix for prefix, kind in names if names.count((prefix, kind)) > 1), None):
+            raise ValueError(f"runs: {twice!r} is there twice: remove one")
+        return self
 
 
 class NetworkQuotas(_Section):
@@ -252,11 +305,21 @@ class NodeConfig(_Section):
     kademlia: KademliaConfig = KademliaConfig()
     model: ModelConfig | None = None
     """What to serve; left out: nothing, the node is a bootstrap peer."""
+    averaging: AveragingConfig = AveragingConfig()
     drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS
     """How long running sessions may go on after SIGTERM."""
     reachability: ReachabilityConfig = ReachabilityConfig()
     limits: LimitsConfig = LimitsConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_averaging_has_a_network(self) -> NodeConfig:
+        if self.averaging.runs and (self.networks.petals is None or not self.listen):
+            raise ValueError(
+                "averaging.runs is given, but no averager can call this node: turn networks.petals on and give it an "
+                "address under listen, or remove averaging"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_model_can_be_served(self) -> NodeConfig:

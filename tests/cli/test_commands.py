@@ -256,3 +256,45 @@ def test_join_line_is_a_whole_command():
         "kwaainet-bridge run --model '/my models/Llama' --dht-prefix mine --initial-peers ADDR"
     )
     assert join_command(None, "ADDR") == "kwaainet-bridge run --initial-peers ADDR"
+
+
+def test_average_shows_how_peers_converge():
+    done = call(
+        "average",
+        "--peers",
+        "4",
+        "--group-size",
+        "2",
+        "--rounds",
+        "2",
+        "--elements",
+        "1000",
+        "--matchmaking",
+        "1.5",
+    )
+    assert done.returncode == 0, done.stderr
+    head, *rounds, _, end = done.stdout.splitlines()
+    assert head.startswith("round  where the peers are")
+    assert [line.split()[0] for line in rounds] == ["0", "1", "2"]
+    first, last = (
+        sum(int(mark) for mark in line.split()[1] if mark != "·") for line in (rounds[0], rounds[-1])
+    )
+    assert first == last == 4
+    assert "2 + 2" in rounds[1]
+    assert float(rounds[2].split()[2]) < float(rounds[0].split()[2]) / 10
+    assert end.startswith("No number of any peer is further than")
+    assert "--initial-peers /ip4/127.0.0.1/tcp/" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--compression", "ZIP"], "--compression ZIP: must be one of NONE"),
+        (["--prefix", "a.b"], "--prefix 'a.b'"),
+        (["--initial-peers", "nowhere"], "nowhere"),
+    ],
+)
+def test_average_names_what_is_wrong(options, error):
+    done = call("average", *options)
+    assert done.returncode == 2
+    assert error in done.stderr

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from kwaainet_bridge.config import PRESETS, NodeConfig, parse_config
 from kwaainet_bridge.errors import ConfigError
@@ -33,12 +34,20 @@ WORDS = {
     "limits.connections_per_network.kwaainet": "none",
     "limits.strangers": "10 %",
     "reachability.relays": "none",
+    "averaging.runs.prefix": "required",
+    "averaging.runs.target_group_size": "none",
+    "averaging.runs.group_bits": "empty",
+    "averaging.runs.bandwidth": "none",
+    "averaging.runs.max_rms": "none",
+    "averaging.peers": "none",
 }
 VALUES_OF_WORDS = {"none": (None, ()), "off": (None,), "all": (None,), "derived": (None,)} | {
     "torch's choice": (None,),
     "80 %": (None,),
     "60 %": (None,),
     "10 %": (None,),
+    "empty": ("",),
+    "required": (PydanticUndefined,),
     "preset `kwaainet-public`": (PRESETS["kwaainet-public"],),
 }
 

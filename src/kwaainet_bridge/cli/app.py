@@ -285,6 +285,51 @@ def swarm(
     trio.run(partial(show_swarm, node_config, wanted, check=not no_check, as_json=as_json))
 
 
+@app.command()
+def average(
+    bootstrap: BootstrapOption = None,
+    peers: Annotated[int, typer.Option(min=2, max=64, help="Peers on this machine.")] = 8,
+    group_size: Annotated[
+        int, typer.Option(min=2, max=64, help="Members of a group; more peers form several.")
+    ] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of averaging.")] = 4,
+    elements: Annotated[
+        int, typer.Option(min=1, max=100_000_000, help="Numbers that each peer averages.")
+    ] = 100_000,
+    compression: Annotated[
+        str, typer.Option(help="NONE, FLOAT16, MEANSTD_16BIT, UNIFORM_8BIT, QUANTILE_8BIT or BLOCKWISE_8BIT.")
+    ] = "NONE",
+    matchmaking: Annotated[
+        float, typer.Option(min=0.5, help="Seconds that peers wait for each other.")
+    ] = 2.0,
+    prefix: Annotated[str, typer.Option(help="Name of the averagers, without a dot.")] = "demo",
+    listen: Annotated[
+        str, typer.Option(help="Address of each peer; its port must be 0.", metavar="ADDR")
+    ] = "/ip4/127.0.0.1/tcp/0",
+    seed: Annotated[int, typer.Option(help="Of the numbers that the peers begin with.")] = 1,
+) -> None:
+    """Watch peers on this machine average random numbers until all have the mean."""
+    from kwaainet_bridge.cli.average import AverageOptions, average_peers
+
+    if "." in prefix or not prefix:
+        raise ConfigError(f"--prefix {prefix!r}: must be text without a dot")
+    network = _load(None, _swarm_of(bootstrap)).networks.petals
+    assert network is not None
+    options = AverageOptions(
+        peers=peers,
+        group_size=group_size,
+        rounds=rounds,
+        elements=elements,
+        compression=compression,
+        matchmaking_seconds=matchmaking,
+        prefix=prefix,
+        bootstrap=network.bootstrap,
+        listen=listen,
+        seed=seed,
+    )
+    trio.run(average_peers, options)
+
+
 KeyArgument = Annotated[str, typer.Argument(help="Key, as text.")]
 
 

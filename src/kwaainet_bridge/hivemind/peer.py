@@ -42,8 +42,8 @@ async def open_peer(
 ) -> AsyncIterator[Peer]:
     """Join the swarm of ``initial_peers`` (full addresses), or begin one, under a new identity unless one is given.
 
-    In ``client_mode`` it listens nowhere, and nobody calls it. Raises ConfigError for a wrong address, NetworkError,
-    naming what failed for each, if no initial peer is reached. Cancelled: everything of it ends.
+    In ``client_mode`` it listens nowhere, and nobody calls it. Raises NetworkError, naming what failed for each, if no
+    initial peer is reached. Cancelled: everything of it ends.
     """
     config = HostConfig(identity or Identity.generate("rsa"), listen=() if client_mode else tuple(listen))
     async with open_host(config) as host:
@@ -59,8 +59,7 @@ async def open_peer(
 async def reach(host: Host, dht: DhtNode | None, addresses: Sequence[str]) -> tuple[list[PeerId], list[str]]:
     """Connect to all of these peers at once and join ``dht``, if given, through them.
 
-    Returns those that were reached, and for each of the other addresses what failed. Raises ConfigError for text that
-    is no address.
+    Returns those that were reached, and for each of the other addresses what failed.
     """
     reached: list[PeerId] = []
     failures: list[str] = []

@@ -14,10 +14,12 @@ from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.config import LimitsConfig, NodeConfig
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
+from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.net import Host, HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.reachability import Verdict
+from kwaainet_bridge.node.averaging import AveragingService
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.petals import ModelService
@@ -174,6 +176,9 @@ async def _take_part_in_petals(
                         getting_ready.start_soon(watch.first_round)
                         if config.model is not None:
                             getting_ready.start_soon(_import_engine)
+                    if config.averaging.runs:
+                        peer = Peer(host, server, client, dht)
+                        nursery.start_soon(AveragingService(config.averaging, peer, state).run)
                     if config.model is None:
                         await _serve_until(stop, state)
                     else:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
+from kwaainet_bridge.hivemind.averaging import Status
 from kwaainet_bridge.net.reachability import Verdict
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -26,7 +27,7 @@ class NodeState:
     """The node's phase and what is wrong with it, if anything.
 
     ``degraded`` maps a condition's name to its reason; the node serves on beside it. ``reachability`` is the verdict on
-    whether others can dial it, and the evidence for that.
+    whether others can dial it, and the evidence for that. ``averaging`` tells of each run that it helps, by its prefix.
     """
 
     def __init__(self, *, clock: Callable[[], float] = trio.current_time) -> None:
@@ -36,6 +37,7 @@ class NodeState:
         self.since = clock()
         self.facts: dict[str, object] = {}
         self.degraded: dict[str, str] = {}
+        self.averaging: dict[str, Callable[[], Status]] = {}
         self.reachability = (Verdict.UNKNOWN, "no peer has tried to dial it yet")
 
     def enter(self, phase: Phase, **facts: object) -> None:

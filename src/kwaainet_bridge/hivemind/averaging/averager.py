@@ -104,6 +104,7 @@ class Averager:
         self.tensors = tuple(tensors)
         self.lock = trio.Lock()
         self.prefix = prefix
+        self.peer_id = peer.peer_id
         self.mode = Mode.CLIENT if client_mode else Mode.AUXILIARY if auxiliary else Mode.NODE
         self._peer = peer
         self._options = Options(compression, part_bytes, max_rms)
@@ -319,7 +320,7 @@ class Averager:
             reduction = AllReduce(
                 group,
                 self.tensors,
-                own=self._peer.peer_id,
+                own=self.peer_id,
                 weight=weight,
                 shares=shares,
                 options=self._options,
@@ -369,7 +370,7 @@ class Averager:
     async def load_state_from_peers(self, check: Callable[[State], object] | None = None) -> State | None:
         """The state of the peer with the highest priority that gives it; None if nobody does.
 
-        A state for which ``check``, called in a thread, raises RemoteError is left for that of the next peer. It is not
+        A state for which ``check`` raises RemoteError is left for that of the next peer. It is not
         put into the tensors. Raises nothing for peers that fail. Cancelled: nothing remains.
         """
         own_bytes = sum(tensor.nbytes for tensor in self.tensors)
