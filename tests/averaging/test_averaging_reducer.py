@@ -9,7 +9,7 @@ import torch
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import RemoteError
-from kwaainet_bridge.hivemind.averaging.reducer import Reducer, check_values
+from kwaainet_bridge.hivemind.averaging.reducer import Reducer, all_finite, check_values
 from kwaainet_bridge.wire.peer_id import PeerId
 
 A, B, C = PEERS = [PeerId(bytes([0, 2, n, n])) for n in range(3)]
@@ -46,10 +46,12 @@ def test_who_failed_is_left_out_of_what_it_did_not_give() -> None:
     give(reducer, A, [1])
     give(reducer, B, [3])
     give(reducer, C, [5])
+    assert average(reducer, 0) == [3.0]
     assert give(reducer, A, [1]) == give(reducer, B, [3]) == []
     assert reducer.fail(C, "gone", now=0) == [1]
-    assert average(reducer, 0) == [3.0]
     assert average(reducer, 1) == [2.0]
+    with pytest.raises(LookupError, match="part 0 was not completed last: that was 1"):
+        reducer.average(0)
     assert reducer.failed == {C: "gone"}
 
 
@@ -127,7 +129,22 @@ def test_values_over_the_norm_are_refused() -> None:
     give(reducer, A, [10.0, 10.0])
     with pytest.raises(RemoteError, match="not finite"):
         check_values(torch.tensor([math.nan]), math.inf)
-    check_values(torch.full((3,), 3e38), math.inf)
+    for limit in (math.inf, 3.1e38):
+        check_values(torch.full((3,), 3e38), limit)
+        with pytest.raises(RemoteError, match="not finite"):
+            check_values(torch.tensor([1.0, -math.inf]), limit)
+    check_values(torch.empty(0), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_found_wherever_they_are(dtype: torch.dtype, value: float) -> None:
+    good = torch.linspace(-100, 100, 1003, dtype=dtype)
+    assert all_finite([good, torch.empty(0, dtype=dtype)])
+    for place in (0, 500, 1002):
+        bad = good.clone()
+        bad[place] = value
+        assert not all_finite([good, bad])
 
 
 def test_only_floats_are_averaged() -> None:

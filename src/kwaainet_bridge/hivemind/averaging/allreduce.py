@@ -27,6 +27,7 @@ from kwaainet_bridge.hivemind.averaging.reducer import Reducer, check_values
 from kwaainet_bridge.hivemind.averaging.split import Part, partition
 from kwaainet_bridge.rpc import ClientStream, RpcClient, ServerStream, StreamMethod
 from kwaainet_bridge.wire.averaging import AveragingData, MessageCode, code_name
+from kwaainet_bridge.wire.fields import total
 from kwaainet_bridge.wire.peer_id import PeerId
 from kwaainet_bridge.wire.tensors import TensorMessage, decode_tensor, encode_tensor
 
@@ -82,7 +83,7 @@ class AllReduce:
             max_rms=options.max_rms,
         )
         self._serving: dict[PeerId, trio.CancelScope] = {}
-        self._changed = trio.Event()
+        self._completed = trio.Event()
         self._cancelled = False
 
     @property
@@ -103,14 +104,14 @@ class AllReduce:
         with trio.move_on_after(defaults.AVERAGING_ALLREDUCE_SECONDS):
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._watch_senders)
-                    nursery.start_soon(self._average_own)
+                    watching = await nursery.start(self._watch_senders)
+                    nursery.start_soon(self._average_own, watching)
                     for peer, parts in self._parts.items():
                         if peer != self._own and parts:
                             nursery.start_soon(self._exchange, client, method, peer, parts)
             finally:
                 self._cancelled = not self._reducer.done
-                self._notify()
+                self._wake()
 
     def apply(self, alpha: float = 1.0) -> None:
         """Move the tensors by ``alpha`` towards the average."""
@@ -121,42 +122,53 @@ class AllReduce:
 
     # --- our own parts ------------------------------------------------------------------------------------
 
-    async def _average_own(self) -> None:
+    async def _average_own(self, watching: trio.CancelScope) -> None:
         for number, part in enumerate(self._parts[self._own]):
             values = part.of(self._tensors).cpu()
-            weighted = values.to(torch.float32) * self._weight
-            self._reducer.add(self._own, weighted, self._weight, now=trio.current_time())
-            self._notify()
+
+            def weigh(values: torch.Tensor = values) -> torch.Tensor:
+                return values.to(torch.float32) * self._weight
+
+            weighted = await coded(weigh, values.nbytes, CompressionType.NONE)
+            self._add_to_average(self._own, weighted, self._weight)
             await self._until_ready(number)
             average = self._reducer.average(number)
             self.deltas[part] = torch.zeros_like(values) if average is None else average - values
+        watching.cancel()
 
-    async def _watch_senders(self) -> None:
-        """Leave out senders that are late."""
-        while not self._reducer.done:
-            with trio.move_on_at(self._reducer.deadline()):
-                await self._changed.wait()
-            for peer in self._reducer.late(trio.current_time()):
-                if peer != self._own:
-                    self._fail(peer, "late")
+    async def _watch_senders(self, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        """Leave out senders that are late, until the scope that is told is cancelled."""
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            while True:
+                # deadlines only move back, as parts are completed
+                await trio.sleep_until(self._reducer.deadline())
+                for peer in self._reducer.late(trio.current_time()):
+                    if peer != self._own:
+                        self._fail(peer, "late")
 
     def _fail(self, sender: PeerId, why: str) -> None:
         if sender in self._reducer.failed:
             return
         log.info("averaging: %s is left out from part %d on: %s", sender, self._reducer.received(sender), why)
-        self._reducer.fail(sender, why, now=trio.current_time())
+        if self._reducer.fail(sender, why, now=trio.current_time()):
+            self._wake()
         if scope := self._serving.get(sender):
             scope.cancel()
-        self._notify()
 
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+    def _add_to_average(self, sender: PeerId, weighted: torch.Tensor, weight: float) -> None:
+        if self._reducer.add(sender, weighted, weight, now=trio.current_time()):
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake those who wait for the part that is averaged now: all of them wait for the same one."""
+        self._completed.set()
+        self._completed = trio.Event()
 
     async def _until_ready(self, number: int) -> None:
         """Wait for the average of a part, or for the end of an all-reduce without it."""
         while not (self._reducer.is_ready(number) or self._cancelled):
-            await self._changed.wait()
+            await self._completed.wait()
 
     # --- others' shares -----------------------------------------------------------------------------------
 
@@ -190,7 +202,7 @@ class AllReduce:
             for number, part in enumerate(parts):
                 values = part.of(self._tensors)
                 tensor = await coded(partial(self._encode, values), values.nbytes, self._options.compression)
-                self.sent_bytes += len(tensor.buffer)
+                self.sent_bytes += total(tensor.values)
                 message = AveragingData(tensor_part=tensor, weight=self._weight)
                 if not number:
                     message.code = MessageCode.PART_FOR_AVERAGING
@@ -293,8 +305,7 @@ class AllReduce:
             return part, self._reducer.contribution(part, message.weight)
 
         part, weighted = await coded(decode, len(tensor.buffer), self._options.compression)
-        self._reducer.add(sender, weighted, message.weight, now=trio.current_time())
-        self._notify()
+        self._add_to_average(sender, weighted, message.weight)
         return part
 
     async def _difference(self, number: int, part: torch.Tensor, message: AveragingData) -> AveragingData:
@@ -303,12 +314,17 @@ class AllReduce:
         compression = message.tensor_part.compression
 
         def encode() -> TensorMessage:
-            delta = torch.zeros_like(part) if average is None else average - part
+            delta = torch.zeros_like(part) if average is None else _difference(average, part)
             return encode_tensor(delta, compression, legacy_bfloat16=True)
 
         tensor = await coded(encode, part.nbytes, self._options.compression)
-        self.sent_bytes += len(tensor.buffer)
+        self.sent_bytes += total(tensor.values)
         return AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor)
+
+
+def _difference(average: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """``average`` less ``part``, float32: in the memory of ``part`` if that is float32, too."""
+    return torch.sub(average, part, out=part) if part.dtype == torch.float32 else average - part
 
 
 def _checked(message: AveragingData, length: int) -> TensorMessage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import trio
 
@@ -13,9 +13,12 @@ from kwaainet_bridge.compression import CompressionType
 T = TypeVar("T")
 
 
+_QUICK: Final = (CompressionType.NONE, CompressionType.FLOAT16)
+
+
 async def coded(code: Callable[[], T], size: int, compression: int) -> T:
     """What ``code`` returns or raises; it handles ``size`` bytes. Cancelled: it goes on to its end first."""
-    plain = compression == CompressionType.NONE
-    if size <= (defaults.INLINE_BYTES if plain else defaults.INLINE_COMPRESSED_BYTES):
+    quick = compression in _QUICK
+    if size <= (defaults.AVERAGING_INLINE_BYTES if quick else defaults.INLINE_COMPRESSED_BYTES):
         return code()
     return await trio.to_thread.run_sync(code)

@@ -20,7 +20,7 @@ from kwaainet_bridge.wire.peer_id import PeerId
 class Reducer:
     """Averages ``lengths`` (elements of each part) over ``senders``; times are in seconds of any clock.
 
-    Each method that can complete a part returns the numbers of those completed; ``average`` has their values.
+    Each method that can complete a part returns the numbers of those completed; ``average`` has the last one's values.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Reducer:
         self._received = dict.fromkeys(senders, 0)
         self._max_rms = max_rms
         self._current = 0
-        self._averages: dict[int, torch.Tensor | None] = {}
+        self._average: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
         self._weight = 0.0
         self._since = now
@@ -53,8 +53,14 @@ class Reducer:
         return tuple(self._received)
 
     def average(self, number: int) -> torch.Tensor | None:
-        """The average of a completed part, float32; None if all weights were zero: then nobody's values change."""
-        return self._averages[number]
+        """The average of the part that was completed last, float32; None if all weights were zero: then nobody's
+        values change.
+
+        Only that one is kept. Whoever is to give the next part has taken this one first, or will not give it.
+        """
+        if number != self._current - 1:
+            raise LookupError(f"part {number} was not completed last: that was {self._current - 1}")
+        return self._average
 
     def is_ready(self, number: int) -> bool:
         return number < self._current
@@ -86,20 +92,23 @@ class Reducer:
         weighted = part.detach().to(torch.float32) * weight
         if not part.numel():
             return weighted
-        largest = max(abs(float(v)) for v in torch.aminmax(weighted))
+        largest = _largest(weighted)
         if not largest <= defaults.AVERAGING_MAX_VALUE:
             raise RemoteError(f"a value times its weight {weight:g} is {largest:g}")
         check_values(part, self._max_rms)
         return weighted
 
     def add(self, sender: PeerId, weighted: torch.Tensor, weight: float, *, now: float) -> list[int]:
-        """Take in a sender's next part, as ``contribution`` gave it. Raises RemoteError if it is not the next."""
+        """Take in a sender's next part, as ``contribution`` gave it. Raises RemoteError if it is not the next.
+
+        ``weighted`` is the reducer's from then on, which changes it.
+        """
         length = self.expected(sender)
         if weighted.numel() != length:
             raise RemoteError(f"a part of {sender} has {weighted.numel()} elements, not {length}")
         self._received[sender] += 1
         if self._sum is None:
-            self._sum = weighted.clone()
+            self._sum = weighted
         else:
             self._sum += weighted
         self._weight += weight
@@ -137,9 +146,7 @@ class Reducer:
         completed = []
         while not self.done and not self._missing():
             total, self._sum = self._sum, None
-            self._averages[self._current] = (
-                None if total is None or not self._weight else total / self._weight
-            )
+            self._average = None if total is None or not self._weight else total.div_(self._weight)
             completed.append(self._current)
             self._weight = 0.0
             if self._current:  # before the first part, members find each other
@@ -153,10 +160,26 @@ def check_values(values: torch.Tensor, max_rms: float) -> None:
     """Raise RemoteError for values that are not finite, or whose root mean square exceeds ``max_rms``."""
     if not values.numel():
         return
-    # the sum of absolute values of finite float32 numbers is finite in float64
-    norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    if max_rms == math.inf:
+        if not math.isfinite(_largest(values)):
+            raise RemoteError("values are not finite")
+        return
+    norm = float(torch.linalg.vector_norm(values))
+    if not math.isfinite(norm):  # the sum of squares of finite float32 numbers is finite in float64
+        norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
     if not math.isfinite(norm):
         raise RemoteError("values are not finite")
     rms = norm / math.sqrt(values.numel())
     if rms > max_rms:
         raise RemoteError(f"root mean square {rms:g} exceeds {max_rms:g}")
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all values are finite; needs no memory."""
+    return all(math.isfinite(_largest(tensor)) for tensor in tensors if tensor.numel())
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest magnitude; NaN if any value is NaN. Of one value at least."""
+    lowest, highest = map(float, torch.aminmax(values))  # both are NaN if any value is
+    return max(highest, -lowest)
