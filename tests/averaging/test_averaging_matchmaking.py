@@ -334,12 +334,41 @@ def test_who_waits_in_line_and_leaves_is_forgotten() -> None:
     assert looking.leader_failed(NOW) == []
 
 
-def test_two_that_ask_each_other_both_get_on() -> None:
+def test_of_two_that_ask_each_other_the_one_that_begins_later_is_refused_at_once() -> None:
     looking = started()
     looking.found(NOW, [(LOW, NOW + 1)])
-    looking.asked(LOW, request())
-    actions = looking.tick(NOW + 3)  # LOW waits for us as we wait for it
+    assert said(looking.asked(LOW, request(expiration=NOW + 1)), LOW) == ["BAD_EXPIRATION_TIME"]
+    assert looking.leader_said(NOW, leader_message(MessageCode.ACCEPTED)) == []
+    assert looking.following == LOW
+
+
+@pytest.mark.parametrize(("peer", "expiration"), [(LOW, NOW + 10), (HIGH, NOW + 5)])
+def test_of_two_that_ask_each_other_the_one_that_begins_first_leads_at_once(
+    peer: PeerId, expiration: float
+) -> None:
+    looking = started()
+    looking.found(NOW, [(peer, NOW + 1)])  # as it had declared before
+    actions = looking.asked(peer, request(expiration=expiration))
+    assert actions[0] == Leave()
+    assert said(actions, peer) == ["ACCEPTED"]
+    assert looking.followers == (peer,)
+    assert looking.leader_failed(NOW) == []
+
+
+def test_of_two_that_ask_each_other_and_begin_at_once_the_lower_id_is_waited_for() -> None:
+    looking = started()
+    looking.found(NOW, [(LOW, NOW + 5)])
+    assert looking.asked(LOW, request(expiration=NOW + 5)) == []
+    actions = looking.tick(NOW + 3)  # it does not answer
     assert said(actions, LOW) == ["ACCEPTED"]
+
+
+def test_whoever_cannot_join_need_not_wait_for_our_answer() -> None:
+    looking = started()
+    looking.found(NOW, [(LOW, NOW + 1)])
+    assert said(looking.asked(HIGH, request(group_key="run.0b1")), HIGH) == ["BAD_GROUP_KEY"]
+    assert looking.asked(OTHER, request()) == []
+    assert said(looking.asked(OTHER, request()), OTHER) == ["DUPLICATE_PEER_ID"]
 
 
 def test_who_stops_sends_everybody_away() -> None:

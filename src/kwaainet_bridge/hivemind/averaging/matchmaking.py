@@ -5,7 +5,9 @@ before him, by (declared time, peer id), to be its leader; whoever is accepted s
 declared time, or when its group is full, a leader begins with those who came.
 Source: hivemind 1.1.12, ``averaging/matchmaking.py``. Times are unix seconds.
 
-Stock peers hold a lock while they wait for a leader's first answer. Here those who ask meanwhile are put in line.
+Stock peers hold a lock while they wait for a leader's first answer, so that those who ask each other, or in a circle,
+all wait until they give up. Here those who ask meanwhile are put in line, unless the leader's answer makes no
+difference to theirs: in every circle somebody asks one that begins later, and is refused at once.
 """
 
 from __future__ import annotations
@@ -223,10 +225,14 @@ class Matchmaking:
 
     def asked(self, peer: PeerId, request: pb.JoinRequest) -> list[Action]:
         """A peer wants to join our group."""
-        if self.looking and self._leader and not self._leader.accepted and peer not in self._in_line:
-            self._in_line[peer] = request
+        leader = self._leader
+        if leader is None or leader.accepted or self._refusal(peer, request) is not None:
+            return self._judge(peer, request)
+        self._in_line[peer] = request
+        if peer != leader.peer or not self._begins_before(peer, request):
             return []
-        return self._judge(peer, request)
+        self._leader = None  # it began later than we had heard, and would refuse us
+        return [Leave(), *self._judge_line()]
 
     def left(self, peer: PeerId) -> None:
         """A follower, or one in line, has gone."""
@@ -337,9 +343,9 @@ class Matchmaking:
             code = MessageCode.NOT_DECLARED
         elif self._declared.expiration > (request.expiration or math.inf):
             code = MessageCode.BAD_EXPIRATION_TIME
-        elif self._leader is not None:
-            return leader_message(MessageCode.NOT_A_LEADER, suggested=self._leader.peer)
-        elif peer == self._own or peer in self._followers:
+        elif self.following is not None:
+            return leader_message(MessageCode.NOT_A_LEADER, suggested=self.following)
+        elif peer == self._own or peer in self._followers or peer in self._in_line:
             code = MessageCode.DUPLICATE_PEER_ID
         elif len(self._followers) + 1 >= self._rules.max_size:
             code = MessageCode.GROUP_IS_FULL
@@ -349,6 +355,11 @@ class Matchmaking:
 
     def _allows(self, peer: PeerId) -> bool:
         return self._allowed is None or peer in self._allowed
+
+    def _begins_before(self, peer: PeerId, request: pb.JoinRequest) -> bool:
+        """Whether we, who are declared, lead rather than the peer that asks."""
+        assert self._declared is not None
+        return (self._declared.expiration, self._own) < (request.expiration or math.inf, peer)
 
     def _disband(self, new_leader: PeerId | None) -> list[Action]:
         message = leader_message(MessageCode.GROUP_DISBANDED, suggested=new_leader)
