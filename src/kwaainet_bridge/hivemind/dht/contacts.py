@@ -79,7 +79,9 @@ class Contacts:
         clock: Callable[[], float],
         on_met: Callable[[Contact], None],
         on_doubt: Callable[[Contact], None],
+        admits: Callable[[PeerId], bool] = lambda _peer: True,
     ) -> None:
+        """``admits`` tells who belongs to the network; others are neither remembered nor asked."""
         self.own_id = own_id
         self.own_peer = own_peer
         self.table = RoutingTable(own_id)
@@ -87,6 +89,7 @@ class Contacts:
         self._clock = clock
         self._on_met = on_met
         self._on_doubt = on_doubt
+        self._admits = admits
 
     def answered(self, node_id: DhtId | None, peer: PeerId) -> None:
         """A peer answered us. Without a node id it is a client and is not remembered."""
@@ -95,7 +98,7 @@ class Contacts:
 
     def heard_from(self, node_id: DhtId | None, peer: PeerId) -> None:
         """A peer asked us something; that does not prove that it can be asked."""
-        if node_id is None or node_id == self.own_id or peer == self.own_peer:
+        if node_id is None or node_id == self.own_id or peer == self.own_peer or not self._admits(peer):
             return
         contact = Contact(node_id, peer)
         new = node_id not in self.table
@@ -120,6 +123,7 @@ class Contacts:
         return (
             contact.node_id != self.own_id
             and contact.peer != self.own_peer
+            and self._admits(contact.peer)
             and (contact.peer not in self._backoff or self._backoff.allows(contact.peer, now=self._clock()))
         )
 

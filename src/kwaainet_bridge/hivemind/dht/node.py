@@ -77,7 +77,8 @@ class DhtNode:
     In ``client_mode`` it serves nothing, keeps nothing for others and is in nobody's table. ``clock`` tells
     unix time; records expire by it and must agree with that of other nodes to within 3 s. ``validator`` checks
     what others store and answer, and signs what is stored from here; all nodes of a network should have the
-    same. With ``authorizer`` only peers that it lets in are answered and believed.
+    same. With ``authorizer`` only peers that it lets in are answered and believed. Peers that ``admits`` denies are
+    answered, as clients are, but belong to another network: they are not asked, and nothing is stored with them.
 
     Calls may be made from any task while ``running()`` is entered, any number at a time.
     """
@@ -94,6 +95,7 @@ class DhtNode:
         cache_bytes: int = defaults.DHT_CACHE_BYTES,
         validator: RecordValidator | None = None,
         authorizer: Authorizer | None = None,
+        admits: Callable[[PeerId], bool] = lambda _peer: True,
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
@@ -115,6 +117,7 @@ class DhtNode:
             clock=trio.current_time,
             on_met=lambda contact: self._later(partial(self._hand_over.to, contact)),
             on_doubt=lambda contact: self._later(partial(self._check_alive, contact)),
+            admits=admits,
         )
         self._remote = DhtClient(
             client,
@@ -267,6 +270,34 @@ class DhtNode:
             log.debug("stored key %.80r subkey %.80r: %s", item.key, item.subkey, result)
             self._reader.stored(placement.item.key, read_record(placement.item), accepted=result.ok)
         return results
+
+    async def store_at(self, peers: Sequence[PeerId], items: Sequence[Item]) -> list[StoreResult]:
+        """Store each item at all of these peers and nowhere else: a network whose nodes do not pass records on.
+
+        Raises and is cancelled as store_many.
+        """
+        wire_items = [self._wire_item(item) for item in items]
+        answers: dict[PeerId, list[bool] | str] = {}
+
+        async def offer(peer: PeerId) -> None:
+            try:
+                answers[peer] = await self._remote.store(peer, wire_items)
+            except (NetworkError, RemoteError) as e:
+                answers[peer] = str(e)
+
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(offer, peer)
+        kept = {peer: answer for peer, answer in answers.items() if isinstance(answer, list)}
+        failed = {peer: answer for peer, answer in answers.items() if isinstance(answer, str)}
+        return [
+            StoreResult(
+                tuple(peer for peer, accepted in kept.items() if accepted[number]),
+                tuple(peer for peer, accepted in kept.items() if not accepted[number]),
+                failed,
+            )
+            for number in range(len(wire_items))
+        ]
 
     def _wire_item(self, item: Item) -> StoreItem:
         if math.isnan(item.expiration):
