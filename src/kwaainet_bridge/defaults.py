@@ -581,6 +581,9 @@ ANNOUNCE_PERIOD_SECONDS: Final = 120.0
 ANNOUNCE_LIFETIME_PERIODS: Final = 3
 """A record lives for this many periods, so that one failed round does not unlist the node."""
 
+KWAAI_RECORD_SECONDS: Final = 360.0
+"""How long a record lives in a KwaaiNet swarm (its own nodes: 360 s, renewed every 120 s)."""
+
 REACHABILITY_CHECK_SECONDS: Final = 5.0
 """Limit of one dial-back that a peer asked for (stock: 5 s)."""
 
@@ -755,18 +758,21 @@ AVERAGING_SEARCH_SECONDS: Final = 0.5
 """Pause between two looks for leaders in the DHT. Stock peers look again at once while they know of none."""
 
 AVERAGING_FIRST_PART_SECONDS: Final = 15.0
-"""How long a member may take to send its first part, once the group begins (stock optimizers: 15 s)."""
+"""Longest wait for the first message of a call."""
 
 AVERAGING_PART_SECONDS: Final = 15.0
-"""Least time that a member has for any later part (stock optimizers: 15 s)."""
+"""Least time that a member has for a part; for the first one, from when the group begins (stock optimizers: 15 s)."""
 
 AVERAGING_PART_FACTOR: Final = 8.0
 """A member has this many times what the slowest part before took, if that is more, and at most half of
 AVERAGING_RESULT_SECONDS: then others still wait for our average."""
 
-AVERAGING_RESULT_SECONDS: Final = 60.0
-"""How long a member may take to answer with the next average. It waits for senders meanwhile, so this is longer than
-their time (stock optimizers: 30 s)."""
+AVERAGING_RESULT_FACTOR: Final = 4
+"""A member may take this many times the least time for a part to answer with the next average: it waits for senders
+meanwhile (stock: twice the time for a part)."""
+
+AVERAGING_RESULT_SECONDS: Final = AVERAGING_RESULT_FACTOR * AVERAGING_PART_SECONDS
+"""That is 60 s, unless an averager is given another time for a part."""
 
 AVERAGING_ALLREDUCE_SECONDS: Final = 600.0
 """Limit of a whole all-reduce; what has not come by then keeps its local values (stock: none; optimizers: 60 s)."""

@@ -398,9 +398,9 @@ async def test_a_peer_that_does_not_lead_joins_those_who_do(autojump_clock: obje
         step = helper.averager.begin()
         await trio.sleep(600)  # no group can come about around it
         assert step.phase is Phase.LOOKING
-        for peer in swarm.peers[:2]:
-            peer.averager.begin()
-        assert (await step.result()).gathered.keys() == {peer.id for peer in swarm.peers}
+        steps = [step, *(peer.averager.begin() for peer in swarm.peers[:2])]
+        for each in steps:
+            assert (await each.result()).gathered.keys() == {peer.id for peer in swarm.peers}
         assert [means(peer)[0] for peer in swarm.peers] == [0.5] * 3
 
 
@@ -576,6 +576,26 @@ async def test_a_sender_that_fails_is_left_out_and_nobody_else(
             assert 0.5 in peer.tensors[0].tolist()
 
 
+@pytest.mark.parametrize("part_seconds", [2.0, 15.0])
+async def test_members_are_given_up_after_the_time_that_parts_have(
+    autojump_clock: object, part_seconds: float
+) -> None:
+    """A fourth peer answers nobody and sends nothing: first it is late, then its share is given up."""
+    async with run() as swarm:
+        began: list[float] = []
+
+        async def silent(stream: Any, first: AveragingData) -> None:
+            began.append(trio.current_time())
+            await trio.sleep_forever()
+
+        await with_a_bad_fourth(swarm, silent, part_seconds=part_seconds, matchmaking_seconds=1.0)
+        assert 4 * part_seconds <= trio.current_time() - began[0] < 4 * part_seconds + 17
+        for peer in survivors(swarm):
+            assert peer.result is not None
+            (why,) = peer.result.failed_reducers.values()
+            assert why == f"no answer within {4 * part_seconds:g} s"
+
+
 async def test_a_stranger_gets_into_no_group(autojump_clock: object) -> None:
     async with run(2, **group_of(2)) as swarm:
         stranger = await swarm.add(**group_of(2))
@@ -621,6 +641,7 @@ async def test_own_values_that_are_not_finite_are_not_sent(autojump_clock: objec
         (torch.zeros(1), {"client_mode": True, "auxiliary": True}, "auxiliary"),
         (torch.zeros(1), {"bandwidth": math.nan}, "bandwidth is nan"),
         (torch.zeros(1), {"target_group_size": 1}, "at least 2 must fit"),
+        (torch.zeros(1), {"part_seconds": 0.0}, "not above 0"),
     ],
 )
 async def test_what_cannot_be_averaged_is_refused_at_once(

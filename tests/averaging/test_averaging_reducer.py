@@ -162,7 +162,7 @@ def test_half_precision_is_summed_in_single() -> None:
 
 def test_whoever_is_late_is_known_at_the_deadline() -> None:
     reducer = Reducer([1, 1, 1, 1], PEERS, now=100.0)
-    first = 100.0 + defaults.AVERAGING_FIRST_PART_SECONDS
+    first = 100.0 + defaults.AVERAGING_PART_SECONDS
     assert reducer.deadline() == first
     give(reducer, A, [1], now=101)
     assert reducer.late(first - 0.1) == []
@@ -182,3 +182,12 @@ def test_whoever_is_late_is_known_at_the_deadline() -> None:
         give(reducer, sender, [1], now=138)
     assert reducer.done
     assert reducer.late(1e9) == []
+
+
+def test_deadlines_follow_the_time_that_a_part_has() -> None:
+    reducer = Reducer([1, 1, 1], PEERS, now=100.0, part_seconds=2.0)
+    assert reducer.deadline() == 102
+    for now in (101, 110):  # the second part took long
+        for sender in PEERS:
+            give(reducer, sender, [1], now=now)
+    assert reducer.deadline() == 110 + 2 * 2.0

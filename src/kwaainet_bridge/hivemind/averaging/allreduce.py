@@ -44,6 +44,14 @@ class Options:
     part_bytes: int = defaults.AVERAGING_PART_BYTES
     max_rms: float = math.inf
     """Root mean square of a part or a difference from which on it is refused."""
+    part_seconds: float = defaults.AVERAGING_PART_SECONDS
+    """How long a sender has for a part, unless others were slower before."""
+    allreduce_seconds: float = defaults.AVERAGING_ALLREDUCE_SECONDS
+
+    @property
+    def result_seconds(self) -> float:
+        """How long a member has for the next average: it waits for senders meanwhile."""
+        return defaults.AVERAGING_RESULT_FACTOR * self.part_seconds
 
 
 class AllReduce:
@@ -81,6 +89,7 @@ class AllReduce:
             group.members,
             now=trio.current_time(),
             max_rms=options.max_rms,
+            part_seconds=options.part_seconds,
         )
         self._serving: dict[PeerId, trio.CancelScope] = {}
         self._completed = trio.Event()
@@ -101,10 +110,11 @@ class AllReduce:
 
         Cancelled: members that still wait for our averages are told so.
         """
-        with trio.move_on_after(defaults.AVERAGING_ALLREDUCE_SECONDS):
+        with trio.move_on_after(self._options.allreduce_seconds):
             try:
                 async with trio.open_nursery() as nursery:
-                    watching = await nursery.start(self._watch_senders)
+                    watching = trio.CancelScope()
+                    nursery.start_soon(self._watch_senders, watching)
                     nursery.start_soon(self._average_own, watching)
                     for peer, parts in self._parts.items():
                         if peer != self._own and parts:
@@ -136,10 +146,9 @@ class AllReduce:
             self.deltas[part] = torch.zeros_like(values) if average is None else average - values
         watching.cancel()
 
-    async def _watch_senders(self, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
-        """Leave out senders that are late, until the scope that is told is cancelled."""
-        with trio.CancelScope() as scope:
-            task_status.started(scope)
+    async def _watch_senders(self, watching: trio.CancelScope) -> None:
+        """Leave out senders that are late, until ``watching`` is cancelled."""
+        with watching:
             while True:
                 # deadlines only move back, as parts are completed
                 await trio.sleep_until(self._reducer.deadline())
@@ -174,7 +183,7 @@ class AllReduce:
 
     async def _exchange(self, client: RpcClient, method: Exchange, peer: PeerId, parts: list[Part]) -> None:
         """Have one member average its share."""
-        patience = trio.CancelScope(deadline=trio.current_time() + defaults.AVERAGING_RESULT_SECONDS)
+        patience = trio.CancelScope(deadline=trio.current_time() + self._options.result_seconds)
         why = None
         try:
             async with client.stream(peer, method, open_timeout=defaults.CONNECT_SECONDS) as stream:
@@ -185,7 +194,7 @@ class AllReduce:
                         if why is not None:
                             nursery.cancel_scope.cancel()
                 if patience.cancelled_caught:
-                    why = f"no answer within {defaults.AVERAGING_RESULT_SECONDS:g} s"
+                    why = f"no answer within {self._options.result_seconds:g} s"
         except NetworkError as e:
             why = str(e)
         if why is not None:
@@ -208,7 +217,7 @@ class AllReduce:
                     message.code = MessageCode.PART_FOR_AVERAGING
                     message.group_id = self.group.group_id
                 await stream.send(message)
-                patience.deadline = trio.current_time() + defaults.AVERAGING_RESULT_SECONDS
+                patience.deadline = trio.current_time() + self._options.result_seconds
             await stream.end()
         except NetworkError as e:
             log.debug("averaging: sending to %s: %s", stream.peer, e)  # what it answers, if anything, counts
@@ -226,7 +235,7 @@ class AllReduce:
         try:
             for part in parts:
                 message = await stream.receive()
-                patience.deadline = trio.current_time() + defaults.AVERAGING_RESULT_SECONDS
+                patience.deadline = trio.current_time() + self._options.result_seconds
                 if message.code != MessageCode.AVERAGED_PART:
                     return f"it answers {code_name(message.code)}"
                 tensor = _checked(message, part.length)

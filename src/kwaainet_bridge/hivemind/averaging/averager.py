@@ -50,6 +50,10 @@ class Averager:
     Tensors are contiguous, of floats, on the CPU, and may not be changed while they are averaged; ``lock`` is held
     whenever they are read or written here.
 
+    A member that sends no part for ``part_seconds``, or twice as long where others were slow, is left out from there
+    on; one that sends no average for four times ``part_seconds`` loses its share of the rest (stock peers:
+    ``next_chunk_timeout``, and twice that). After ``allreduce_seconds`` whatever is missing is given up.
+
     ``bandwidth`` (in any unit, the same for all) decides the share that this peer averages for others; left out, it
     is that of the others on average. In ``client_mode`` nobody calls this peer: it averages nothing for others and
     shares no state. An ``auxiliary`` peer averages for others, with weight 0. Unless it ``leads``, a peer joins groups
@@ -74,6 +78,8 @@ class Averager:
         request_seconds: float = defaults.AVERAGING_REQUEST_SECONDS,
         compression: CompressionType = CompressionType.NONE,
         part_bytes: int = defaults.AVERAGING_PART_BYTES,
+        part_seconds: float = defaults.AVERAGING_PART_SECONDS,
+        allreduce_seconds: float = defaults.AVERAGING_ALLREDUCE_SECONDS,
         max_rms: float = math.inf,
         bandwidth: float | None = None,
         bits: str = "",
@@ -95,6 +101,10 @@ class Averager:
             raise ValueError(
                 f"bandwidth is {bandwidth}: it must be a finite number of at least 0, or left out"
             )
+        if not (part_seconds > 0 and allreduce_seconds > 0):
+            raise ValueError(
+                f"part_seconds {part_seconds}, allreduce_seconds {allreduce_seconds}: not above 0"
+            )
         for number, tensor in enumerate(tensors):
             if not tensor.is_contiguous() or not tensor.is_floating_point() or tensor.device.type != "cpu":
                 raise ValueError(f"tensor {number} must be contiguous, of floats and on the CPU")
@@ -107,7 +117,7 @@ class Averager:
         self.peer_id = peer.peer_id
         self.mode = Mode.CLIENT if client_mode else Mode.AUXILIARY if auxiliary else Mode.NODE
         self._peer = peer
-        self._options = Options(compression, part_bytes, max_rms)
+        self._options = Options(compression, part_bytes, max_rms, part_seconds, allreduce_seconds)
         self._bandwidth = bandwidth
         self._alpha = alpha
         self._clock = clock

@@ -30,12 +30,15 @@ class Reducer:
         *,
         now: float,
         max_rms: float = math.inf,
+        part_seconds: float = defaults.AVERAGING_PART_SECONDS,
     ) -> None:
-        """``max_rms`` bounds the root mean square of a part: larger ones are refused."""
+        """``max_rms`` bounds the root mean square of a part: larger ones are refused. A sender has ``part_seconds`` for
+        a part, unless an earlier one took others long."""
         self.lengths = tuple(lengths)
         self.failed: dict[PeerId, str] = {}
         self._received = dict.fromkeys(senders, 0)
         self._max_rms = max_rms
+        self._part_seconds = part_seconds
         self._current = 0
         self._average: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
@@ -125,10 +128,9 @@ class Reducer:
         """When those who have not given the current part are late."""
         if self.done:
             return math.inf
-        if self._current == 0:
-            return self._since + defaults.AVERAGING_FIRST_PART_SECONDS
         adapted = defaults.AVERAGING_PART_FACTOR * self._slowest
-        patience = min(max(defaults.AVERAGING_PART_SECONDS, adapted), defaults.AVERAGING_RESULT_SECONDS / 2)
+        longest = defaults.AVERAGING_RESULT_FACTOR * self._part_seconds / 2
+        patience = min(max(self._part_seconds, adapted), longest)
         return self._since + patience
 
     def late(self, now: float) -> list[PeerId]:
