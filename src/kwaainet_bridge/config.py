@@ -123,6 +123,13 @@ class KwaaiNetwork(_Section):
 
     bootstrap: Bootstrap = PRESETS["kwaainet-public"]
     """Addresses or the preset ``kwaainet-public``."""
+    dht_prefix: Annotated[str, _checked(check_prefix)] | None = None
+    """Name of the blocks there. Left out: the last part of the repository's name, dots as dashes."""
+
+    @property
+    def peers(self) -> frozenset[PeerId]:
+        """The bootstrap peers."""
+        return frozenset(peer for peer, _ in parse_bootstrap_addresses(self.bootstrap))
 
 
 class NetworksConfig(_Section):
@@ -130,6 +137,30 @@ class NetworksConfig(_Section):
 
     petals: PetalsNetwork | None = PetalsNetwork()
     kwaainet: KwaaiNetwork | None = None
+
+
+class MuxConfig(_Section):
+    """A local HTTP server that KwaaiNet peers may use through this node."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^/?#]+/?$")]
+    """Its address: ``http://127.0.0.1:8080``."""
+    paths: Annotated[tuple[Annotated[str, Field(pattern=r"^/")], ...], Field(min_length=1)]
+    """What they may ask for: whole paths, or beginnings that end in ``*``."""
+
+
+class ProtocolsConfig(_Section):
+    """Protocols that serve others, each of a network that is on. One that is off is not mounted and costs nothing."""
+
+    petals_inference: bool = True
+    """Petals' expert calls. Off: blocks are not announced to the Petals swarm."""
+    kwaai_inference: bool = True
+    """``/kwaai/inference/1.0.0``. Off: blocks are not announced to KwaaiNet."""
+    kwaai_hello: bool = True
+    """``/kwaai/p2p/hello/1.0.0``."""
+    kwaai_lease: bool = True
+    """``/kwaai/capacity-lease/1.0.0``."""
+    kwaai_mux: MuxConfig | None = None
+    """``/kwaai/inference-mux/1.0.0``; off unless an endpoint is given."""
 
 
 class KademliaConfig(_Section):
@@ -302,6 +333,7 @@ class NodeConfig(_Section):
     announce: AnnounceAddresses = ()
     """Addresses that others should dial, when they differ from those listened on (port forwarding)."""
     networks: NetworksConfig = NetworksConfig()
+    protocols: ProtocolsConfig = ProtocolsConfig()
     kademlia: KademliaConfig = KademliaConfig()
     model: ModelConfig | None = None
     """What to serve; left out: nothing, the node is a bootstrap peer."""
@@ -325,12 +357,16 @@ class NodeConfig(_Section):
     def _check_model_can_be_served(self) -> NodeConfig:
         if self.model is None:
             return self
-        if self.networks.petals is None:
+        networks, protocols = self.networks, self.protocols
+        by_petals = networks.petals is not None and protocols.petals_inference
+        by_kwaai = networks.kwaainet is not None and protocols.kwaai_inference
+        if not by_petals and not by_kwaai:
             raise ValueError(
-                "model is given but networks.petals is off: blocks are served to Petals clients, "
-                "so turn it on or remove model"
+                "model is given but no network serves it: turn on networks.petals with protocols.petals_inference, or "
+                "networks.kwaainet with protocols.kwaai_inference, or remove model"
             )
-        if self.networks.petals.dht == "client" or not self.listen:
+        only_dials = networks.petals is not None and networks.petals.dht == "client"
+        if (by_petals and only_dials) or not self.listen:
             raise ValueError(
                 "model is given but nobody can dial this node: set networks.petals.dht to server and give "
                 "it an address under listen, or remove model"

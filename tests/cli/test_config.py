@@ -97,7 +97,7 @@ def test_presets_expand():
         ),
         ("listen: [31330]", "listen.0: Input should be a valid string (found 31330)"),
         ("listen: ['0.0.0.0:31330']", "listen.0: listen address '0.0.0.0:31330'"),
-        ("networks: {petals: null}\nmodel: {}", "model is given but networks.petals is off"),
+        ("networks: {petals: null}\nmodel: {}", "model is given but no network serves it"),
         ("listen: [/ip4/0.0.0.0/udp/31330]", "expected /ip4/<address>/tcp/<port>"),
         ("announce: [/foo/bar]", "announce.0: announced address '/foo/bar'"),
         ("networks: {petals: {bootstrap: [/ip4/1.2.3.4/tcp/1]}}", "nor is it a preset: petals-public"),

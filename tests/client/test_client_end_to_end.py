@@ -25,11 +25,12 @@ from kwaainet_bridge.hivemind.client import (
     open_session,
 )
 from kwaainet_bridge.hivemind.dht import DhtNode
-from kwaainet_bridge.hivemind.experts.announcer import Announcer
-from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState, default_prefix
+from kwaainet_bridge.hivemind.experts.records import ServerState, default_prefix
 from kwaainet_bridge.hivemind.experts.server import ExpertServer, serve_span
 from kwaainet_bridge.hivemind.experts.span import ServedSpan
+from kwaainet_bridge.hivemind.experts.throughput import Throughput
 from kwaainet_bridge.net.memory import MemoryNetwork
+from kwaainet_bridge.node.announcing import Announcer, Offer, PetalsPublisher
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -84,15 +85,16 @@ async def real_swarm(*spans: range, rps: Sequence[float] = ()) -> AsyncIterator[
             servers[host.peer_id] = await stack.enter_async_context(
                 serve_span(ServedSpan(PREFIX, engine), server, client)
             )
-            info = ServerInfo(
-                ServerState.JOINING,
-                1.0,
-                start_block=blocks.start,
-                end_block=blocks.stop,
-                inference_rps=rps[number] if rps else None,
+            offer = Offer(
+                blocks,
+                model_blocks=BLOCKS,
+                repository=None,
+                torch_dtype="float32",
+                throughput=Throughput(1.0, inference_rps=rps[number] if rps else None),
             )
-            announcer = Announcer(dht, PREFIX, info, model_blocks=BLOCKS)
-            assert (await announcer.announce(ServerState.ONLINE)).ok
+            announcer = Announcer(offer, [PetalsPublisher(dht, PREFIX)])
+            (report,) = await announcer.announce(ServerState.ONLINE)
+            assert report.ok
         host = network.host(peer(0))
         client = RpcClient(host)
         dht = DhtNode(host, RpcServer(host), client, client_mode=True, rng=random.Random(99))

@@ -134,7 +134,7 @@ async def test_nothing_is_kept_of_peers_that_have_left() -> None:
             await neighbours.node.wait_disconnected(member.peer_id)
         await settle()
         assert neighbours.node.connections.count == 0
-        assert not neighbours.node._membership._of
+        assert not neighbours.node._membership._spoken
 
 
 async def test_a_protected_peer_is_no_stranger(mock_clock) -> None:

@@ -368,6 +368,10 @@ class Libp2pHost(Host):
 
     # --- who is who
 
+    def spoken(self, peer: PeerId) -> frozenset[str]:
+        """With which of the networks' beginnings protocols of a connected peer begin, as far as is known."""
+        return self._membership.spoken(peer)
+
     async def follow_interfaces(self) -> None:
         """Look every minute which addresses this machine has, and tell connected peers of changes."""
         await self.own.follow_interfaces(self._look_around)

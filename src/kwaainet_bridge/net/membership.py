@@ -16,7 +16,7 @@ class Membership:
 
     def __init__(self, networks: Mapping[str, Sequence[str]]) -> None:
         self._prefixes = {name: tuple(prefixes) for name, prefixes in networks.items()}
-        self._of: dict[PeerId, str] = {}
+        self._spoken: dict[PeerId, frozenset[str]] = {}
 
     def __bool__(self) -> bool:
         """Whether there is any network: without one nobody can be told from a stranger."""
@@ -24,19 +24,21 @@ class Membership:
 
     def of(self, peer: PeerId) -> str | None:
         """The network of a connected peer; None if none of its protocols is known to be of one."""
-        return self._of.get(peer)
+        if spoken := self._spoken.get(peer):
+            return next(name for name, prefixes in self._prefixes.items() if not spoken.isdisjoint(prefixes))
+        return None
+
+    def spoken(self, peer: PeerId) -> frozenset[str]:
+        """Those beginnings, of all networks, with which some protocol of a connected peer begins."""
+        return self._spoken.get(peer, frozenset())
 
     def speaks(self, peer: PeerId, protocols: Iterable[str]) -> None:
         """Note that a connected ``peer`` serves ``protocols``, or uses them here."""
-        spoken = tuple(protocols)
-        known = self._of.get(peer)
-        for name, prefixes in self._prefixes.items():
-            if name == known:
-                return
-            if any(protocol.startswith(prefixes) for protocol in spoken):
-                self._of[peer] = name
-                return
+        known = self.spoken(peer)
+        missing = [p for prefixes in self._prefixes.values() for p in prefixes if p not in known]
+        if missing and (new := {p for text in protocols for p in missing if text.startswith(p)}):
+            self._spoken[peer] = known | new
 
     def forget(self, peer: PeerId) -> None:
         """Note that the last connection to ``peer`` has ended."""
-        self._of.pop(peer, None)
+        self._spoken.pop(peer, None)

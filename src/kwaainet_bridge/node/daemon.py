@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -12,21 +13,15 @@ import trio
 
 from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.config import LimitsConfig, NodeConfig
-from kwaainet_bridge.hivemind.dht import DhtNode
-from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
-from kwaainet_bridge.hivemind.peer import Peer
-from kwaainet_bridge.net import Host, HostConfig, open_host
+from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
-from kwaainet_bridge.net.reachability import Verdict
-from kwaainet_bridge.node.averaging import AveragingService
-from kwaainet_bridge.node.bootstrap import BootstrapWatch
+from kwaainet_bridge.node.kwaainet import KwaaiSide, open_kwaainet
 from kwaainet_bridge.node.networks import network_protocols
-from kwaainet_bridge.node.petals import ModelService
-from kwaainet_bridge.node.probe import dial_back
+from kwaainet_bridge.node.petals import PetalsSide, open_petals
 from kwaainet_bridge.node.reachability import ReachabilityWatch
+from kwaainet_bridge.node.serving import ModelService
 from kwaainet_bridge.node.state import NodeState, Phase
-from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -61,7 +56,7 @@ async def run_node(
     with load_identity(config.identity.path, kind=config.identity.kind) as identity:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_when_cancelled, work)
-            # the host and the DHT outlive the work, or the records could not be withdrawn
+            # the host and the DHTs outlive the work, or the records could not be withdrawn
             with trio.CancelScope(shield=True):
                 await _run_host(config, identity, state, stop, work, on_started=on_started)
             nursery.cancel_scope.cancel()
@@ -129,15 +124,52 @@ async def _run_host(
         on_started(contact)
         reachability = ReachabilityWatch(host, state, relay_service=config.reachability.relay_service)
         services.start_soon(reachability.run)
-        if config.networks.kwaainet is not None:
-            watch = BootstrapWatch("kwaainet", host, config.networks.kwaainet.bootstrap, state)
-            services.start_soon(watch.run)
-        if config.networks.petals is not None:
-            await _take_part_in_petals(config, host, state, stop, work, reachability=reachability)
-        else:
+        # the networks' DHTs outlive the work, or the records could not be withdrawn
+        async with _networks(config, host, state, reachability) as networks:
             with work:
-                await _serve_until(stop, state)
+                await _work(config, networks, state, stop, reachability)
         services.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _networks(
+    config: NodeConfig, host: Libp2pHost, state: NodeState, reachability: ReachabilityWatch
+) -> AsyncIterator[list[PetalsSide | KwaaiSide]]:
+    """Those that are on. One that is off costs nothing."""
+    async with AsyncExitStack() as stack:
+        networks: list[PetalsSide | KwaaiSide] = []
+        if config.networks.petals is not None:
+            networks.append(await stack.enter_async_context(open_petals(config, host, state, reachability)))
+        if config.networks.kwaainet is not None:
+            networks.append(await stack.enter_async_context(open_kwaainet(config, host, state)))
+        yield networks
+
+
+async def _work(
+    config: NodeConfig,
+    networks: Sequence[PetalsSide | KwaaiSide],
+    state: NodeState,
+    stop: trio.Event,
+    reachability: ReachabilityWatch,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        for network in networks:
+            nursery.start_soon(network.run)
+        with trio.CancelScope() as start:
+            nursery.start_soon(_cancel_start, stop, start, state)
+            state.enter(Phase.BOOTSTRAPPING, peers=sum(network.watch.total for network in networks))
+            async with trio.open_nursery() as getting_ready:
+                for network in networks:
+                    getting_ready.start_soon(network.watch.first_round)
+                if config.model is not None:
+                    getting_ready.start_soon(_import_engine)
+            if config.model is None:
+                await _serve_until(stop, state)
+            else:
+                serving = [network for network in networks if isinstance(network, PetalsSide)]
+                model = ModelService(config.model, serving, state, reachability=reachability)
+                await _serve_blocks(model, state, stop, config.drain_seconds)
+        nursery.cancel_scope.cancel()
 
 
 async def _serve_until(stop: trio.Event, state: NodeState) -> None:
@@ -147,68 +179,19 @@ async def _serve_until(stop: trio.Event, state: NodeState) -> None:
     state.enter(Phase.DRAINING)
 
 
-async def _take_part_in_petals(
-    config: NodeConfig,
-    host: Host,
-    state: NodeState,
-    stop: trio.Event,
-    work: trio.CancelScope,
-    *,
-    reachability: ReachabilityWatch,
-) -> None:
-    network = config.networks.petals
-    assert network is not None
-    server, client = RpcServer(host), RpcClient(host)
-    dht = DhtNode(host, server, client, client_mode=network.dht == "client")
-    async with dht.running():
-        with work:
-            async with trio.open_nursery() as nursery:
-                if config.listen:
-                    ReachabilityService(host.peer_id, lambda peer: dial_back(host, peer)).mount(server)
-                if network.dht == "auto":
-                    nursery.start_soon(_follow_verdict, dht, reachability)
-                watch = BootstrapWatch("petals", host, network.bootstrap, state, join=dht.bootstrap)
-                nursery.start_soon(watch.run)
-                with trio.CancelScope() as start:
-                    nursery.start_soon(_cancel_start, stop, start, state)
-                    state.enter(Phase.BOOTSTRAPPING, peers=watch.total)
-                    async with trio.open_nursery() as getting_ready:
-                        getting_ready.start_soon(watch.first_round)
-                        if config.model is not None:
-                            getting_ready.start_soon(_import_engine)
-                    if config.averaging.runs:
-                        peer = Peer(host, server, client, dht)
-                        nursery.start_soon(AveragingService(config.averaging, peer, state).run)
-                    if config.model is None:
-                        await _serve_until(stop, state)
-                    else:
-                        model = ModelService(
-                            config.model, dht, server, client, state, reachability=reachability
-                        )
-                        await _serve_blocks(model, state, stop, config.drain_seconds)
-                nursery.cancel_scope.cancel()
-
-
-async def _follow_verdict(dht: DhtNode, reachability: ReachabilityWatch) -> None:
-    """Keep no records for others while nobody gets through to this node without a relay, as stock servers do."""
-    while True:
-        dht.set_mode(client_mode=reachability.verdict in (Verdict.RELAYED, Verdict.UNREACHABLE))
-        await reachability.wait_changed()
-
-
 async def _serve_blocks(
     model: ModelService, state: NodeState, stop: trio.Event, drain_seconds: float
 ) -> None:
     async with model.running() as served:
-        engine = served.span.engine
+        engine = served.engine
         state.enter(
             Phase.SERVING,
             blocks=f"{engine.blocks.start}:{engine.blocks.stop}",
             model_blocks=engine.model.num_blocks,
-            prefix=served.span.prefix,
+            prefix=", ".join(dict.fromkeys(served.prefixes.values())),
         )
         await stop.wait()
-        state.enter(Phase.DRAINING, sessions=served.server.open_sessions)
+        state.enter(Phase.DRAINING, sessions=served.open_sessions)
         await served.drain(drain_seconds)
 
 

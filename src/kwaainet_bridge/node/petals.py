@@ -1,192 +1,102 @@
-"""The Petals network on a node: its DHT, and the blocks served there."""
+"""The Petals side of a node: its DHT, its reachability checks, and how blocks are served there."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-import structlog
-import torch
 import trio
 
-from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.compression import CompressionType
-from kwaainet_bridge.config import ModelConfig
-from kwaainet_bridge.engine import Engine, EngineConfig, LoadProgress, ModelInfo
+from kwaainet_bridge.config import ModelConfig, NodeConfig
+from kwaainet_bridge.engine import Engine, ModelInfo
 from kwaainet_bridge.hivemind.dht import DhtNode
-from kwaainet_bridge.hivemind.experts.announcer import Announcer
-from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
+from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
 from kwaainet_bridge.hivemind.experts.server import ExpertServer, serve_span
 from kwaainet_bridge.hivemind.experts.span import ServedSpan
-from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
+from kwaainet_bridge.hivemind.peer import Peer
+from kwaainet_bridge.net import Libp2pHost
 from kwaainet_bridge.net.reachability import Verdict
-from kwaainet_bridge.node.models import model_source, swarm_prefix
+from kwaainet_bridge.node.announcing import PetalsPublisher, Publisher
+from kwaainet_bridge.node.averaging import AveragingService
+from kwaainet_bridge.node.bootstrap import BootstrapWatch
+from kwaainet_bridge.node.models import swarm_prefix
+from kwaainet_bridge.node.networks import is_of_kwaainet_alone
+from kwaainet_bridge.node.probe import dial_back
 from kwaainet_bridge.node.reachability import ReachabilityWatch
-from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 
-log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
+class PetalsSide:
+    """What a node does in a Petals swarm. Made by :func:`open_petals`."""
 
-@dataclass(frozen=True, slots=True)
-class ServedBlocks:
-    """Blocks that are loaded, served and announced."""
-
-    span: ServedSpan
-    server: ExpertServer
-    announcer: Announcer
-
-    async def drain(self, seconds: float) -> None:
-        """Refuse new sessions, withdraw the records, and give what is under way ``seconds`` to end."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_withdraw, self.announcer)
-            left = await self.server.drain(timeout=seconds)
-        if left:
-            log.warning("sessions are cut off", sessions=left, after_seconds=seconds)
-
-
-async def _withdraw(announcer: Announcer) -> None:
-    """Store OFFLINE, unless that was done, and wait a limited time for what the swarm answers. Shielded."""
-    if announcer.wanted is ServerState.OFFLINE:
-        return
-    deadline = trio.current_time() + defaults.OFFLINE_STORE_SECONDS
-    with trio.CancelScope(deadline=deadline, shield=True) as limit:
-        await announcer.announce(ServerState.OFFLINE)
-    if limit.cancelled_caught:
-        log.warning("the swarm did not acknowledge that this node leaves; its records expire by themselves")
-
-
-class ModelService:
-    """Loads a span of blocks, serves it, and keeps the swarm's records of it true."""
+    name = "petals"
 
     def __init__(
         self,
-        config: ModelConfig,
-        dht: DhtNode,
-        server: RpcServer,
-        client: RpcClient,
+        config: NodeConfig,
+        peer: Peer,
+        watch: BootstrapWatch,
         state: NodeState,
-        *,
         reachability: ReachabilityWatch,
+        *,
+        is_auto: bool,
     ) -> None:
+        self.watch = watch
+        self.serves_blocks = config.protocols.petals_inference
         self._config = config
-        self._dht = dht
-        self._server = server
-        self._client = client
+        self._peer = peer
         self._state = state
         self._reachability = reachability
+        self._is_auto = is_auto
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[ServedBlocks]:
-        """Load, announce JOINING, serve, announce ONLINE; serve on until the end of the block.
-
-        Blocks are announced once it is known whether others can dial this node, and only while they can, through a
-        relay at least. However it ends, the records are withdrawn. Raises CheckpointError or ConfigError for a
-        model that cannot be served as configured.
-        """
-        config = self._config
-        self._state.enter(Phase.LOADING, model=config.name, blocks=config.blocks or "all")
-        announcer: Announcer | None = None
+    async def run(self) -> None:
+        """Keep in touch with the swarm, and help its averagers, until cancelled."""
         async with trio.open_nursery() as nursery:
+            if self._is_auto:
+                nursery.start_soon(_follow_verdict, self._peer.dht, self._reachability)
+            nursery.start_soon(self.watch.run)
+            if self._config.averaging.runs:
+                await self.watch.first_round()
+                nursery.start_soon(AveragingService(self._config.averaging, self._peer, self._state).run)
 
-            def announce_joining(model: ModelInfo, blocks: range) -> None:
-                nonlocal announcer
-                announcer = self._announcer(model, blocks)
-                nursery.start_soon(self._keep_announced, announcer, nursery)
+    def publisher(self, config: ModelConfig, model: ModelInfo) -> PetalsPublisher:
+        return PetalsPublisher(self._peer.dht, swarm_prefix(config.name, model.family, config.dht_prefix))
 
-            try:
-                engine = await Engine.load(
-                    self._engine_config(), progress=self._report_loading, on_described=announce_joining
-                )
-                async with aclosing(engine):
-                    assert announcer is not None  # load() has described the model
-                    span = ServedSpan(announcer.prefix, engine, CompressionType[config.compression])
-                    await self._complete(announcer, engine)
-                    async with serve_span(span, self._server, self._client) as server:
-                        await self._reachability.settle()
-                        self._take_verdict(announcer)
-                        await announcer.announce(ServerState.ONLINE)
-                        yield ServedBlocks(span, server, announcer)
-            finally:
-                if announcer is not None:
-                    await _withdraw(announcer)
-                nursery.cancel_scope.cancel()
+    def serve(
+        self, config: ModelConfig, engine: Engine, publisher: Publisher
+    ) -> AbstractAsyncContextManager[ExpertServer]:
+        span = ServedSpan(publisher.prefix, engine, CompressionType[config.compression])
+        return serve_span(span, self._peer.server, self._peer.client)
 
-    async def _keep_announced(self, announcer: Announcer, nursery: trio.Nursery) -> None:
-        """Announce JOINING, unless the blocks are ready by now; renew the records, and follow the verdict."""
-        await self._reachability.settle()
-        self._take_verdict(announcer)
-        if announcer.wanted is ServerState.OFFLINE:
-            await announcer.announce(ServerState.JOINING)
-        nursery.start_soon(announcer.run)
-        while True:
-            if self._take_verdict(announcer):
-                await announcer.announce(announcer.wanted)
-            else:
-                await self._reachability.wait_changed()
 
-    def _take_verdict(self, announcer: Announcer) -> bool:
-        """Have the records say how this node is reached; whether that is new."""
-        verdict = self._reachability.verdict
-        dialable, relayed = verdict is not Verdict.UNREACHABLE, verdict is Verdict.RELAYED
-        if (announcer.dialable, announcer.info.using_relay) == (dialable, relayed):
-            return False
-        announcer.dialable = dialable
-        announcer.info = replace(announcer.info, using_relay=relayed)
-        return True
+@asynccontextmanager
+async def open_petals(
+    config: NodeConfig, host: Libp2pHost, state: NodeState, reachability: ReachabilityWatch
+) -> AsyncIterator[PetalsSide]:
+    """Serve and use the swarm's DHT within the block; who is in KwaaiNet alone gets no part in it."""
+    network = config.networks.petals
+    assert network is not None
+    server, client = RpcServer(host), RpcClient(host)
+    kwaai = set() if config.networks.kwaainet is None else config.networks.kwaainet.peers
+    dht = DhtNode(
+        host,
+        server,
+        client,
+        client_mode=network.dht == "client",
+        admits=lambda peer: peer not in kwaai and not is_of_kwaainet_alone(host.spoken(peer)),
+    )
+    async with dht.running():
+        if config.listen:
+            ReachabilityService(host.peer_id, lambda peer: dial_back(host, peer)).mount(server)
+        watch = BootstrapWatch("petals", host, network.bootstrap, state, join=dht.bootstrap)
+        peer = Peer(host, server, client, dht)
+        yield PetalsSide(config, peer, watch, state, reachability, is_auto=network.dht == "auto")
 
-    def _engine_config(self) -> EngineConfig:
-        config = self._config
-        return EngineConfig(
-            model=model_source(config.name),
-            blocks=config.block_range,
-            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            device=config.device,
-            cache_tokens=config.cache_tokens,
-            max_length=config.max_length,
-            max_batch_tokens=config.max_batch_tokens,
-            threads=config.threads,
-        )
 
-    def _report_loading(self, progress: LoadProgress) -> None:
-        if progress.file is not None:
-            log.info("weights file", file=progress.file)
-        else:
-            log.debug("loading", blocks=f"{progress.blocks_done}/{progress.blocks_total}")
-
-    def _announcer(self, model: ModelInfo, blocks: range) -> Announcer:
-        config = self._config
-        info = ServerInfo(
-            state=ServerState.JOINING,
-            throughput=0.0,
-            start_block=blocks.start,
-            end_block=blocks.stop,
-            public_name=config.public_name,
-            version=f"kwaainet-bridge {__version__}",
-            torch_dtype=str(model.dtype).removeprefix("torch."),
-            quant_type="none",
-            using_relay=False,
-        )
-        return Announcer(
-            self._dht,
-            swarm_prefix(config.name, model.family, config.dht_prefix),
-            info,
-            model_blocks=model.num_blocks,
-            repository=model.repository,
-        )
-
-    async def _complete(self, announcer: Announcer, engine: Engine) -> None:
-        """Fill in what only a loaded engine tells."""
-        if self._config.throughput == "auto":
-            measured = await measure_throughput(engine, network_mbps=self._config.network_mbps)
-        else:
-            measured = Throughput(self._config.throughput)
-        log.info(
-            "throughput",
-            overall=round(measured.overall, 1),
-            inference_rps=measured.inference_rps and round(measured.inference_rps, 1),
-            forward_rps=measured.forward_rps and round(measured.forward_rps, 1),
-        )
-        announcer.set_throughput(measured)
-        announcer.cache_tokens = lambda: engine.cache_bytes_left // engine.cache_bytes_per_token
+async def _follow_verdict(dht: DhtNode, reachability: ReachabilityWatch) -> None:
+    """Keep no records for others while nobody gets through to this node without a relay, as stock servers do."""
+    while True:
+        dht.set_mode(client_mode=reachability.verdict in (Verdict.RELAYED, Verdict.UNREACHABLE))
+        await reachability.wait_changed()

@@ -1,4 +1,4 @@
-"""What the swarm is told about this node, and when."""
+"""What the swarms are told about this node, and when."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.dht import DhtNode
-from kwaainet_bridge.hivemind.experts.announcer import Announcer
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput
+from kwaainet_bridge.kwaai.records import NodeInfo, network_prefix
 from kwaainet_bridge.net.memory import MemoryNetwork
+from kwaainet_bridge.node.announcing import Announcer, KwaaiPublisher, Offer, PetalsPublisher
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -24,6 +25,10 @@ def peer(number):
 ANNOUNCER = str(peer(1))
 
 
+def offer(**facts):
+    return Offer(range(2, 4), **{"model_blocks": 8, "repository": None, "torch_dtype": "float32"} | facts)
+
+
 class Pair:
     """A node that announces and a node that reads."""
 
@@ -33,18 +38,22 @@ class Pair:
     async def start(self):
         self.announcing = await self._node(1)
         self.reading = await self._node(2)
+        # KwaaiNet's bootstrap peers, and this node's view of their DHT
+        self.boots = [await self._node(number) for number in (11, 12)]
+        self.view = await self._node(13, client_mode=True)
         await self.reading.bootstrap([peer(1)])
         await self.announcing.bootstrap([peer(2)])
         return self
 
-    async def _node(self, number):
+    async def _node(self, number, **options):
         host = self.network.host(peer(number))
-        dht = DhtNode(host, RpcServer(host), RpcClient(host), clock=self.clock)
+        dht = DhtNode(host, RpcServer(host), RpcClient(host), clock=self.clock, **options)
         return await self.stack.enter_async_context(dht.running())
 
-    def announcer(self, prefix="m-hf", **settings):
-        info = ServerInfo(ServerState.JOINING, 0.0, start_block=2, end_block=4)
-        return Announcer(self.announcing, prefix, info, model_blocks=8, clock=self.clock, **settings)
+    def announcer(self, prefix="m-hf", *, reports=None, also=(), **facts):
+        publishers = [PetalsPublisher(self.announcing, prefix), *also]
+        on_report = (lambda _report: None) if reports is None else reports.append
+        return Announcer(offer(**facts), publishers, clock=self.clock, on_report=on_report)
 
     async def record(self, key, subkey=ANNOUNCER):
         found = await self.reading.get(key)
@@ -64,8 +73,8 @@ async def pair():
 
 async def test_every_block_of_the_span_and_no_other(pair, autojump_clock):
     announcer = pair.announcer(cache_tokens=lambda: 100)
-    announcer.set_throughput(Throughput(12.5, inference_rps=3.0))
-    report = await announcer.announce(ServerState.ONLINE)
+    announcer.offer.throughput = Throughput(12.5, inference_rps=3.0)
+    (report,) = await announcer.announce(ServerState.ONLINE)
     assert (report.records, report.acknowledged, report.by_others) == (3, 3, 3)
     assert [await pair.info(b) for b in (1, 4)] == [None, None]
     for block in (2, 3):
@@ -82,7 +91,7 @@ async def test_model_registry(pair, autojump_clock):
 
 
 async def test_private_models_are_not_registered(pair, autojump_clock):
-    report = await pair.announcer(prefix="_m").announce(ServerState.ONLINE)
+    (report,) = await pair.announcer(prefix="_m").announce(ServerState.ONLINE)
     assert report.records == 2
     assert await pair.record("_petals.models", "_m") is None
 
@@ -91,7 +100,7 @@ async def test_states_follow_each_other(pair, autojump_clock):
     announcer = pair.announcer()
     for state in (ServerState.JOINING, ServerState.ONLINE, ServerState.OFFLINE):
         await trio.sleep(0.01)
-        report = await announcer.announce(state)
+        (report,) = await announcer.announce(state)
         assert report.ok
         assert report.state is state
         assert (await pair.info(2)).state is state
@@ -116,22 +125,17 @@ async def test_alone_the_report_says_so(autojump_clock):
         host = MemoryNetwork(nursery).host(peer(1))
         dht = DhtNode(host, RpcServer(host), RpcClient(host))
         async with dht.running():
-            info = ServerInfo(ServerState.JOINING, 0.0, start_block=0, end_block=1)
-            report = await Announcer(dht, "m-hf", info, model_blocks=1).announce(ServerState.ONLINE)
+            announcer = Announcer(offer(), [PetalsPublisher(dht, "m-hf")])
+            (report,) = await announcer.announce(ServerState.ONLINE)
         assert (report.ok, report.by_others) == (True, 0)
         nursery.cancel_scope.cancel()
-
-
-def test_a_span_is_needed():
-    with pytest.raises(ValueError, match="span"):
-        Announcer(None, "m", ServerInfo(ServerState.JOINING, 0.0), model_blocks=1)
 
 
 async def test_nothing_is_announced_while_nobody_can_dial_the_node(pair, autojump_clock):
     announcer = pair.announcer()
     announcer.dialable = False
     for state in (ServerState.JOINING, ServerState.ONLINE, ServerState.OFFLINE):
-        assert (await announcer.announce(state)).records == 0
+        assert await announcer.announce(state) == []
     assert await pair.info(2) is None
     assert await pair.record("_petals.models", "m-hf") is None
 
@@ -143,7 +147,8 @@ async def test_a_node_that_can_no_longer_be_dialled_withdraws_and_returns(pair, 
         nursery.start_soon(announcer.run)
         await trio.sleep(1)
         announcer.dialable = False
-        assert (await announcer.announce(announcer.wanted)).state is ServerState.OFFLINE
+        (report,) = await announcer.announce(announcer.wanted)
+        assert report.state is ServerState.OFFLINE
         assert (await pair.info(2)).state is ServerState.OFFLINE
         await trio.sleep(defaults.ANNOUNCE_PERIOD_SECONDS * (defaults.ANNOUNCE_LIFETIME_PERIODS + 1))
         assert await pair.info(2) is None  # and is not renewed
@@ -151,3 +156,59 @@ async def test_a_node_that_can_no_longer_be_dialled_withdraws_and_returns(pair, 
         await trio.sleep(defaults.ANNOUNCE_PERIOD_SECONDS)
         assert (await pair.info(2)).state is ServerState.ONLINE
         nursery.cancel_scope.cancel()
+
+
+# --- KwaaiNet ---------------------------------------------------------------------------------------------
+
+
+async def test_one_truth_is_written_twice(pair, autojump_clock):
+    """Petals' records go to the nodes nearest to their keys, KwaaiNet's to each of its bootstrap peers."""
+    boots, view = pair.boots, pair.view
+    await view.bootstrap([boot.peer_id for boot in boots])
+    prefix = network_prefix("meta-llama/Llama-3.1-8B-Instruct")
+    bootstrap = [*(boot.peer_id for boot in boots), peer(99)]
+    also = [KwaaiPublisher(view, prefix, lambda: bootstrap, leases=True)]
+    reports = []
+    announcer = pair.announcer(
+        reports=reports, also=also, repository="meta-llama/Llama-3.1-8B-Instruct", cache_tokens=lambda: 100
+    )
+    announcer.offer.throughput = Throughput(12.5)
+    await announcer.announce(ServerState.ONLINE)
+    by_network = {report.network: report for report in reports}
+    kwaai = by_network["kwaainet"]
+    assert kwaai.ok
+    assert [kwaai.peers[boot.peer_id] for boot in boots] == [4, 4]
+    assert isinstance(kwaai.peers[peer(99)], str)
+    assert f"{peer(99).short}: " in kwaai.told_by_peers
+    own = str(view.peer_id)
+    for boot in boots:
+        for key in ("Llama-3-1-8B-Instruct.2", "Llama-3-1-8B-Instruct.3", "_kwaai.inference.nodes"):
+            found = await boot.get(key)
+            info = NodeInfo.from_value(own, found.value[own].value)
+            assert info.usable
+            assert (info.peer, info.start_block, info.end_block) == (view.peer_id, 2, 4)
+            assert (info.throughput, info.cache_tokens_left, info.leases) == (12.5, 100, True)
+            assert found.value[own].expiration == pytest.approx(pair.clock() + 360, abs=2)
+        registry = await boot.get("_petals.models")
+        assert registry.value["Llama-3-1-8B-Instruct"].value == {
+            "repository": "meta-llama/Llama-3.1-8B-Instruct",
+            "num_blocks": 8,
+        }
+        # nothing of the other network
+        assert await boot.get("m-hf.2") is None
+    assert await pair.reading.get("Llama-3-1-8B-Instruct.2") is None
+    assert (await pair.info(2)).state is ServerState.ONLINE
+
+    await announcer.announce(ServerState.OFFLINE)
+    for boot in boots:
+        found = await boot.get("_kwaai.inference.nodes")
+        assert not NodeInfo.from_value(own, found.value[own].value).usable
+    assert (await pair.info(2)).state is ServerState.OFFLINE
+
+
+async def test_records_of_the_same_moment_replace_each_other(pair, autojump_clock):
+    announcer = pair.announcer()
+    await announcer.announce(ServerState.JOINING)
+    (report,) = await announcer.announce(ServerState.ONLINE)
+    assert report.ok
+    assert (await pair.info(2)).state is ServerState.ONLINE
