@@ -27,6 +27,7 @@ from kwaainet_bridge.hivemind.averaging.group_keys import check_prefix, schema_h
 from kwaainet_bridge.hivemind.averaging.matchmaking import Matchmaking, Rules
 from kwaainet_bridge.hivemind.averaging.meeting import Meeting
 from kwaainet_bridge.hivemind.averaging.methods import first_request, methods
+from kwaainet_bridge.hivemind.averaging.reducer import all_finite
 from kwaainet_bridge.hivemind.averaging.split import share_elements
 from kwaainet_bridge.hivemind.averaging.state import State, StateSharing, download_state
 from kwaainet_bridge.hivemind.averaging.step import Phase, Status, Step, StepResult
@@ -325,7 +326,7 @@ class Averager:
 
     async def _reduce(self, group: Group, weight: float, shares: Sequence[int]) -> AllReduce:
         async with self.lock:
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors):
+            if not all_finite(self.tensors):
                 raise ValueError(f"averaging {self.prefix!r}: own values are not finite")
             reduction = AllReduce(
                 group,
