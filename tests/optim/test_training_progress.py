@@ -241,14 +241,26 @@ def test_only_peers_with_samples_of_late_report_and_none_before_their_first() ->
 
 def test_epochs_that_nobody_has_shown_are_doubted_for_a_while() -> None:
     progress = Progress(PEER, 100, now=NOW)
-    liar, honest = report(epoch=2**50, peer_id=b"liar"), report(epoch=3, peer_id=b"honest")
+    liar, honest = report(epoch=2**50, peer_id=b"liar"), report(epoch=1, peer_id=b"honest")
+    progress.doubt(until=NOW + 60, now=NOW)  # there is nobody to doubt
     progress.look([liar, honest], now=NOW)
     assert progress.swarm.epoch == 2**50
-    progress.doubt(beyond=4, until=NOW + 60)
-    progress.look([liar, honest], now=NOW + 59)
-    assert (progress.swarm.epoch, progress.swarm.others) == (3, 1)
+    progress.doubt(until=NOW + 60, now=NOW)
+    assert (progress.swarm.epoch, progress.swarm.others) == (1, 1)
+    progress.look([liar | {"epoch": 2**50 + 1}, honest | {"epoch": 5}], now=NOW + 59)
+    assert (progress.swarm.epoch, progress.swarm.others) == (5, 1)
     progress.look([liar, honest], now=NOW + 60)
     assert progress.swarm.epoch == 2**50
+
+
+def test_the_next_epoch_is_never_doubted() -> None:
+    progress = Progress(PEER, 100, now=NOW)
+    progress.look([report(epoch=2)], now=NOW)
+    progress.doubt(until=NOW + 60, now=NOW)
+    assert progress.swarm.epoch == 0
+    progress.begin_epoch(1, now=NOW + 1)
+    progress.look([report(epoch=2)], now=NOW + 2)
+    assert progress.swarm.epoch == 2
 
 
 def test_a_run_needs_a_batch_size() -> None:

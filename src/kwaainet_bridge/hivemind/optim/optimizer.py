@@ -51,9 +51,15 @@ class EpochEnd:
 class _StateRound:
     """An averaging of parameters that may go on while the next epoch's samples are computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
         self.result: StepResult | None = None
         self.ended = trio.Event()
+
+    def others(self) -> tuple[int, int]:
+        """How many of the group had seen another number of epochs, by their own words; and all of it."""
+        told = [] if self.result is None else list(self.result.gathered.values())
+        return sum(epoch != self.epoch for epoch in told), len(told)
 
 
 class CollaborativeOptimizer:
@@ -159,6 +165,7 @@ class CollaborativeOptimizer:
         self._state_delay = Rate(
             now=clock()
         )  # "samples" are rounds: from an epoch's end to the averaging of the state
+        self._in_step = True  # whether the last group that averaged parameters was of one epoch
         self._checked = False  # whether this epoch was compared with the run's
         self._one_at_a_time = trio.Lock()
         self._nursery: trio.Nursery | None = None
@@ -269,7 +276,7 @@ class CollaborativeOptimizer:
         if end - self._clock() <= self._matchmaking_seconds:
             self._gradient_rounds.schedule()
         delay = self._state_delay.seconds
-        if delay is None or self._state_round is not None or not self._averages_state():
+        if delay is None or not self._in_step or self._state_round is not None or not self._averages_state():
             return
         if end + delay - self._clock() <= self._matchmaking_seconds:
             self._state_rounds.schedule(gather=self.epoch + 1)
@@ -322,23 +329,33 @@ class CollaborativeOptimizer:
 
     async def _begin_state_round(self) -> None:
         assert self._nursery is not None
-        self._state_round = _StateRound()
+        self._state_round = _StateRound(self.epoch)
         self._nursery.start_soon(self._run_state_round, self._state_round)
         if not self._delay_state_averaging:
             await self._take_in_state_round()
 
     async def _run_state_round(self, current: _StateRound) -> None:
         try:
-            current.result = await self._state_rounds.run(self._state.load_averaged, gather=self.epoch)
+            current.result = await self._state_rounds.run(self._state.load_averaged, gather=current.epoch)
         finally:
             current.ended.set()
 
     async def _take_in_state_round(self, *, wait: bool = True) -> None:
+        """Take over the average, if most of its group were in this peer's epoch.
+
+        Peers may meet others who are a step behind or ahead: the mean lies between two steps then, and who applies it
+        loses a part of one. Stock peers do. They might also meet again and again, since each looks for its next group
+        while the others look for this one: so the next one is not looked for ahead of time.
+        """
         current = self._state_round
         if current is None or not (wait or current.ended.is_set()):
             return
         await current.ended.wait()
-        if current.result is not None:
+        others, members = current.others()
+        self._in_step = others == 0
+        if others:
+            log.info("training: %d of %d peers averaged parameters of another epoch", others, members)
+        if 2 * others < members:
             async with self._state_averager.lock:
                 await self._compute(self._state.apply_averaged)
         self._state_round = None
@@ -387,7 +404,7 @@ class CollaborativeOptimizer:
             elif self.epoch == before < self.swarm.epoch:
                 # whoever reports that epoch has not shown its state
                 until = self._clock() + defaults.TRAINING_DOUBT_SECONDS
-                self._tracker.progress.doubt(beyond=self.epoch + 1, until=until)
+                self._tracker.progress.doubt(until=until, now=self._clock())
             self._tracker.accumulated(self.epoch, 0)
             self._offer_state()
         log.info("training: took the state of epoch %d from another peer", self.epoch)

@@ -154,7 +154,8 @@ class Progress:
         self.swarm = self._alone(now)
         self.looked = False
         self._last_active = -math.inf  # the run's epoch when samples were last told
-        self._doubt: tuple[int, float] | None = None
+        self._reports: list[Report] = []
+        self._doubt = (0, -math.inf)
 
     def _report(self, epoch: int, samples: int, now: float) -> Report:
         return Report(
@@ -206,9 +207,15 @@ class Progress:
         """When the epoch of this peer ends, at least ``now``; an estimate."""
         return now if self.ready(now=now) else self.swarm.end_of_epoch
 
-    def doubt(self, *, beyond: int, until: float) -> None:
-        """Leave reports of epochs after ``beyond`` out until then: nobody has shown the state of any."""
-        self._doubt = (beyond, until)
+    def doubt(self, *, until: float, now: float) -> None:
+        """Leave out the reports that are more than one epoch ahead until then: nobody has shown any such state.
+
+        The same goes for later ones, as long as they are that far ahead.
+        """
+        ahead = [report.epoch for report in self._reports if report.epoch > self.own.epoch + 1]
+        if ahead:
+            self._doubt = (min(ahead), until)
+            self.swarm = self._conclude(self._reports, now)
 
     def look(self, values: Iterable[Any] | None, *, now: float) -> None:
         """Take in the values of the run's key; None if there are none."""
@@ -219,10 +226,7 @@ class Progress:
         reports, malformed = read_reports(values)
         if malformed:
             log.warning("training: %d malformed reports of other peers were left out", malformed)
-        if self._doubt is not None:
-            beyond, until = self._doubt
-            if now < until:
-                reports = [report for report in reports if report.epoch <= beyond]
+        self._reports = reports
         self.swarm = self._conclude(reports, now)
 
     def _alone(self, now: float) -> SwarmProgress:
@@ -238,6 +242,10 @@ class Progress:
         )
 
     def _conclude(self, reports: list[Report], now: float) -> SwarmProgress:
+        doubtful, until = self._doubt
+        if now < until:
+            doubtful = max(doubtful, self.own.epoch + 2)
+            reports = [report for report in reports if report.epoch < doubtful]
         # peers in client mode average with others only, so they begin no epoch
         epoch = max([self.own.epoch, *(report.epoch for report in reports if not report.client_mode)])
         current = [report for report in reports if report.epoch == epoch]
