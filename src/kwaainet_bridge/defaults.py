@@ -754,8 +754,12 @@ AVERAGING_REQUEST_SECONDS: Final = 3.0
 """Longest wait for a leader's first answer; shorter than the above, so that two peers that ask each other both
 get on in time (stock: 3 s)."""
 
+AVERAGING_FIRST_SEARCH_SECONDS: Final = 0.05
+"""Pause between the first two looks for leaders in the DHT; each later one is twice as long. Peers that begin to look
+at the same moment do not find each other the first time."""
+
 AVERAGING_SEARCH_SECONDS: Final = 0.5
-"""Pause between two looks for leaders in the DHT. Stock peers look again at once while they know of none."""
+"""Longest such pause. Stock peers look again at once while they know of none."""
 
 AVERAGING_FIRST_PART_SECONDS: Final = 15.0
 """Longest wait for the first message of a call."""

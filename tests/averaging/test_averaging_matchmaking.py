@@ -98,13 +98,18 @@ def test_a_peer_in_client_mode_does_not_declare_and_asks_anybody() -> None:
     assert ask.request.expiration == NOW + 5
 
 
-def test_it_searches_again_after_a_pause() -> None:
+def test_it_searches_again_after_pauses_that_grow() -> None:
     looking = started()
-    assert looking.found(NOW + 0.1, []) == []
-    again = NOW + 0.1 + defaults.AVERAGING_SEARCH_SECONDS
-    assert looking.next_time() == again
-    assert looking.tick(again) == [Search("run.0b")]
-    assert looking.next_time() == NOW + 5  # until the answer there is no other search
+    pauses, now = [], NOW
+    for _ in range(7):
+        assert looking.found(now, []) == []
+        again = looking.next_time()
+        assert looking.tick(again) == [Search("run.0b")]
+        assert looking.next_time() == NOW + 5  # until the answer there is no other search
+        pauses.append(again - now)
+        now = again
+    first, longest = defaults.AVERAGING_FIRST_SEARCH_SECONDS, defaults.AVERAGING_SEARCH_SECONDS
+    assert pauses == pytest.approx([min(first * 2**n, longest) for n in range(7)])
 
 
 def test_it_declares_again_when_nobody_came_and_gives_up_at_the_deadline() -> None:

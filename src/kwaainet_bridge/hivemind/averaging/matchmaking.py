@@ -152,6 +152,7 @@ class Matchmaking:
         self._tried: set[tuple[float, PeerId]] = set()
         self._redirected: set[PeerId] = set()
         self._search_at = math.inf
+        self._pause = defaults.AVERAGING_FIRST_SEARCH_SECONDS
 
     @property
     def key(self) -> str:
@@ -220,7 +221,8 @@ class Matchmaking:
         )
         # who leads nobody may look for days: often enough to find a group while it can be joined
         patience = 0.0 if self._leads else self._rules.matchmaking_seconds / 4
-        self._search_at = now + max(defaults.AVERAGING_SEARCH_SECONDS, patience)
+        self._search_at = now + max(self._pause, patience)
+        self._pause = min(2 * self._pause, defaults.AVERAGING_SEARCH_SECONDS)
         return self.tick(now)
 
     def asked(self, peer: PeerId, request: pb.JoinRequest) -> list[Action]:
