@@ -69,6 +69,14 @@ class HandlerError(NetworkError):
         self.text = text
 
 
+class CapacityDenied(NetworkError):
+    """A server is well and has no room now. ``retry_after`` is in seconds: until then ask somebody else."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class NoRoute(NetworkError):
     """No chain of servers covers the blocks, or none that works. ``blocks`` are those without a server."""
 
@@ -90,6 +98,26 @@ class ClockSkew(NetworkError):
 
 class CallBackFailed(NetworkError):
     """A peer answers us but cannot call us back: our announced addresses are not reachable from there."""
+
+
+class WarmingUp(BridgeError):
+    """A KwaaiNet server is well and still loads its model: ask again in a while, or another one now."""
+
+
+class LeaseDenied(BridgeError):
+    """A KwaaiNet peer gives no lease. It is alive: this counts as no failure of it. ``reason`` is its word for it."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class CapacityDenied(LeaseDenied):
+    """A KwaaiNet peer has no place free now. ``retry_after`` is when it wants to be asked again, in seconds."""
+
+    def __init__(self, message: str, *, reason: str, retry_after: int) -> None:
+        super().__init__(message, reason=reason)
+        self.retry_after = retry_after
 
 
 class AveragingCancelled(BridgeError):

@@ -7,7 +7,7 @@ import torch
 from client_fakes import PREFIX, toy_swarm
 
 from kwaainet_bridge.compression import CompressionType
-from kwaainet_bridge.errors import HandlerError, InvalidRequest, RemoteError
+from kwaainet_bridge.errors import HandlerError, InvalidRequest, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.client import calls
 from kwaainet_bridge.hivemind.client.routing import Hop
 from kwaainet_bridge.wire import msgpack
@@ -77,7 +77,7 @@ async def test_a_server_is_asked_once_and_again_after_a_failure() -> None:
         assert (await toy.swarm.traits(hop)).version == "2.3.0.dev2"
         await toy.swarm.traits(hop)
         assert server.calls["info"] == 1
-        toy.swarm.note_failure(server.peer)
+        toy.swarm.note_failure(Hop(server.peer, range(1)), NetworkError("gone"))
         await toy.swarm.traits(hop)
         assert server.calls["info"] == 2
 

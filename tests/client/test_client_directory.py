@@ -130,7 +130,7 @@ async def test_a_missing_block_is_looked_for_once_more() -> None:
         await toy.swarm.refresh()
         toy.num_blocks = 4
         late = toy.add(0, 4)
-        toy.swarm.note_failure(toy.servers[0].peer)
+        toy.swarm.note_failure(Hop(toy.servers[0].peer, range(1)), NetworkError("gone"))
         assert await toy.swarm.session_chain(range(4), 16) == [Hop(late.peer, range(4))]
         assert toy.dht.reads == 2
 
@@ -145,7 +145,7 @@ async def test_no_server_at_all_is_said_at_once() -> None:
 async def test_a_banned_server_is_used_when_nobody_else_is_there() -> None:
     async with toy_swarm() as toy:
         only = toy.add(0, 4)
-        toy.swarm.note_failure(only.peer)
+        toy.swarm.note_failure(Hop(only.peer, range(1)), NetworkError("gone"))
         assert await toy.swarm.request_chain(range(4)) == [Hop(only.peer, range(4))]
 
 
@@ -202,7 +202,10 @@ async def test_round_trips_decide(autojump_clock) -> None:
         assert await swarm.session_chain(range(4), 16) == [Hop(near.peer, range(4))]
         assert trio.current_time() - before == pytest.approx(defaults.PING_SECONDS)
         for expected in (client_mode, far, silent):
-            swarm.note_failure(next(s.peer for s in (near, client_mode, far) if s.peer in seconds))
+            swarm.note_failure(
+                Hop(next(s.peer for s in (near, client_mode, far) if s.peer in seconds), range(1)),
+                NetworkError("gone"),
+            )
             seconds.pop(next(s.peer for s in (near, client_mode, far) if s.peer in seconds))
             assert await swarm.session_chain(range(4), 16) == [Hop(expected.peer, range(4))]
             if not seconds:

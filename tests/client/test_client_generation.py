@@ -30,11 +30,14 @@ class ToyWeights:
 
 
 class EchoSession:
+    gives_scores = False
+
     def __init__(self) -> None:
         self.position = 0
         self.sizes: list[int] = []
 
-    async def step(self, hidden: torch.Tensor) -> torch.Tensor:
+    async def step(self, hidden: torch.Tensor, *, ids: torch.Tensor) -> torch.Tensor:
+        assert ids.shape == hidden.shape[:2]
         await trio.lowlevel.checkpoint()
         self.position += hidden.shape[1]
         self.sizes.append(hidden.shape[1])
@@ -157,9 +160,9 @@ async def test_ids_without_a_new_token_are_refused(ids) -> None:
 
 async def test_a_cancelled_token_is_given_by_the_next_call(autojump_clock) -> None:
     class SlowSession(EchoSession):
-        async def step(self, hidden: torch.Tensor) -> torch.Tensor:
+        async def step(self, hidden: torch.Tensor, *, ids: torch.Tensor) -> torch.Tensor:
             await trio.sleep(1)
-            return await super().step(hidden)
+            return await super().step(hidden, ids=ids)
 
     run = generate(ToyWeights(), SlowSession(), torch.tensor([[4, 2]]), max_new_tokens=3)
     tokens = [await anext(run)]

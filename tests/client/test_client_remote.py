@@ -10,6 +10,7 @@ from client_fakes import ToySwarm, random_hidden, run_blocks, toy_swarm
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import InvalidRequest, NoRoute, Refusal
 from kwaainet_bridge.hivemind.client import backward, forward
+from kwaainet_bridge.hivemind.client.routing import Hop
 from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.tensors import decode_tensor
 
@@ -157,7 +158,7 @@ async def test_a_server_that_hangs_is_left(autojump_clock, monkeypatch) -> None:
         hidden = random_hidden(1, 3, 4)
         done = await forward(toy.swarm, hidden)
         assert [hop.peer for hop, _ in done.inputs] == [good.peer]
-        toy.swarm.note_success(bad.peer)
+        toy.swarm.note_success(Hop(bad.peer, range(1)))
         monkeypatch.setattr(defaults, "CLIENT_UNARY_BYTES", 1)
         done = await forward(toy.swarm, hidden)
         assert [hop.peer for hop, _ in done.inputs] == [good.peer]

@@ -11,6 +11,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import InvalidRequest, NoRoute, Refusal
 from kwaainet_bridge.hivemind.client import InferenceSession, open_session
+from kwaainet_bridge.hivemind.client.routing import Hop
 from kwaainet_bridge.wire import msgpack
 from kwaainet_bridge.wire.expert import ExpertRequest
 from kwaainet_bridge.wire.tensors import decode_tensor
@@ -247,7 +248,7 @@ async def test_prompts_and_hypotheses_survive_a_replacement() -> None:
             assert len(session.chain) == 2
         # the same on a server that never fails
         bad.before_answer = None
-        toy.swarm.note_success(bad.peer)
+        toy.swarm.note_success(Hop(bad.peer, range(1)))
         async with open_session(toy.swarm, batch_size=2, max_length=16) as session:
             await session.step(hidden[:, :3], prompts=prompts)
             await session.step(hidden[:, 3:4])

@@ -32,7 +32,7 @@ class Attempts:
         """
         self._failures += 1
         if hop is not None:
-            self._swarm.note_failure(hop.peer)
+            self._swarm.note_failure(hop, error)
         if self._failures >= defaults.MAX_ATTEMPTS:
             raise NoRoute(
                 f"{self._swarm.prefix}: gave up on blocks {block_list(self._blocks)} after {self._failures} "

@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState, block_uid, check_prefix
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
+
+PETALS: Final = "petals"
+"""The network whose servers this package's own calls reach."""
 
 
 class Record(Protocol):
@@ -37,11 +40,17 @@ class RecordSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive blocks that one server holds, or is about to; ``info.state`` says whether it serves them."""
+    """Consecutive blocks that one server holds, or is about to; ``info.state`` says whether it serves them.
+
+    One that is ``whole`` runs all of its blocks or none, and has the model's ends with them: with block 0 it takes
+    token ids, with the last block it gives scores of the last token.
+    """
 
     peer: PeerId
     blocks: range
     info: ServerInfo
+    network: str = PETALS
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,12 @@ class Steps(Protocol):
     @property
     def position(self) -> int: ...
 
-    async def step(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the latest step gave scores of the last token in the place of hidden states."""
+        ...
+
+    async def step(self, hidden: torch.Tensor, *, ids: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,8 @@ class _Generation(AsyncIterator[list[int]]):
         self._session = session
         self._ids = input_ids
         self._left = left
-        self._output = torch.empty(0)  # [batch, hidden size] of the last token that the session has done
+        # [batch, hidden size or vocabulary] of the last token that the session has done
+        self._output = torch.empty(0)
         self._thread = trio.CapacityLimiter(1)
 
     async def __anext__(self) -> list[int]:
@@ -131,8 +137,10 @@ class _Generation(AsyncIterator[list[int]]):
         for part in new.split(max(1, defaults.PREFILL_TOKENS // ids.shape[0]), dim=1):
             if part.shape[1]:
                 hidden = await trio.to_thread.run_sync(chooser.embed, part, limiter=self._thread)
-                self._output = (await self._session.step(hidden))[:, -1]
-        tokens = await trio.to_thread.run_sync(chooser.choose, ids, self._output, limiter=self._thread)
+                self._output = (await self._session.step(hidden, ids=part))[:, -1]
+        tokens = await trio.to_thread.run_sync(
+            chooser.choose, ids, self._output, self._session.gives_scores, limiter=self._thread
+        )
         self._ids = torch.cat([ids, tokens[:, None]], dim=1)
         self._left -= 1
         return [int(token) for token in tokens]
@@ -163,10 +171,10 @@ class _Chooser:
         with torch.no_grad():
             return self._weights.embed(ids)
 
-    def choose(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The next token of each sequence, int64 [batch]; ``hidden`` is [batch, hidden size]."""
+    def choose(self, ids: torch.Tensor, output: torch.Tensor, is_scores: bool) -> torch.Tensor:
+        """The next token of each sequence, int64 [batch], from hidden states or scores [batch, their size]."""
         with torch.no_grad():
-            scores = self._process(ids, self._weights.logits(hidden).float())
+            scores = self._process(ids, (output if is_scores else self._weights.logits(output)).float())
             if self._sampling.do_sample:
                 chances = torch.softmax(scores, dim=-1)
                 tokens = torch.multinomial(chances, 1, generator=self._rng)[:, 0]

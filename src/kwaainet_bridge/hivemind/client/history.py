@@ -14,11 +14,13 @@ class Chunk:
 
     ``hidden`` is [batch, tokens, hidden]. ``prompts`` are the deep prompts of *all* the session's blocks,
     [blocks, batch or 1, prefix, hidden] with prefix <= tokens: each block adds its own to the first
-    ``prefix`` of these tokens.
+    ``prefix`` of these tokens. ``ids`` int64 [batch, tokens] are the tokens themselves, where they are known: as the
+    input of the model's first block.
     """
 
     hidden: torch.Tensor
     prompts: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -27,14 +29,18 @@ class Chunk:
     def head(self, tokens: int) -> Chunk:
         """The first ``tokens`` tokens."""
         prompts = None if self.prompts is None else self.prompts[:, :, :tokens]
-        return Chunk(self.hidden[:, :tokens], prompts)
+        return Chunk(self.hidden[:, :tokens], prompts, None if self.ids is None else self.ids[:, :tokens])
+
+    def tail(self, tokens: int) -> Chunk:
+        """All but the first ``tokens`` tokens, without prompts."""
+        return Chunk(self.hidden[:, tokens:], None, None if self.ids is None else self.ids[:, tokens:])
 
     def rows(self, indices: torch.Tensor) -> Chunk:
         """The sequences ``indices`` (int64 [batch]) of the batch."""
         prompts = self.prompts
         if prompts is not None and prompts.shape[1] > 1:
             prompts = prompts[:, indices]
-        return Chunk(self.hidden[indices], prompts)
+        return Chunk(self.hidden[indices], prompts, None if self.ids is None else self.ids[indices])
 
 
 class History:
@@ -70,23 +76,29 @@ class History:
 
         Prompts apply to the beginning of a step, so a chunk that has them begins a piece.
         """
-        run: list[torch.Tensor] = []
+        run: list[Chunk] = []
         prompts: torch.Tensor | None = None
         room = 0
         for chunk in self._chunks:
-            rest = chunk.hidden
+            rest = Chunk(chunk.hidden, None, chunk.ids)
             if chunk.prompts is not None:
                 if run:
-                    yield Chunk(torch.cat(run, dim=1), prompts)
+                    yield _joined(run, prompts)
                 run, prompts = [], chunk.prompts
                 room = max(max_tokens, prompts.shape[2])
-            while rest.shape[1]:
+            while rest.tokens:
                 if room == 0:
                     if run:
-                        yield Chunk(torch.cat(run, dim=1), prompts)
+                        yield _joined(run, prompts)
                     run, prompts, room = [], None, max_tokens
-                part, rest = rest[:, :room], rest[:, room:]
+                part, rest = rest.head(room), rest.tail(room)
                 run.append(part)
-                room -= part.shape[1]
+                room -= part.tokens
         if run:
-            yield Chunk(torch.cat(run, dim=1), prompts)
+            yield _joined(run, prompts)
+
+
+def _joined(run: list[Chunk], prompts: torch.Tensor | None) -> Chunk:
+    ids = [chunk.ids for chunk in run if chunk.ids is not None]
+    hidden = torch.cat([chunk.hidden for chunk in run], dim=1)
+    return Chunk(hidden, prompts, torch.cat(ids, dim=1) if len(ids) == len(run) else None)

@@ -97,7 +97,7 @@ async def _forward(
             await attempts.failed(hop, e)
             chain = []
         else:
-            swarm.note_success(hop.peer)
+            swarm.note_success(hop)
             inputs.append((hop, hidden))
             hidden, block = output, hop.blocks.stop
             attempts = Attempts(swarm, range(block, blocks.stop))
@@ -146,7 +146,7 @@ async def backward(
                 again = await _forward(swarm, hidden, prompts, hop.blocks, prompts_from=blocks.start)
                 todo += again.inputs
             else:
-                swarm.note_success(hop.peer)
+                swarm.note_success(hop)
                 grad = answer[0]
                 prompt_grads = answer[1:] + prompt_grads
                 attempts = None

@@ -8,22 +8,30 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NoRoute
-from kwaainet_bridge.hivemind.client.directory import Span
+from kwaainet_bridge.hivemind.client.directory import PETALS, Span
 from kwaainet_bridge.wire.peer_id import PeerId
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One link of a chain: the server and those of its blocks that it is asked to run."""
+    """One link of a chain: the server, those of its blocks that it is asked to run, and in which network."""
 
     peer: PeerId
     blocks: range
+    network: str = PETALS
 
     def __str__(self) -> str:
-        return f"{self.blocks.start}:{self.blocks.stop} via {self.peer.short}"
+        network = "" if self.network == PETALS else f" ({self.network})"
+        return f"{self.blocks.start}:{self.blocks.stop} via {self.peer.short}{network}"
+
+    @property
+    def key(self) -> tuple[PeerId, str]:
+        """What fails or works: a peer in one network may do what it refuses in another."""
+        return self.peer, self.network
 
 
 def fastest_chain(
@@ -44,7 +52,8 @@ def fastest_chain(
     Raises NoRoute naming the blocks without a server.
 
     Chains leave a span at its end or where another span begins. Nothing is lost by that: with a constant cost
-    per block, moving a switch towards the faster of the two servers never makes a chain slower.
+    per block, moving a switch towards the faster of the two servers never makes a chain slower. A span that only runs
+    as a whole is entered at its beginning and left at its end.
     """
     spans = _covering(spans, blocks, model)
     spans_from: dict[int, list[int]] = {}
@@ -61,12 +70,13 @@ def fastest_chain(
         rest = range(block, min(span.blocks.stop, blocks.stop))
         cost += _entry_cost(span, rest, rtts, cache_tokens)
         heapq.heappush(
-            heap, (cost, next(states), index, block, (*chain, Hop(span.peer, range(block, block))))
+            heap,
+            (cost, next(states), index, block, (*chain, Hop(span.peer, range(block, block), span.network))),
         )
 
-    for index in spans_from[blocks.start]:
+    for index in spans_from.get(blocks.start, ()):
         enter(index, blocks.start, 0.0, ())
-    while True:
+    while heap:
         cost, _, index, block, chain = heapq.heappop(heap)
         if block == blocks.stop:
             return list(chain)
@@ -79,14 +89,23 @@ def fastest_chain(
                 enter(other, block, cost, chain)
         if block < span.blocks.stop:
             step = 1 / (span.info.inference_rps or defaults.UNKNOWN_INFERENCE_RPS)
-            longer = Hop(hop.peer, range(hop.blocks.start, block + 1))
+            longer = Hop(hop.peer, range(hop.blocks.start, block + 1), hop.network)
             heapq.heappush(heap, (cost + step, next(states), index, block + 1, (*chain[:-1], longer)))
+    raise NoRoute(
+        f"{model}: servers hold all blocks, but no chain of them runs each block once", blocks=blocks
+    )
 
 
 def _exits(spans: Sequence[Span], index: int, block: int, spans_from: Mapping[int, list[int]]) -> list[int]:
     """Spans to change to at ``block``: where one's own ends all that hold it, else those that begin there."""
     if block == spans[index].blocks.stop:
-        return [i for i, span in enumerate(spans) if block in span.blocks]
+        return [
+            i
+            for i, span in enumerate(spans)
+            if block in span.blocks and (not span.whole or block == span.blocks.start)
+        ]
+    if spans[index].whole:
+        return []
     return [i for i in spans_from.get(block, ()) if i != index]
 
 
@@ -135,9 +154,14 @@ def _weight(span: Span, blocks: range, rtts: Mapping[PeerId, float]) -> float:
 def _covering(spans: Sequence[Span], blocks: range, model: str) -> list[Span]:
     """Those spans that hold some of ``blocks``. Raises NoRoute unless they hold all of them.
 
-    Full coverage is all that a chain needs: a span may be entered anywhere.
+    Full coverage is all that a chain needs where spans may be entered anywhere.
     """
-    useful = [s for s in spans if max(s.blocks.start, blocks.start) < min(s.blocks.stop, blocks.stop)]
+    useful = [
+        s
+        for s in spans
+        if max(s.blocks.start, blocks.start) < min(s.blocks.stop, blocks.stop)
+        if not s.whole or (blocks.start <= s.blocks.start and s.blocks.stop <= blocks.stop)
+    ]
     held = set[int]().union(*(s.blocks for s in useful))
     if missing := [block for block in blocks if block not in held]:
         raise NoRoute(
@@ -159,6 +183,10 @@ def block_list(blocks: Sequence[int]) -> str:
     return ", ".join(f"{run.start}:{run.stop}" for run in runs)
 
 
+Server: TypeAlias = tuple[PeerId, str]
+"""A peer in one network."""
+
+
 class Bans:
     """Servers that failed lately, each avoided for a time that doubles with every further failure."""
 
@@ -167,23 +195,27 @@ class Bans:
     ) -> None:
         self._first = first
         self._longest = longest
-        self._until: dict[PeerId, float] = {}
-        self._failures: dict[PeerId, int] = {}
+        self._until: dict[Server, float] = {}
+        self._failures: dict[Server, int] = {}
 
-    def add(self, peer: PeerId, now: float) -> None:
-        """Ban ``peer``. While it is banned, failures count as the same one: many calls may fail at once."""
-        if self.includes(peer, now):
+    def add(self, server: Server, now: float) -> None:
+        """Ban ``server``. While it is banned, failures count as the same one: many calls may fail at once."""
+        if self.includes(server, now):
             return
-        failures = self._failures[peer] = self._failures.get(peer, 0) + 1
-        self._until[peer] = now + min(self._first * 2.0 ** min(failures - 1, 30), self._longest)
+        failures = self._failures[server] = self._failures.get(server, 0) + 1
+        self._until[server] = now + min(self._first * 2.0 ** min(failures - 1, 30), self._longest)
 
-    def lift(self, peer: PeerId) -> None:
-        """Forget what ``peer`` did: it just worked."""
-        self._until.pop(peer, None)
-        self._failures.pop(peer, None)
+    def pause(self, server: Server, until: float) -> None:
+        """Leave ``server`` alone until then without holding anything against it: it is well, and full."""
+        self._until[server] = max(until, self._until.get(server, -math.inf))
 
-    def includes(self, peer: PeerId, now: float) -> bool:
-        return now < self._until.get(peer, -math.inf)
+    def lift(self, server: Server) -> None:
+        """Forget what ``server`` did: it just worked."""
+        self._until.pop(server, None)
+        self._failures.pop(server, None)
+
+    def includes(self, server: Server, now: float) -> bool:
+        return now < self._until.get(server, -math.inf)
 
 
 def retry_delay(failures: int) -> float:

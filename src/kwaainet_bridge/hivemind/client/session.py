@@ -14,8 +14,8 @@ import trio
 from kwaainet_bridge.errors import InvalidRequest
 from kwaainet_bridge.hivemind.client.attempts import RECOVERABLE, Attempts
 from kwaainet_bridge.hivemind.client.history import Chunk, History
+from kwaainet_bridge.hivemind.client.part import NextServer, Part, SessionShape
 from kwaainet_bridge.hivemind.client.routing import Hop
-from kwaainet_bridge.hivemind.client.span_session import NextServer, SessionShape, SpanSession
 from kwaainet_bridge.hivemind.client.swarm import Swarm
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ async def open_session(
     max_length: int,
     blocks: range | None = None,
     push: bool = False,
+    ends: bool = False,
     new_id: Callable[[], str] = _new_id,
 ) -> AsyncIterator[InferenceSession]:
     """An inference session for the length of the ``async with`` block.
@@ -44,10 +45,14 @@ async def open_session(
     straight to the next one, which then starts before the client's own copy arrives. Left out wherever stock
     servers would push wrong arguments: in sessions that have used deep prompts or hypotheses.
 
+    With ``ends`` every step comes with its token ids, and only the last token's scores are wanted. A session of one
+    sequence then uses servers of other networks, too, which run the model's ends themselves.
+
     Leaving the block normally ends each stream in order; leaving it by an exception or cancellation resets
     them. Both free the servers' caches.
     """
-    shape = SessionShape(blocks or range(swarm.num_blocks), batch_size, max_length)
+    blocks = blocks or range(swarm.num_blocks)
+    shape = SessionShape(blocks, batch_size, max_length, ends=ends and batch_size == 1)
     session = InferenceSession(swarm, shape, push=push, new_id=new_id)
     try:
         yield session
@@ -71,12 +76,17 @@ class InferenceSession:
         self._push = push
         self._new_id = new_id
         self._position = 0
-        self._parts: list[SpanSession] = []
+        self._parts: list[Part] = []
 
     @property
     def position(self) -> int:
         """Tokens done so far."""
         return self._position
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the latest step gave scores [batch, 1, vocabulary] in the place of hidden states."""
+        return bool(self._parts) and self._parts[-1].gives_scores
 
     @property
     def chain(self) -> list[str]:
@@ -99,11 +109,15 @@ class InferenceSession:
         self,
         hidden: torch.Tensor,
         *,
+        ids: torch.Tensor | None = None,
         prompts: torch.Tensor | None = None,
         hypo_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the next tokens, ``hidden`` [batch, tokens, hidden size], and return their outputs, same shape
         and dtype, on the CPU. Zero tokens only make the servers allocate their caches.
+
+        ``ids`` int64 [batch, tokens] are the tokens, in a session with ``ends``: there the output may be scores
+        [batch, 1, vocabulary] of the last token, see ``gives_scores``.
 
         ``prompts`` [blocks, batch or 1, prefix, hidden size] with prefix <= tokens: each block adds its own
         to the first ``prefix`` of these tokens. ``hypo_ids`` int64 [batch]: before this step, sequence i
@@ -114,8 +128,13 @@ class InferenceSession:
         it was before the step, and the step may be repeated.
         """
         self._check(hidden, prompts, hypo_ids)
+        if self.shape.ends and (ids is None or tuple(ids.shape) != tuple(hidden.shape[:2])):
+            raise InvalidRequest("a session with the model's ends needs the token ids of each step")
+        if self.shape.ends and (prompts is not None or hypo_ids is not None):
+            raise InvalidRequest("a session with the model's ends takes neither deep prompts nor hypo ids")
         with torch.no_grad():
-            chunk = Chunk(hidden.detach().cpu(), None if prompts is None else prompts.detach().cpu())
+            prompts = None if prompts is None else prompts.detach().cpu()
+            chunk = Chunk(hidden.detach().cpu(), prompts, ids)
             if prompts is not None or hypo_ids is not None:
                 self._push = False
             if not self._parts:
@@ -158,14 +177,14 @@ class InferenceSession:
         if hypo_ids is not None and not bool(((hypo_ids >= 0) & (hypo_ids < batch)).all()):
             raise InvalidRequest(f"hypo ids must be sequences of the batch, 0 to {batch - 1}")
 
-    async def _first_parts(self) -> list[SpanSession]:
-        chain = await self._swarm.session_chain(self.shape.blocks, self._cache_tokens)
+    async def _first_parts(self) -> list[Part]:
+        chain = await self._chain(self.shape.blocks)
         log.info("%s: route %s", self._swarm.prefix, " => ".join(map(str, chain)))
         return [self._part(hop, History()) for hop in chain]
 
-    @property
-    def _cache_tokens(self) -> int:
-        return self.shape.batch_size * self.shape.max_length
+    async def _chain(self, blocks: range) -> list[Hop]:
+        shape = self.shape
+        return await self._swarm.session_chain(blocks, shape.batch_size * shape.max_length, ends=shape.ends)
 
     async def _run(self, chunk: Chunk, hypo_ids: torch.Tensor | None) -> tuple[list[Chunk], torch.Tensor]:
         """Pass ``chunk`` along the chain; returns the input of every part, and the output of the last.
@@ -203,21 +222,23 @@ class InferenceSession:
                 await part.reset()
                 await attempts.failed(part.hop, e)
             else:
-                self._swarm.note_success(part.hop.peer)
+                self._swarm.note_success(part.hop)
                 return output
             await self._replace(index, attempts)
 
     def _next_servers(self, index: int) -> list[NextServer]:
         """Those after ``index`` that are ready for this step, up to the first that is not."""
-        ready = itertools.takewhile(lambda part: part.is_in_step, self._parts[index + 1 :])
-        return [part.next_server for part in ready] if self._push else []
+        if not self._push:
+            return []
+        following = (part.next_server for part in self._parts[index + 1 :])
+        return list(itertools.takewhile(lambda server: server is not None, following))  # type: ignore[arg-type]
 
     async def _replace(self, index: int, attempts: Attempts) -> None:
         """Put other servers, which have caught up, in the place of one part."""
         old = self._parts[index]
         while True:
             try:
-                chain = await self._swarm.session_chain(old.hop.blocks, self._cache_tokens)
+                chain = await self._chain(old.hop.blocks)
             except RECOVERABLE as e:
                 await attempts.failed(None, e)
                 continue
@@ -226,11 +247,9 @@ class InferenceSession:
                 self._parts[index : index + 1] = parts
                 return
 
-    async def _rebuild(
-        self, chain: Sequence[Hop], history: History, attempts: Attempts
-    ) -> list[SpanSession] | None:
+    async def _rebuild(self, chain: Sequence[Hop], history: History, attempts: Attempts) -> list[Part] | None:
         """Sessions along ``chain`` whose caches hold ``history``; None if one of the servers failed."""
-        parts: list[SpanSession] = []
+        parts: list[Part] = []
         for hop in chain:
             parts.append(self._part(hop, history))
             try:
@@ -244,8 +263,8 @@ class InferenceSession:
                 return None
         return parts
 
-    def _part(self, hop: Hop, history: History) -> SpanSession:
-        return SpanSession(self._swarm, hop, self.shape, history, new_id=self._new_id)
+    def _part(self, hop: Hop, history: History) -> Part:
+        return self._swarm.part(hop, self.shape, history, new_id=self._new_id)
 
     async def finish(self) -> None:
         """End the session with all servers in order, each within ``defaults.CLOSE_GRACE_SECONDS``."""

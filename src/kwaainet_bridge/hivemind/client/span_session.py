@@ -6,8 +6,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trio
@@ -16,26 +15,17 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError, RemoteError, StreamClosed, StreamReset
 from kwaainet_bridge.hivemind.client import calls
 from kwaainet_bridge.hivemind.client.history import Chunk, History
+from kwaainet_bridge.hivemind.client.part import NextServer, SessionShape
 from kwaainet_bridge.hivemind.client.routing import Hop
-from kwaainet_bridge.hivemind.client.swarm import Swarm
 from kwaainet_bridge.hivemind.experts.methods import RPC_INFERENCE
 from kwaainet_bridge.rpc import ClientStream
 from kwaainet_bridge.wire import msgpack
 from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
 
+if TYPE_CHECKING:
+    from kwaainet_bridge.hivemind.client.swarm import Swarm
+
 log = logging.getLogger(__name__)
-
-NextServer = tuple[str, str, int, int]
-"""An entry of the metadata's ``next_servers``: peer id in base58, session id, first block, end."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionShape:
-    """What all parts of one inference session share. ``blocks`` are those of the whole session."""
-
-    blocks: range
-    batch_size: int
-    max_length: int
 
 
 class SpanSession:
@@ -66,14 +56,15 @@ class SpanSession:
         self._exit = contextlib.AsyncExitStack()
 
     @property
-    def next_server(self) -> NextServer:
-        """How a server before this one addresses pushes to it."""
-        return str(self.hop.peer), self.session_id, self.hop.blocks.start, self.hop.blocks.stop
+    def gives_scores(self) -> bool:
+        return False
 
     @property
-    def is_in_step(self) -> bool:
-        """Whether the server's cache holds the history, no more and no less."""
-        return self.steps > 0 and self.position == self.history.tokens
+    def next_server(self) -> NextServer | None:
+        """How a server before this one addresses pushes to it, if its cache holds the history, no more and no less."""
+        if self.steps == 0 or self.position != self.history.tokens:
+            return None
+        return str(self.hop.peer), self.session_id, self.hop.blocks.start, self.hop.blocks.stop
 
     async def catch_up(self) -> list[Chunk]:
         """Make the server's cache hold the history; returns the outputs of whatever had to be replayed.

@@ -5,15 +5,25 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import DeadlineExceeded, NetworkError, NoRoute, ProtocolNotSupported, RemoteError
+from kwaainet_bridge.errors import (
+    CapacityDenied,
+    DeadlineExceeded,
+    NetworkError,
+    NoRoute,
+    ProtocolNotSupported,
+    RemoteError,
+)
 from kwaainet_bridge.hivemind.client.calls import ServerTraits, fetch_traits
-from kwaainet_bridge.hivemind.client.directory import Directory, Span
+from kwaainet_bridge.hivemind.client.directory import PETALS, Directory, Span
+from kwaainet_bridge.hivemind.client.history import History
+from kwaainet_bridge.hivemind.client.part import OtherNetwork, Part, SessionShape
 from kwaainet_bridge.hivemind.client.routing import Bans, Hop, fastest_chain, random_chain
+from kwaainet_bridge.hivemind.client.span_session import SpanSession
 from kwaainet_bridge.hivemind.experts.records import block_uid
 from kwaainet_bridge.rpc import RpcClient
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -29,7 +39,8 @@ class Swarm:
 
     Reads the records when a route is asked for and they are old, or do not suffice; owns no task. ``ping``
     measures round trips (``DhtNode.ping``); without it all servers count as equally far. ``clock`` gives
-    seconds from any origin. May be shared by any number of sessions and requests.
+    seconds from any origin. ``others`` are networks in which the model is served, too: sessions with its ends use
+    their servers as well. May be shared by any number of sessions and requests.
     """
 
     def __init__(
@@ -38,6 +49,7 @@ class Swarm:
         directory: Directory,
         *,
         ping: Ping | None = None,
+        others: Sequence[OtherNetwork] = (),
         rng: random.Random | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
@@ -47,6 +59,7 @@ class Swarm:
         self.adapter = directory.adapter
         self._directory = directory
         self._ping = ping
+        self._others = {network.name: network for network in others}
         self._rng = rng or random.Random()
         self._clock = clock
         self._spans: list[Span] = []
@@ -66,21 +79,28 @@ class Swarm:
         """The name of consecutive blocks in a request."""
         return " ".join(block_uid(self.prefix, block) for block in blocks)
 
-    async def session_chain(self, blocks: range, cache_tokens: int) -> list[Hop]:
+    async def session_chain(self, blocks: range, cache_tokens: int, *, ends: bool = False) -> list[Hop]:
         """The chain with the lowest latency; ``cache_tokens`` is batch times maximum length.
 
-        Raises NoRoute naming the blocks without a server, or what the DHT raises.
+        Of all networks for a session with the model's ``ends``, else of Petals alone. Raises NoRoute naming the blocks
+        without a server, or what the DHT raises.
         """
         return await self._choose(
             lambda spans: fastest_chain(
-                spans, blocks, model=self.prefix, rtts=self._rtts, cache_tokens=cache_tokens
+                spans if ends else _of_petals(spans),
+                blocks,
+                model=self.prefix,
+                rtts=self._rtts,
+                cache_tokens=cache_tokens,
             )
         )
 
     async def request_chain(self, blocks: range) -> list[Hop]:
         """A random chain for forward and backward, weighted by throughput. Raises like session_chain."""
         return await self._choose(
-            lambda spans: random_chain(spans, blocks, model=self.prefix, rtts=self._rtts, rng=self._rng)
+            lambda spans: random_chain(
+                _of_petals(spans), blocks, model=self.prefix, rtts=self._rtts, rng=self._rng
+            )
         )
 
     async def _choose(self, choose: Callable[[list[Span]], list[Hop]]) -> list[Hop]:
@@ -97,7 +117,9 @@ class Swarm:
 
     def _unbanned(self) -> list[Span]:
         now = self._clock()
-        return self._shuffled([span for span in self._spans if not self._bans.includes(span.peer, now)])
+        return self._shuffled(
+            [span for span in self._spans if not self._bans.includes((span.peer, span.network), now)]
+        )
 
     def _shuffled(self, spans: list[Span]) -> list[Span]:
         """In random order: among equals the first is chosen, and not by every client the same."""
@@ -113,20 +135,38 @@ class Swarm:
             # whoever waited for another task's reading need not repeat it
             if self._readings != readings or self._clock() - self._read_at < max_age:
                 return
-            try:
-                self._spans = await self._read()
-            except (NetworkError, RemoteError) as e:
-                if not self._spans:
-                    raise
-                log.warning("%s: keeping the known servers, the DHT was not readable: %s", self.prefix, e)
+            await self._read_all()
             self._read_at = self._clock()
             self._readings += 1
             log.debug("%s: %d servers online", self.prefix, len(self._spans))
             await self._measure()
 
-    async def _read(self) -> list[Span]:
+    async def _read_all(self) -> None:
+        """Read all networks at once; of those that cannot be read the known spans stay."""
+        sources = {PETALS: self._directory.read} | {n.name: n.read for n in self._others.values()}
+        found: dict[str, list[Span]] = {}
+        errors: list[Exception] = []
+
+        async def read(name: str, source: Callable[[], Awaitable[list[Span]]]) -> None:
+            try:
+                found[name] = await self._read(source)
+            except (NetworkError, RemoteError) as e:
+                known = [span for span in self._spans if span.network == name]
+                log.warning("%s: %s: keeping %d known servers: %s", self.prefix, name, len(known), e)
+                found[name] = known
+                errors.append(e)
+
+        async with trio.open_nursery() as nursery:
+            for name, source in sources.items():
+                nursery.start_soon(read, name, source)
+        spans = [span for name in sources for span in found[name]]
+        if errors and not spans:
+            raise errors[0]
+        self._spans = spans
+
+    async def _read(self, source: Callable[[], Awaitable[list[Span]]]) -> list[Span]:
         with trio.move_on_after(defaults.DIRECTORY_READ_SECONDS):
-            return await self._directory.read()
+            return await source()
         raise DeadlineExceeded(
             f"{self.prefix}: the DHT gave no block records within {defaults.DIRECTORY_READ_SECONDS:g} s"
         )
@@ -137,13 +177,16 @@ class Swarm:
         self._rtts = {peer: rtt for peer, rtt in self._rtts.items() if peer in present}
         if self._ping is None:
             return
-        peers = [span.peer for span in self._shuffled(self._spans)]
-        peers.sort(key=lambda peer: peer in self._rtts)
+        pings: dict[PeerId, Ping] = {}
+        for span in self._shuffled(self._spans):
+            other = self._others.get(span.network)
+            pings.setdefault(span.peer, self._ping if other is None else other.ping)
+        peers = sorted(pings, key=lambda peer: peer in self._rtts)
         silent = set(peers[: defaults.MAX_PINGED_SERVERS])
         with trio.move_on_after(defaults.PING_SECONDS):
             async with trio.open_nursery() as nursery:
                 for peer in list(silent):
-                    nursery.start_soon(self._measure_one, self._ping, peer, silent)
+                    nursery.start_soon(self._measure_one, pings[peer], peer, silent)
         for peer in silent:
             self._rtts[peer] = math.inf
 
@@ -161,13 +204,26 @@ class Swarm:
         self._rtts[peer] = rtt if math.isinf(known) else 0.8 * known + 0.2 * rtt
         silent.discard(peer)
 
-    def note_failure(self, peer: PeerId) -> None:
-        """A call to ``peer`` failed: avoid it for a while, and ask it again what it is."""
-        self._bans.add(peer, self._clock())
-        self._traits.pop(peer, None)
+    def note_failure(self, hop: Hop, error: Exception) -> None:
+        """A call to a server failed: avoid it for a while, and ask it again what it is.
 
-    def note_success(self, peer: PeerId) -> None:
-        self._bans.lift(peer)
+        One that is full is well: it is left alone for as long as it says, and nothing is held against it.
+        """
+        if isinstance(error, CapacityDenied):
+            self._bans.pause(hop.key, self._clock() + error.retry_after)
+            return
+        self._bans.add(hop.key, self._clock())
+        self._traits.pop(hop.peer, None)
+
+    def note_success(self, hop: Hop) -> None:
+        self._bans.lift(hop.key)
+
+    def part(self, hop: Hop, shape: SessionShape, history: History, *, new_id: Callable[[], str]) -> Part:
+        """One server's part of a session, in the way of its network."""
+        other = self._others.get(hop.network)
+        if other is None:
+            return SpanSession(self, hop, shape, history, new_id=new_id)
+        return other.part(hop, shape, history)
 
     async def traits(self, hop: Hop) -> ServerTraits:
         """What a server says of itself; asked once. Raises NetworkError or RemoteError."""
@@ -176,3 +232,7 @@ class Swarm:
             uid = block_uid(self.prefix, hop.blocks.start)
             known = self._traits[hop.peer] = await fetch_traits(self.rpc, hop.peer, uid)
         return known
+
+
+def _of_petals(spans: Sequence[Span]) -> list[Span]:
+    return [span for span in spans if span.network == PETALS]
