@@ -69,14 +69,6 @@ class HandlerError(NetworkError):
         self.text = text
 
 
-class CapacityDenied(NetworkError):
-    """A server is well and has no room now. ``retry_after`` is in seconds: until then ask somebody else."""
-
-    def __init__(self, message: str, *, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
 class NoRoute(NetworkError):
     """No chain of servers covers the blocks, or none that works. ``blocks`` are those without a server."""
 
@@ -100,11 +92,11 @@ class CallBackFailed(NetworkError):
     """A peer answers us but cannot call us back: our announced addresses are not reachable from there."""
 
 
-class WarmingUp(BridgeError):
+class WarmingUp(NetworkError):
     """A KwaaiNet server is well and still loads its model: ask again in a while, or another one now."""
 
 
-class LeaseDenied(BridgeError):
+class LeaseDenied(NetworkError):
     """A KwaaiNet peer gives no lease. It is alive: this counts as no failure of it. ``reason`` is its word for it."""
 
     def __init__(self, message: str, *, reason: str) -> None:

@@ -13,10 +13,12 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import (
     CapacityDenied,
     DeadlineExceeded,
+    LeaseDenied,
     NetworkError,
     NoRoute,
     ProtocolNotSupported,
     RemoteError,
+    WarmingUp,
 )
 from kwaainet_bridge.hivemind.client.calls import ServerTraits, fetch_traits
 from kwaainet_bridge.hivemind.client.directory import PETALS, Directory, Span
@@ -207,10 +209,12 @@ class Swarm:
     def note_failure(self, hop: Hop, error: Exception) -> None:
         """A call to a server failed: avoid it for a while, and ask it again what it is.
 
-        One that is full is well: it is left alone for as long as it says, and nothing is held against it.
+        One that is full, or not ready yet, is well: it is left alone for as long as it says, and nothing is held against
+        it.
         """
-        if isinstance(error, CapacityDenied):
-            self._bans.pause(hop.key, self._clock() + error.retry_after)
+        if isinstance(error, WarmingUp | LeaseDenied):
+            pause = error.retry_after if isinstance(error, CapacityDenied) else defaults.BAN_SECONDS
+            self._bans.pause(hop.key, self._clock() + pause)
             return
         self._bans.add(hop.key, self._clock())
         self._traits.pop(hop.peer, None)
