@@ -209,8 +209,8 @@ class Swarm:
     def note_failure(self, hop: Hop, error: Exception) -> None:
         """A call to a server failed: avoid it for a while, and ask it again what it is.
 
-        One that is full, or not ready yet, is well: it is left alone for as long as it says, and nothing is held against
-        it.
+        One that is full, or not ready yet, is well: it is left alone for as long as it says, and nothing is held
+        against it.
         """
         if isinstance(error, WarmingUp | LeaseDenied):
             pause = error.retry_after if isinstance(error, CapacityDenied) else defaults.BAN_SECONDS
