@@ -56,10 +56,10 @@ class _StateRound:
         self.result: StepResult | None = None
         self.ended = trio.Event()
 
-    def others(self) -> tuple[int, int]:
-        """How many of the group had seen another number of epochs, by their own words; and all of it."""
-        told = [] if self.result is None else list(self.result.gathered.values())
-        return sum(epoch != self.epoch for epoch in told), len(told)
+    def told(self) -> list[int]:
+        """The epochs of the group, by the words of its members."""
+        gathered = [] if self.result is None else self.result.gathered.values()
+        return [epoch for epoch in gathered if isinstance(epoch, int)]
 
 
 class CollaborativeOptimizer:
@@ -165,7 +165,8 @@ class CollaborativeOptimizer:
         self._state_delay = Rate(
             now=clock()
         )  # "samples" are rounds: from an epoch's end to the averaging of the state
-        self._in_step = True  # whether the last group that averaged parameters was of one epoch
+        self._looks_ahead = True  # for groups that average parameters
+        self._held = 0  # the last epoch whose parameters were averaged, as far as is known
         self._checked = False  # whether this epoch was compared with the run's
         self._one_at_a_time = trio.Lock()
         self._nursery: trio.Nursery | None = None
@@ -276,7 +277,12 @@ class CollaborativeOptimizer:
         if end - self._clock() <= self._matchmaking_seconds:
             self._gradient_rounds.schedule()
         delay = self._state_delay.seconds
-        if delay is None or not self._in_step or self._state_round is not None or not self._averages_state():
+        if (
+            delay is None
+            or not self._looks_ahead
+            or self._state_round is not None
+            or not self._averages_state()
+        ):
             return
         if end + delay - self._clock() <= self._matchmaking_seconds:
             self._state_rounds.schedule(gather=self.epoch + 1)
@@ -290,7 +296,7 @@ class CollaborativeOptimizer:
             await self._take_in_state_round()
             samples = self._gradients.samples
             stepped = not self.auxiliary and (peers > 1 or samples > 0)
-            averages_state = self._averages_state()
+            averages_state = self._averages_state() and self._held <= self.epoch
             async with self._state_averager.lock:
                 await self._compute(partial(self._update, stepped))
             # no cancellation between the step and what is told of it
@@ -344,18 +350,23 @@ class CollaborativeOptimizer:
         """Take over the average, if most of its group were in this peer's epoch.
 
         Peers may meet others who are a step behind or ahead: the mean lies between two steps then, and who applies it
-        loses a part of one. Stock peers do. They might also meet again and again, since each looks for its next group
-        while the others look for this one: so the next one is not looked for ahead of time.
+        loses a part of one. Stock peers do. They would also meet again and again, since the one looks for its next
+        group while the other looks for this one. So the former does not look ahead for the next, and the latter leaves
+        out the one that the others have had.
         """
         current = self._state_round
         if current is None or not (wait or current.ended.is_set()):
             return
         await current.ended.wait()
-        others, members = current.others()
-        self._in_step = others == 0
-        if others:
-            log.info("training: %d of %d peers averaged parameters of another epoch", others, members)
-        if 2 * others < members:
+        told = current.told()
+        same = told.count(current.epoch)
+        if same < len(told):
+            log.info("training: of %d peers %d averaged parameters of this epoch", len(told), same)
+        if told:
+            later = sum(epoch > current.epoch for epoch in told)
+            self._held = current.epoch + (2 * later >= len(told))
+            self._looks_ahead = 2 * (same + later) > len(told)
+        if 2 * same > len(told):
             async with self._state_averager.lock:
                 await self._compute(self._state.apply_averaged)
         self._state_round = None
