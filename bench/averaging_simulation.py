@@ -35,6 +35,7 @@ import torch
 
 from bench.averaging_network import Delays, Dht, Network
 from bench.averaging_peers import Look, Peer
+from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.averaging.group import Group
 from kwaainet_bridge.hivemind.averaging.matchmaking import Rules
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -58,6 +59,8 @@ class Setup:
     delays: Delays = DELAYS
     spread: float = 1.0
     timeout: float = 20.0
+    matchmaking: float = defaults.AVERAGING_MATCHMAKING_SECONDS
+    request: float = defaults.AVERAGING_REQUEST_SECONDS
     skew: float = 0.0
     random_bits: bool = False
 
@@ -113,7 +116,11 @@ class Simulation:
         self.dht = Dht(self.network)
         self.peers: dict[PeerId, Peer] = {}
         self.groups: dict[bytes, dict[PeerId, tuple[Group, float, float]]] = {}
-        self._rules = Rules(target_size=setup.group)
+        self._rules = Rules(
+            target_size=setup.group,
+            matchmaking_seconds=setup.matchmaking,
+            request_seconds=setup.request,
+        )
         values = torch.randn(setup.peers, ELEMENTS, generator=torch.Generator().manual_seed(setup.seed))
         for number in range(setup.peers):
             keys = 1 << setup.width
@@ -313,6 +320,11 @@ def main() -> None:
     parser.add_argument("--latency", type=float, nargs=2, default=[5, 50], metavar="MS", help="one way, ms")
     parser.add_argument("--spread", type=float, default=1.0, help="seconds in which all peers start")
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds of a look for a group")
+    matchmaking, request = defaults.AVERAGING_MATCHMAKING_SECONDS, defaults.AVERAGING_REQUEST_SECONDS
+    parser.add_argument(
+        "--matchmaking", type=float, default=matchmaking, help="seconds a leader waits for others"
+    )
+    parser.add_argument("--request", type=float, default=request, help="seconds for a leader's first answer")
     parser.add_argument("--skew", type=float, default=0.0, help="greatest error of a clock, seconds")
     parser.add_argument("--random-bits", action="store_true")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file for all figures")
@@ -325,6 +337,8 @@ def main() -> None:
         delays=Delays(options.latency[0] / 1000, options.latency[1] / 1000),
         spread=options.spread,
         timeout=options.timeout,
+        matchmaking=options.matchmaking,
+        request=options.request,
         skew=options.skew,
         random_bits=options.random_bits,
     )
