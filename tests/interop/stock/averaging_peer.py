@@ -5,11 +5,17 @@ Commands::
     start {initial_peers, sizes, seed, prefix,             -> {averager, peer, addresses}; a tensor of random numbers
            compression, options}                              for each size, of NaN if ``seed`` is negative;
                                                               ``options`` are those of DecentralizedAverager
-    begin {averager, weight, gather, timeout}              -> null; a step begins
+    renew {averager, seed, settings}                       -> null; other numbers in its tensors, another size of
+                                                              group, compression, bandwidth (see ``renew``)
+    begin {averager, weight, gather, timeout, retries}     -> null; a step begins
     step  {averager}                                       -> {peer id: gathered} once the step has ended
+    cancel {}                                              -> null; whatever steps have begun are over
     values {averager}                                      -> its tensors as lists
+    shares {averager}                                      -> {peer id: elements} that each member was to average, as
+                                                              this one computed them for its last group
     bits  {averager}                                       -> its group bits
-    load  {averager}                                       -> {metadata, tensors} from whoever shares them, or null
+    share {averager, allowed, priority}                    -> null; whether it gives its state to others
+    load  {averager, timeout}                              -> {metadata, tensors} from whoever shares them, or null
     kill  {averager}                                       -> null; it and its daemon end without a word to anybody
     shutdown {}                                            -> null, once all have ended
 
@@ -19,6 +25,7 @@ Event: ``ready``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -28,7 +35,7 @@ import hivemind
 import psutil
 import torch
 from hivemind import compression as codecs
-from hivemind.averaging import DecentralizedAverager
+from hivemind.utils import MPFuture
 from lines import Lines
 
 lines = Lines()
@@ -47,6 +54,43 @@ def random_numbers(size: int, seed: int) -> torch.Tensor:
     if seed < 0:
         return torch.full((size,), float("nan"))
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+class DecentralizedAverager(hivemind.averaging.DecentralizedAverager):
+    """Can be asked what it did, and used again with other settings. Its calls carry the name of its class."""
+
+    _last_shares: dict[str, int] | None = None
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        """Call a method in the averager's own process."""
+        future = MPFuture()
+        self._outer_pipe.send((method, [], {"future": future, **arguments}))
+        return future.result(timeout=10)
+
+    async def _renew(
+        self, *, target_group_size: int | None, compression: str, chunk_timeout: float | None, future: Any
+    ) -> None:
+        matchmaking = self._matchmaking
+        for part in (matchmaking, matchmaking.potential_leaders, matchmaking.group_key_manager):
+            part.target_group_size = target_group_size
+        self.allreduce_kwargs |= {
+            "compression": COMPRESSIONS[compression](),
+            "sender_timeout": chunk_timeout,
+            "reducer_timeout": chunk_timeout and 2 * chunk_timeout,
+        }
+        future.set_result(None)
+
+    async def _shares(self, *, future: Any) -> None:
+        future.set_result(self._last_shares)
+
+    async def _run_allreduce_inplace_(
+        self, tensors: Any, group_info: Any, group_id: bytes | None = None, **kwargs: Any
+    ) -> None:
+        self._last_shares = {
+            peer.to_base58(): int(share)
+            for peer, share in zip(group_info.peer_ids, kwargs["peer_fractions"], strict=True)
+        }
+        await super()._run_allreduce_inplace_(tensors, group_info, group_id, **kwargs)
 
 
 class Commands:
@@ -84,13 +128,51 @@ class Commands:
             "addresses": [str(maddr) for maddr in averager.dht.get_visible_maddrs()],
         }
 
+    async def renew(
+        self,
+        averager: int,
+        seed: int,
+        *,
+        size: int | None,
+        compression: str = "NONE",
+        chunk_timeout: float | None = None,
+        bandwidth: float | None = None,
+    ) -> None:
+        """``chunk_timeout`` is ``next_chunk_timeout``; ``size`` is ``target_group_size``."""
+        renewed = self._averagers[averager]
+        renewed.bandwidth = bandwidth
+        await asyncio.to_thread(
+            renewed.ask,
+            "_renew",
+            target_group_size=size,
+            compression=compression,
+            chunk_timeout=chunk_timeout,
+        )
+        with renewed.get_tensors() as tensors:
+            for tensor in tensors:
+                tensor.copy_(random_numbers(tensor.numel(), seed))
+
     async def begin(
-        self, averager: int, weight: float | None = None, gather: Any = None, timeout: float = 30.0
+        self,
+        averager: int,
+        weight: float | None = None,
+        gather: Any = None,
+        timeout: float = 30.0,
+        *,
+        retries: bool = True,
     ) -> None:
         stepping = self._averagers[averager].step
         self._steps[averager] = await asyncio.to_thread(
-            stepping, weight=weight, gather=gather, timeout=timeout, wait=False
+            stepping, weight=weight, gather=gather, timeout=timeout, allow_retries=retries, wait=False
         )
+
+    async def cancel(self) -> None:
+        steps, self._steps = self._steps, {}
+        for step in steps.values():
+            step.cancel()
+        for step in steps.values():
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                await asyncio.to_thread(step.result)
 
     async def step(self, averager: int) -> dict[str, Any]:
         gathered = await asyncio.to_thread(self._steps.pop(averager).result)
@@ -100,11 +182,20 @@ class Commands:
         with self._averagers[averager].get_tensors() as tensors:
             return [tensor.tolist() for tensor in tensors]
 
+    async def shares(self, averager: int) -> dict[str, int] | None:
+        shares: dict[str, int] | None = await asyncio.to_thread(self._averagers[averager].ask, "_shares")
+        return shares
+
+    async def share(self, averager: int, priority: float = 0.0, *, allowed: bool) -> None:
+        self._averagers[averager].allow_state_sharing = allowed
+        self._averagers[averager].state_sharing_priority = priority
+
     async def bits(self, averager: int) -> str:
         return await asyncio.to_thread(self._averagers[averager].get_group_bits)
 
-    async def load(self, averager: int) -> dict[str, Any] | None:
-        loaded = await asyncio.to_thread(self._averagers[averager].load_state_from_peers)
+    async def load(self, averager: int, timeout: float | None = None) -> dict[str, Any] | None:
+        loading = self._averagers[averager].load_state_from_peers
+        loaded = await asyncio.to_thread(loading, timeout=timeout)
         if loaded is None:
             return None
         metadata, tensors = loaded

@@ -1,0 +1,243 @@
+"""Stock averagers that serve many tests, and swarms of some of them with some of ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trio
+from averaging_mix import PREFIX, OurPeer, live_peer, values
+from child_processes import Driver, PeerError
+from dht_pairs import until
+
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.errors import BridgeError
+from kwaainet_bridge.hivemind.averaging import Step, StepResult
+from kwaainet_bridge.hivemind.averaging.group_keys import entries_of
+from kwaainet_bridge.hivemind.averaging.split import Part, partition, share_elements
+
+SIZES = (3000, 7, 9000)
+"""Elements of the tensors: a dozen parts of ``PART_BYTES`` in float32, so that of four members each has three."""
+PART_BYTES = 4096
+MATCHMAKING_SECONDS = 2.0
+REQUEST_SECONDS = 1.0
+PART_SECONDS = 2.0
+"""Patience of both sides: how long ours wait for a part, and ``next_chunk_timeout`` of stock peers."""
+
+
+@dataclass(frozen=True)
+class StockPeer:
+    """One averager of the driver."""
+
+    averager: int
+    id: str
+
+
+@dataclass
+class Pool:
+    """Stock averagers of one process. Those that are not in use do nothing."""
+
+    driver: Driver
+    addresses: list[str] = field(default_factory=list)
+
+    def start(self, **options: Any) -> StockPeer:
+        """``options`` are those of stock's DecentralizedAverager."""
+        started = self.driver.ask(
+            "start",
+            initial_peers=self.addresses,
+            sizes=SIZES,
+            seed=0,
+            prefix=PREFIX,
+            options={
+                "part_size_bytes": PART_BYTES,
+                "min_matchmaking_time": MATCHMAKING_SECONDS,
+                "request_timeout": REQUEST_SECONDS,
+                "allow_state_sharing": False,
+            }
+            | options,
+        )
+        self.addresses = self.addresses or started["addresses"]
+        return StockPeer(started["averager"], started["peer"])
+
+
+Outcome = StepResult | dict[str, Any] | BridgeError | PeerError
+"""How a step ended: ours or a stock one that succeeded, ours or a stock one that failed."""
+
+
+class Swarm:
+    """Peers of one test by number, ours and stock ones; each begins with the values of its number."""
+
+    def __init__(
+        self, pool: Pool, nursery: trio.Nursery, *, size: int, compression: str = "NONE", **options: Any
+    ) -> None:
+        """``options`` are those of our averagers."""
+        self.ours: dict[int, OurPeer] = {}
+        self.stock: dict[int, StockPeer] = {}
+        self.bandwidths: dict[int, float | None] = {}
+        self.clients: set[int] = set()
+        self.compression = compression
+        self._size = size
+        self._pool = pool
+        self._nursery = nursery
+        self._options = {
+            "part_bytes": PART_BYTES,
+            "matchmaking_seconds": MATCHMAKING_SECONDS,
+            "request_seconds": REQUEST_SECONDS,
+            "share_state": False,
+        } | options
+        self._steps: dict[int, Step | None] = {}
+
+    async def add_ours(self, number: int, **options: Any) -> OurPeer:
+        self.ours[number] = peer = await self.our_peer(number, self._nursery, **options)
+        return peer
+
+    async def our_peer(self, number: int, nursery: trio.Nursery, **options: Any) -> OurPeer:
+        """One of ours that lives as long as ``nursery`` and takes part in nothing by itself."""
+        self.bandwidths[number] = options.get("bandwidth")
+        if options.get("client_mode"):
+            self.clients.add(number)
+        return await live_peer(
+            nursery,
+            number,
+            size=self._size,
+            compression=self.compression,
+            join=self._pool.addresses[:1],
+            sizes=SIZES,
+            **self._options | options,
+        )
+
+    async def use(
+        self,
+        number: int,
+        peer: StockPeer,
+        *,
+        bandwidth: float | None = None,
+        chunk_timeout: float | None = None,
+        client_mode: bool = False,
+    ) -> None:
+        """Have one of the pool's take part. It is in client mode if it was started so."""
+        self.stock[number] = peer
+        self.bandwidths[number] = bandwidth
+        if client_mode:
+            self.clients.add(number)
+        await self._pool.driver.aask(
+            "renew",
+            averager=peer.averager,
+            seed=number,
+            size=self._size,
+            compression=self.compression,
+            chunk_timeout=chunk_timeout,
+            bandwidth=bandwidth,
+        )
+
+    async def begin(
+        self, *numbers: int, weights: Mapping[int, float] | None = None, timeout: float = 30.0, **stock: Any
+    ) -> None:
+        """Each gathers its number. ``stock`` goes to the stock ones' ``begin``."""
+        for number in numbers:
+            weight = None if weights is None else weights.get(number)
+            gather = {"number": number}
+            if number in self.ours:
+                averager = self.ours[number].averager
+                self._steps[number] = averager.begin(weight=weight, gather=gather, timeout=timeout)
+            else:
+                self._steps[number] = None
+                await self._pool.driver.aask(
+                    "begin",
+                    averager=self.stock[number].averager,
+                    weight=weight,
+                    gather=gather,
+                    timeout=timeout,
+                    **stock,
+                )
+
+    async def declared(self, *numbers: int) -> None:
+        """Wait until others can see that these look for a group."""
+        some = next(iter(self.ours.values()))
+        wanted = {self.id(number) for number in numbers}
+
+        async def looking() -> set[str]:
+            found = entries_of(await some.node.dht.get(f"{PREFIX}.0b"))
+            return {str(p) for p, entry in found if entry.value and entry.expiration > time.time()}
+
+        await until(looking, wanted.issubset)
+
+    def id(self, number: int) -> str:
+        return self.ours[number].id if number in self.ours else self.stock[number].id
+
+    async def outcomes(self, *, within: float = 45.0) -> dict[int, Outcome]:
+        """Wait for the steps that were begun."""
+        found: dict[int, Outcome] = {}
+
+        async def wait(number: int, step: Step | None) -> None:
+            try:
+                if step is not None:
+                    found[number] = await step.result()
+                else:
+                    averager = self.stock[number].averager
+                    found[number] = await self._pool.driver.aask("step", averager=averager)
+            except (BridgeError, PeerError) as e:
+                found[number] = e
+
+        with trio.fail_after(within):
+            async with trio.open_nursery() as nursery:
+                for number, step in self._steps.items():
+                    nursery.start_soon(wait, number, step)
+        self._steps.clear()
+        return found
+
+    async def found_values(self, number: int) -> torch.Tensor:
+        """All values of one peer, one after the other."""
+        if number in self.ours:
+            return torch.cat(self.ours[number].tensors)
+        tensors = await self._pool.driver.aask("values", averager=self.stock[number].averager)
+        return torch.cat([torch.tensor(v) for v in tensors])
+
+    async def shares_of_stock(self, number: int) -> dict[int, int]:
+        """How the group's last round was split, as this stock peer computed it."""
+        shares = await self._pool.driver.aask("shares", averager=self.stock[number].averager)
+        numbers = {self.id(n): n for n in (*self.ours, *self.stock)}
+        return {numbers[peer]: share for peer, share in shares.items()}
+
+    def layout(self, members: Sequence[int]) -> dict[int, list[Part]]:
+        """What each member averages, if they are in this order."""
+        numel = sum(SIZES)
+        bandwidths = [0.0 if n in self.clients else self.bandwidths.get(n) for n in members]
+        tensors = [torch.empty(size) for size in SIZES]
+        parts = partition(
+            tensors, share_elements(numel, bandwidths), CompressionType[self.compression], PART_BYTES
+        )
+        return dict(zip(members, parts, strict=True))
+
+
+def members_of(outcome: Outcome) -> list[int]:
+    """The group of a step that succeeded, by number, in the group's order."""
+    assert isinstance(outcome, StepResult | dict), outcome
+    gathered = outcome.gathered if isinstance(outcome, StepResult) else outcome
+    return [data["number"] for data in gathered.values()]
+
+
+def cut(whole: torch.Tensor, part: Part) -> torch.Tensor:
+    """The values of ``part`` in the tensors that ``whole`` has one after the other."""
+    start = sum(SIZES[: part.tensor]) + part.start
+    return whole[start : start + part.length]
+
+
+def beginning(number: int) -> torch.Tensor:
+    """All values that a peer of this number begins with."""
+    return torch.cat(values(number, SIZES))
+
+
+@asynccontextmanager
+async def swarm_of(pool: Pool, **options: Any) -> AsyncIterator[Swarm]:
+    try:
+        async with trio.open_nursery() as nursery:
+            yield Swarm(pool, nursery, **options)
+            nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await pool.driver.aask("cancel")
