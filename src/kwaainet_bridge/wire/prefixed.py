@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import abc
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from kwaainet_bridge.errors import RemoteError
 
 T = TypeVar("T")
+
+_PIECE_BYTES: Final = 4096
+"""Shorter pieces of a body are put together as they come: a byte in a piece of its own takes forty."""
 
 
 class PrefixedDecoder(abc.ABC, Generic[T]):
@@ -28,7 +31,8 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         self._header = bytearray()
         self._tag = 0
         self._length: int | None = None  # of the body in progress; None while the header is
-        self._body = bytearray()
+        self._pieces: list[bytes | bytearray] = []  # of the body in progress
+        self._arrived = 0  # bytes in them
         self._failure: str | None = None
 
     @abc.abstractmethod
@@ -53,10 +57,10 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         self._raise_failure()
         done: list[T] = []
         try:
-            self._consume(memoryview(data), done)
+            self._consume(data, done)
         except RemoteError as e:
             self._failure = str(e)
-            self._body.clear()
+            self._pieces.clear()
             if not done:
                 raise
         return done
@@ -66,7 +70,7 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         self._raise_failure()
         if self._length is not None:
             raise RemoteError(
-                f"{self._name}: cut after {len(self._body)} of {self._length} bytes"
+                f"{self._name}: cut after {self._arrived} of {self._length} bytes"
                 + self._suspicion(self._tag, self._length)
             )
         if self._header:
@@ -76,7 +80,8 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         if self._failure is not None:
             raise RemoteError(self._failure)
 
-    def _consume(self, view: memoryview, done: list[T]) -> None:
+    def _consume(self, data: bytes | bytearray | memoryview, done: list[T]) -> None:
+        view = memoryview(data)
         at = 0
         while True:
             if self._length is None:
@@ -84,18 +89,27 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
                     return
                 at += self._take_header(view[at : at + self._longest_header])
                 continue
-            missing = self._length - len(self._body)
-            if self._body or missing > len(view) - at:
-                self._body += view[at : at + missing]
-                if len(self._body) < self._length:
-                    return
-                body = bytes(self._body)
-                self._body = bytearray()
-            else:  # the usual case: the whole body is here, copy it once
-                body = bytes(view[at : at + missing])
+            missing = self._length - self._arrived
+            if missing > len(view) - at:
+                # a piece that is all body is kept as it came; pages of memory are dearer than the rest of the work
+                self._keep(data if not at and isinstance(data, bytes) else bytes(view[at:]))
+                return
+            body = bytes(view[at : at + missing])
+            if self._arrived:
+                body = b"".join((*self._pieces, body))
+                self._pieces, self._arrived = [], 0
             at += missing
             self._length = None
             done.append(self._build(self._tag, body))
+
+    def _keep(self, piece: bytes) -> None:
+        self._arrived += len(piece)
+        if len(piece) >= _PIECE_BYTES:
+            self._pieces.append(piece)
+        elif self._pieces and isinstance(self._pieces[-1], bytearray):
+            self._pieces[-1] += piece
+        elif piece:
+            self._pieces.append(bytearray(piece))
 
     def _take_header(self, view: memoryview) -> int:
         """Take header bytes from the start of ``view``; return how many of them belong to the header."""

@@ -124,7 +124,7 @@ class AllReduce:
                 self._wake()
 
     def apply(self, alpha: float = 1.0) -> None:
-        """Move the tensors by ``alpha`` towards the average."""
+        """Move the tensors by ``alpha`` towards the average, all at once: nobody sees some moved and others not."""
         with torch.no_grad():
             for part, delta in self.deltas.items():
                 values = part.of(self._tensors)
