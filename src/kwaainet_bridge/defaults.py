@@ -590,6 +590,86 @@ REACHABILITY_CHECK_SECONDS: Final = 5.0
 REACHABILITY_CHECKS_AT_ONCE: Final = 4
 """Dial-backs at one time, so that the service cannot be used to make this node flood others."""
 
+# --- kwaai ----------------------------------------------------------------------------------------------
+
+KWAAI_SESSION_TOKENS: Final = 2048
+"""Tokens of KV cache that a session is promised, or what its prompt and KWAAI_REPLY_TOKENS need if that is more: a
+request says nothing of how long the session will be."""
+
+KWAAI_REPLY_TOKENS: Final = 1024
+"""Room kept behind a long prompt: replies of chat clients rarely have more."""
+
+KWAAI_SESSION_IDLE_SECONDS: Final = 600.0
+"""A session without a request for this long is closed (KwaaiNet: 600 s). There is no message that closes one."""
+
+KWAAI_LEFT_SESSION_SECONDS: Final = 30.0
+"""A session that has been idle this long makes room for another one of the same peer where it may have no more."""
+
+KWAAI_DRAIN_IDLE_SECONDS: Final = 15.0
+"""A server that stops takes a session for finished after this long without a request. Tokens of slow chains take
+a second or two each."""
+
+KWAAI_SESSIONS_PER_PEER: Final = 64
+"""Open sessions of one peer, whatever room there is. Gateways hold one for each of their users."""
+
+KWAAI_EMBEDDINGS_SECONDS: Final = 5.0
+"""How long a request waits for embeddings or head to be read at their first use; then it is told that the node warms
+up, and the reading goes on."""
+
+KWAAI_LEASE_SECONDS: Final = 30
+"""How long a lease lasts after the last request of its peer, whole seconds (KwaaiNet: 30)."""
+
+KWAAI_LEASES_PER_PEER: Final = 16
+"""Leases of one peer at a time. Over the unary protocol it has one."""
+
+KWAAI_RETRY_SECONDS: Final = 5
+"""When a denied peer should ask again, whole seconds, if no lease ends earlier (KwaaiNet: 5)."""
+
+KWAAI_MUX_STREAMS: Final = 64
+"""Mux streams at one time."""
+
+KWAAI_MUX_STREAMS_PER_PEER: Final = 4
+"""Those of one peer. It needs one."""
+
+KWAAI_MUX_REQUESTS: Final = 32
+"""HTTP requests that run at the local endpoint at one time; further ones are answered with 503."""
+
+KWAAI_MUX_REQUESTS_PER_PEER: Final = 16
+"""Those of one peer; further ones are answered with 429."""
+
+KWAAI_MUX_BODY_BYTES: Final = 4 * MIB
+"""Longest body of a tunnelled HTTP request: a chat of a million characters. Longer ones are answered with 413."""
+
+KWAAI_MUX_ANSWER_BYTES: Final = 16 * MIB
+"""Longest body of an answer of the local endpoint that is passed on; embeddings of a thousand texts."""
+
+KWAAI_MUX_PEER_BYTES: Final = 64 * MIB
+"""Bytes of one peer's mux requests and unread answers in memory: its sixteen longest requests."""
+
+KWAAI_MUX_BYTES: Final = 256 * MIB
+"""The same for all peers together. A peer that would exceed either is answered with 503 or cut off."""
+
+KWAAI_MUX_SECONDS: Final = 300.0
+"""Longest time for one tunnelled request: 3,000 tokens at 10 tokens per second."""
+
+KWAAI_MUX_IDLE_SECONDS: Final = 600.0
+"""A mux stream on which nothing was sent or answered for this long is closed."""
+
+KWAAI_TENSOR_STREAMS: Final = 16
+"""Tensors that are received at one time."""
+
+KWAAI_TENSOR_STREAMS_PER_PEER: Final = 2
+"""Those of one peer."""
+
+KWAAI_TENSOR_PEER_BYTES: Final = 2 * MAX_TENSOR_FRAME_BYTES
+"""Bytes of one peer's tensors in memory until they were taken."""
+
+KWAAI_TENSOR_BYTES: Final = 4 * MAX_TENSOR_FRAME_BYTES
+"""The same for all peers together."""
+
+KWAAI_TENSOR_SECONDS: Final = 120.0
+"""A tensor must have arrived by then: 64 MiB at 4.5 Mbit/s."""
+
 # --- node -----------------------------------------------------------------------------------------------
 
 MIN_CACHE_TOKENS: Final = 64
