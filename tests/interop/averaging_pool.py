@@ -23,10 +23,6 @@ from kwaainet_bridge.hivemind.averaging.split import Part, partition, share_elem
 SIZES = (3000, 7, 9000)
 """Elements of the tensors: a dozen parts of ``PART_BYTES`` in float32, so that of four members each has three."""
 PART_BYTES = 4096
-MATCHMAKING_SECONDS = 2.0
-REQUEST_SECONDS = 1.0
-PART_SECONDS = 2.0
-"""Patience of both sides: how long ours wait for a part, and ``next_chunk_timeout`` of stock peers."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,6 @@ class Pool:
             prefix=PREFIX,
             options={
                 "part_size_bytes": PART_BYTES,
-                "min_matchmaking_time": MATCHMAKING_SECONDS,
-                "request_timeout": REQUEST_SECONDS,
                 "allow_state_sharing": False,
             }
             | options,
@@ -72,23 +66,41 @@ class Swarm:
     """Peers of one test by number, ours and stock ones; each begins with the values of its number."""
 
     def __init__(
-        self, pool: Pool, nursery: trio.Nursery, *, size: int, compression: str = "NONE", **options: Any
+        self,
+        pool: Pool,
+        nursery: trio.Nursery,
+        *,
+        size: int,
+        least_size: int | None = None,
+        matchmaking_seconds: float = 10.0,
+        request_seconds: float = 3.0,
+        part_seconds: float | None = None,
+        compression: str = "NONE",
     ) -> None:
-        """``options`` are those of our averagers."""
+        """Groups begin when they have ``size`` members, or at their time with ``least_size``, by default no fewer.
+
+        ``part_seconds`` is the patience of both sides with members that are late: ours leave one out that sends no part
+        for so long; it is ``next_chunk_timeout`` of stock peers.
+        """
         self.ours: dict[int, OurPeer] = {}
         self.stock: dict[int, StockPeer] = {}
         self.bandwidths: dict[int, float | None] = {}
         self.clients: set[int] = set()
         self.compression = compression
+        self._least_size = least_size or size
+        self._seconds = matchmaking_seconds, request_seconds, part_seconds
         self._size = size
         self._pool = pool
         self._nursery = nursery
-        self._options = {
+        self._options: dict[str, Any] = {
             "part_bytes": PART_BYTES,
-            "matchmaking_seconds": MATCHMAKING_SECONDS,
-            "request_seconds": REQUEST_SECONDS,
+            "min_group_size": self._least_size,
+            "matchmaking_seconds": matchmaking_seconds,
+            "request_seconds": request_seconds,
             "share_state": False,
-        } | options
+        }
+        if part_seconds is not None:
+            self._options["part_seconds"] = part_seconds
         self._steps: dict[int, Step | None] = {}
 
     async def add_ours(self, number: int, **options: Any) -> OurPeer:
@@ -116,7 +128,6 @@ class Swarm:
         peer: StockPeer,
         *,
         bandwidth: float | None = None,
-        chunk_timeout: float | None = None,
         client_mode: bool = False,
     ) -> None:
         """Have one of the pool's take part. It is in client mode if it was started so."""
@@ -124,18 +135,22 @@ class Swarm:
         self.bandwidths[number] = bandwidth
         if client_mode:
             self.clients.add(number)
+        matchmaking, request, part = self._seconds
         await self._pool.driver.aask(
             "renew",
             averager=peer.averager,
             seed=number,
             size=self._size,
+            least_size=self._least_size,
+            matchmaking_time=matchmaking,
+            request_timeout=request,
             compression=self.compression,
-            chunk_timeout=chunk_timeout,
+            chunk_timeout=part,
             bandwidth=bandwidth,
         )
 
     async def begin(
-        self, *numbers: int, weights: Mapping[int, float] | None = None, timeout: float = 30.0, **stock: Any
+        self, *numbers: int, weights: Mapping[int, float] | None = None, timeout: float = 60.0, **stock: Any
     ) -> None:
         """Each gathers its number. ``stock`` goes to the stock ones' ``begin``."""
         for number in numbers:
@@ -169,7 +184,7 @@ class Swarm:
     def id(self, number: int) -> str:
         return self.ours[number].id if number in self.ours else self.stock[number].id
 
-    async def outcomes(self, *, within: float = 45.0) -> dict[int, Outcome]:
+    async def outcomes(self, *, within: float = 90.0) -> dict[int, Outcome]:
         """Wait for the steps that were begun."""
         found: dict[int, Outcome] = {}
 

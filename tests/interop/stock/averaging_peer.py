@@ -68,11 +68,23 @@ class DecentralizedAverager(hivemind.averaging.DecentralizedAverager):
         return future.result(timeout=10)
 
     async def _renew(
-        self, *, target_group_size: int | None, compression: str, chunk_timeout: float | None, future: Any
+        self,
+        *,
+        size: int,
+        least_size: int,
+        matchmaking_time: float,
+        request_timeout: float,
+        compression: str,
+        chunk_timeout: float | None,
+        future: Any,
     ) -> None:
         matchmaking = self._matchmaking
         for part in (matchmaking, matchmaking.potential_leaders, matchmaking.group_key_manager):
-            part.target_group_size = target_group_size
+            part.target_group_size = size
+        matchmaking.min_group_size = least_size
+        matchmaking.request_timeout = request_timeout
+        for part in (matchmaking, matchmaking.potential_leaders):
+            part.min_matchmaking_time = matchmaking_time
         self.allreduce_kwargs |= {
             "compression": COMPRESSIONS[compression](),
             "sender_timeout": chunk_timeout,
@@ -133,21 +145,14 @@ class Commands:
         averager: int,
         seed: int,
         *,
-        size: int | None,
-        compression: str = "NONE",
-        chunk_timeout: float | None = None,
-        bandwidth: float | None = None,
+        bandwidth: float | None,
+        **settings: Any,
     ) -> None:
-        """``chunk_timeout`` is ``next_chunk_timeout``; ``size`` is ``target_group_size``."""
+        """``settings`` are all those of ``_renew``; ``chunk_timeout`` is ``next_chunk_timeout``."""
         renewed = self._averagers[averager]
         renewed.bandwidth = bandwidth
-        await asyncio.to_thread(
-            renewed.ask,
-            "_renew",
-            target_group_size=size,
-            compression=compression,
-            chunk_timeout=chunk_timeout,
-        )
+        renewed.matchmaking_kwargs["min_matchmaking_time"] = settings["matchmaking_time"]
+        await asyncio.to_thread(renewed.ask, "_renew", **settings)
         with renewed.get_tensors() as tensors:
             for tensor in tensors:
                 tensor.copy_(random_numbers(tensor.numel(), seed))
