@@ -146,6 +146,8 @@ class MuxConfig(_Section):
     """Its address: ``http://127.0.0.1:8080``."""
     paths: Annotated[tuple[Annotated[str, Field(pattern=r"^/")], ...], Field(min_length=1)]
     """What they may ask for: whole paths, or beginnings that end in ``*``."""
+    remote: bool = False
+    """Whether ``endpoint`` may be on another machine."""
 
 
 class ProtocolsConfig(_Section):
@@ -388,7 +390,7 @@ def parse_config(text: str, source: str, overrides: dict[str, Any] | None = None
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: expected keys and values, found {type(raw).__name__}")
     try:
-        return NodeConfig.model_validate(_merge(raw, overrides or {}))
+        return NodeConfig.model_validate(merge_settings(raw, overrides or {}))
     except ValidationError as e:
         mistakes = "".join(f"\n  {mistake}" for mistake in _explain(e.errors()))
         raise ConfigError(f"{source}:{mistakes}") from e
@@ -432,12 +434,13 @@ def _absolute(key: str, path: Path, folder: Path) -> Path:
         raise ConfigError(f"{key}: {path} is in the home folder of nobody here") from e
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over``, section by section."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
         if isinstance(value, dict):
-            merged[key] = _merge(below if isinstance(below, dict) else {}, value)
+            merged[key] = merge_settings(below if isinstance(below, dict) else {}, value)
         else:
             merged[key] = value
     return merged

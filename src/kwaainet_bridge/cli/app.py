@@ -18,7 +18,14 @@ import trio
 import typer
 
 from kwaainet_bridge import __version__, defaults
-from kwaainet_bridge.config import EMBEDDED_MODEL, NodeConfig, anchored, load_config, parse_config
+from kwaainet_bridge.config import (
+    EMBEDDED_MODEL,
+    NodeConfig,
+    anchored,
+    load_config,
+    merge_settings,
+    parse_config,
+)
 from kwaainet_bridge.errors import BridgeError, CheckpointError, ConfigError, NetworkError
 
 app = typer.Typer(
@@ -44,6 +51,16 @@ BootstrapOption = Annotated[
         "--initial-peers",
         "--bootstrap",
         help="Address of a peer of the swarm, or a preset (petals-public). May be repeated.",
+        metavar="ADDR",
+    ),
+]
+
+
+KwaaiOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kwaainet-peers",
+        help="Address of a peer of a KwaaiNet swarm, or a preset (kwaainet-public). May be repeated.",
         metavar="ADDR",
     ),
 ]
@@ -178,6 +195,7 @@ def config_check(path: Annotated[Path, typer.Argument(help="Configuration file."
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     bootstrap: BootstrapOption = None,
+    kwaainet_peers: KwaaiOption = None,
     config: ConfigOption = None,
     model: Annotated[str | None, typer.Option(help="As in `run`.")] = None,
     dht_prefix: Annotated[
@@ -197,8 +215,10 @@ def generate(
         bool, typer.Option("--show-route", help="Print which peers hold which blocks.")
     ] = False,
 ) -> None:
-    """Continue a text with a model that a swarm serves."""
+    """Continue a text with a model that a swarm serves, in one network or both."""
     overrides = _swarm_of(bootstrap)
+    if kwaainet_peers:
+        overrides = merge_settings(overrides, {"networks": {"kwaainet": {"bootstrap": kwaainet_peers}}})
     asked = {"name": _found_from_here(model), "dht_prefix": dht_prefix}
     overrides["model"] = {key: value for key, value in asked.items() if value is not None}
     node_config = _load(config, overrides)

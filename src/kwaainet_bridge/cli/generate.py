@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from kwaainet_bridge.cli.visit import visit_swarm
+from kwaainet_bridge.bridge.kwaai_servers import KwaaiServers
+from kwaainet_bridge.cli.visit import Visit, visit_swarm
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.engine import ClientModel, load_client_weights
 from kwaainet_bridge.errors import ConfigError, InvalidRequest
@@ -25,7 +26,8 @@ from kwaainet_bridge.hivemind.client import (
     generate,
     open_session,
 )
-from kwaainet_bridge.node.models import model_source, swarm_prefix
+from kwaainet_bridge.kwaai.client import KwaaiClient
+from kwaainet_bridge.node.models import kwaainet_prefix, model_source, swarm_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,26 @@ async def generate_text(config: NodeConfig, options: GenerateOptions) -> None:
     model = config.model
     if model is None:
         raise ConfigError("no model to generate with: name it with --model")
-    async with visit_swarm(config) as visit:
+    async with visit_swarm(config, both=True) as visit:
         console = Console(stderr=True)
         with _progress(console) as progress:
             weights, tokenizer = await _load(model, progress)
         prefix = swarm_prefix(model.name, weights.family, model.dht_prefix)
-        swarm = Swarm(visit.rpc, Directory(visit.dht, prefix, weights.num_blocks), ping=visit.dht.ping)
+        directory = Directory(visit.dht, prefix, weights.num_blocks)
+        swarm = Swarm(
+            visit.rpc, directory, ping=visit.dht.ping, others=_others(config, model, visit, weights)
+        )
         await _write_text(swarm, weights, tokenizer, options, console)
+
+
+def _others(config: NodeConfig, model: ModelConfig, visit: Visit, weights: ClientModel) -> list[KwaaiServers]:
+    """The model's servers in KwaaiNet, if that network is configured."""
+    network = config.networks.kwaainet
+    if network is None or visit.kwaainet is None:
+        return []
+    prefix = kwaainet_prefix(model.name, network.dht_prefix)
+    client = KwaaiClient(visit.rpc)
+    return [KwaaiServers(visit.kwaainet, client, prefix, weights.num_blocks, vocab_size=weights.vocab_size)]
 
 
 def _progress(console: Console) -> Progress:
@@ -107,7 +122,7 @@ async def _write_text(
     typer.echo(options.prompt, nl=False)
     began = trio.current_time()
     count = 0
-    async with open_session(swarm, max_length=ids.shape[1] + options.max_new_tokens) as session:
+    async with open_session(swarm, max_length=ids.shape[1] + options.max_new_tokens, ends=True) as session:
         tokens = generate(
             weights,
             session,
@@ -121,9 +136,11 @@ async def _write_text(
             count += 1
             typer.echo(text.feed(new), nl=False)
         typer.echo(text.finish())
-        route = session.chain
+        routes = session.routes
     seconds = trio.current_time() - began
     if options.show_route:
-        console.print(f"route: {' => '.join(route)}", highlight=False)
+        for position, route in routes:
+            since = f" from token {position} on" if position else ""
+            console.print(f"route{since}: {' => '.join(route)}", highlight=False)
     if console.is_terminal:
         console.print(f"{count} tokens, {count / seconds:.1f} per second", style="dim", highlight=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+import trio
 import typer
 
 from kwaainet_bridge.cli.printing import printable, spinner
@@ -22,39 +23,70 @@ from kwaainet_bridge.wire.peer_id import PeerId
 
 @dataclass(frozen=True)
 class Visit:
-    """A host that only dials, and its DHT client, which has joined through ``reached``."""
+    """A host that only dials, and its DHT client, which has joined through ``reached``.
+
+    ``kwaainet`` is a client of KwaaiNet's DHT, if that was asked for and is configured.
+    """
 
     host: Libp2pHost
     rpc: RpcClient
     dht: DhtNode
     reached: tuple[PeerId, ...]
+    kwaainet: DhtNode | None = None
 
 
 @asynccontextmanager
-async def visit_swarm(config: NodeConfig, *, join: bool = True) -> AsyncIterator[Visit]:
+async def visit_swarm(config: NodeConfig, *, join: bool = True, both: bool = False) -> AsyncIterator[Visit]:
     """Connect to all bootstrap peers of the Petals network at once and, with ``join``, join its DHT as a client.
 
-    Those that fail are told on standard error as long as there is another one. Raises ConfigError without an
-    address, NetworkError naming the hop that failed for each if all do. Cancelled: its connections are closed.
+    With ``both`` the same of KwaaiNet, if it is configured; then one of the networks is enough. Those that fail are
+    told on standard error as long as there is another one. Raises ConfigError without an address, NetworkError naming
+    the hop that failed for each if all do. Cancelled: its connections are closed.
     """
     configure_logging("warning", config.log.format)
-    network = config.networks.petals
-    if network is None or not network.bootstrap:
+    petals, kwaainet = config.networks.petals, config.networks.kwaainet if both else None
+    bootstrap = () if petals is None else petals.bootstrap
+    if not bootstrap and kwaainet is None:
         raise ConfigError(
             "no swarm to ask: give an address of one of its peers with --initial-peers, "
             "or networks.petals.bootstrap in the file"
         )
-    async with open_host(HostConfig(Identity.generate("ed25519"), listen=())) as host:
-        rpc = RpcClient(host)
+    async with (
+        open_host(HostConfig(Identity.generate("ed25519"), listen=())) as host,
+        AsyncExitStack() as stack,
+    ):
+        rpc, server = RpcClient(host), RpcServer(host)
         # records that name an owner are signed, as hivemind's averagers do it; others pass as they are
-        validator = RsaSignatureValidator()
-        dht = DhtNode(host, RpcServer(host), rpc, client_mode=True, validator=validator)
-        async with dht.running():
-            with spinner("joining the swarm"):
-                reached, failures = await reach(host, dht if join else None, network.bootstrap)
-            failures = [printable(failure) for failure in failures]
-            if not reached:
-                raise NetworkError("the swarm cannot be reached:\n  " + "\n  ".join(failures))
-            for failure in failures:
-                typer.echo(f"not reached: {failure}", err=True)
-            yield Visit(host, rpc, dht, tuple(dict.fromkeys(reached)))
+        dht = DhtNode(host, server, rpc, client_mode=True, validator=RsaSignatureValidator())
+        await stack.enter_async_context(dht.running())
+        networks = [(dht, bootstrap)]
+        other = None
+        if kwaainet is not None:
+            other = DhtNode(host, server, rpc, client_mode=True)
+            await stack.enter_async_context(other.running())
+            networks.append((other, kwaainet.bootstrap))
+        with spinner("joining the swarm"):
+            reached, failures = await _reach(host, networks, join=join)
+        if not reached:
+            raise NetworkError("the swarm cannot be reached:\n  " + "\n  ".join(failures))
+        for failure in failures:
+            typer.echo(f"not reached: {failure}", err=True)
+        yield Visit(host, rpc, dht, tuple(dict.fromkeys(reached)), other)
+
+
+async def _reach(
+    host: Libp2pHost, networks: Sequence[tuple[DhtNode, Sequence[str]]], *, join: bool
+) -> tuple[list[PeerId], list[str]]:
+    """The peers of all networks that were reached, and what failed for the others."""
+    reached: list[PeerId] = []
+    failures: list[str] = []
+
+    async def attempt(dht: DhtNode, bootstrap: Sequence[str]) -> None:
+        peers, failed = await reach(host, dht if join else None, bootstrap)
+        reached.extend(peers)
+        failures.extend(map(printable, failed))
+
+    async with trio.open_nursery() as nursery:
+        for dht, bootstrap in networks:
+            nursery.start_soon(attempt, dht, bootstrap)
+    return reached, failures

@@ -166,7 +166,7 @@ async def _work(
             if config.model is None:
                 await _serve_until(stop, state)
             else:
-                serving = [network for network in networks if isinstance(network, PetalsSide)]
+                serving = [network for network in networks if network.serves_blocks]
                 model = ModelService(config.model, serving, state, reachability=reachability)
                 await _serve_blocks(model, state, stop, config.drain_seconds)
         nursery.cancel_scope.cancel()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from kwaainet_bridge.config import NodeConfig
+from kwaainet_bridge.config import ModelConfig, NodeConfig
+from kwaainet_bridge.engine import Engine, ModelInfo
 from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.kwaai.model import ServedModel
+from kwaainet_bridge.kwaai.mux_endpoint import MuxEndpoint
+from kwaainet_bridge.kwaai.server import KwaaiProtocols, KwaaiServer, serve_kwaai
 from kwaainet_bridge.net import Libp2pHost
+from kwaainet_bridge.node.announcing import KwaaiPublisher, Publisher
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
+from kwaainet_bridge.node.models import kwaainet_prefix
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.rpc import RpcClient, RpcServer
+from kwaainet_bridge.wire.peer_id import PeerId
 
 
 class KwaaiSide:
@@ -18,23 +25,50 @@ class KwaaiSide:
 
     name = "kwaainet"
 
-    def __init__(self, watch: BootstrapWatch) -> None:
+    def __init__(self, config: NodeConfig, dht: DhtNode, server: KwaaiServer, watch: BootstrapWatch) -> None:
+        assert config.networks.kwaainet is not None
         self.watch = watch
+        self.serves_blocks = config.protocols.kwaai_inference
+        self._network = config.networks.kwaainet
+        self._leases = config.protocols.kwaai_lease
+        self._dht = dht
+        self._server = server
 
     async def run(self) -> None:
         """Keep in touch with the swarm until cancelled."""
         await self.watch.run()
 
+    def publisher(self, config: ModelConfig, model: ModelInfo) -> KwaaiPublisher:  # noqa: ARG002 - one rule for all
+        prefix = kwaainet_prefix(config.name, self._network.dht_prefix)
+        return KwaaiPublisher(self._dht, prefix, self._bootstrap, leases=self._leases)
+
+    def _bootstrap(self) -> Sequence[PeerId]:
+        return sorted(self._network.peers - {self._dht.peer_id})
+
+    def serve(
+        self, config: ModelConfig, engine: Engine, publisher: Publisher
+    ) -> AbstractAsyncContextManager[KwaaiServer]:
+        return self._server.serving(ServedModel(engine, names=[config.name, publisher.prefix]))
+
 
 @asynccontextmanager
 async def open_kwaainet(config: NodeConfig, host: Libp2pHost, state: NodeState) -> AsyncIterator[KwaaiSide]:
-    """Use the swarm's DHT as a client within the block.
+    """Serve the network's protocols and use its DHT as a client within the block.
 
     Only bootstrap peers keep records there. As a client this node is in nobody's table, so that no record of another
     network comes to it, and none of its own gets out.
     """
-    network = config.networks.kwaainet
+    network, protocols = config.networks.kwaainet, config.protocols
     assert network is not None
-    dht = DhtNode(host, RpcServer(host), RpcClient(host), client_mode=True)
-    async with dht.running():
-        yield KwaaiSide(BootstrapWatch("kwaainet", host, network.bootstrap, state, join=dht.bootstrap))
+    server = RpcServer(host)
+    mux = protocols.kwaai_mux
+    mounted = KwaaiProtocols(
+        inference=protocols.kwaai_inference and config.model is not None,
+        lease=protocols.kwaai_lease and config.model is not None,
+        hello=protocols.kwaai_hello,
+        mux=None if mux is None else MuxEndpoint(url=mux.endpoint, paths=mux.paths, remote=mux.remote),
+    )
+    dht = DhtNode(host, server, RpcClient(host), client_mode=True)
+    async with serve_kwaai(host, server, mounted) as kwaai, dht.running():
+        watch = BootstrapWatch("kwaainet", host, network.bootstrap, state, join=dht.bootstrap)
+        yield KwaaiSide(config, dht, kwaai, watch)

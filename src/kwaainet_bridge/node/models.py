@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kwaainet_bridge.config import EMBEDDED_MODEL
 from kwaainet_bridge.hivemind.experts.records import check_prefix, default_prefix
+from kwaainet_bridge.kwaai.records import network_prefix
 
 
 def model_source(name: str) -> str:
@@ -25,3 +26,14 @@ def swarm_prefix(name: str, family: str, given: str | None = None) -> str:
         return check_prefix(given)
     folder = Path(name)
     return default_prefix(folder.resolve().name if folder.is_dir() else name, family)
+
+
+def kwaainet_prefix(name: str, given: str | None = None) -> str:
+    """The same in KwaaiNet: ``given``, or the last part of the repository's or folder's name.
+
+    Raises ConfigError for one that cannot be part of a block's name.
+    """
+    if given is not None:
+        return check_prefix(given)
+    folder = Path(name)
+    return check_prefix(network_prefix(folder.resolve().name if folder.is_dir() else name))

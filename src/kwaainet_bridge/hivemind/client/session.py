@@ -75,6 +75,8 @@ class InferenceSession:
         self._swarm = swarm
         self._push = push
         self._new_id = new_id
+        self.routes: list[tuple[int, list[str]]] = []
+        """Each chain that was in use, as ``chain`` says it, with the position from which on."""
         self._position = 0
         self._parts: list[Part] = []
 
@@ -139,6 +141,7 @@ class InferenceSession:
                 self._push = False
             if not self._parts:
                 self._parts = await self._first_parts()
+                self.routes.append((self._position, self.chain))
             inputs, output = await self._run(chunk, hypo_ids)
             for part, seen in zip(self._parts, inputs, strict=True):
                 if hypo_ids is not None:
@@ -245,6 +248,7 @@ class InferenceSession:
             log.info("%s: new route %s", self._swarm.prefix, " => ".join(map(str, chain)))
             if parts := await self._rebuild(chain, old.history, attempts):
                 self._parts[index : index + 1] = parts
+                self.routes.append((self._position, self.chain))
                 return
 
     async def _rebuild(self, chain: Sequence[Hop], history: History, attempts: Attempts) -> list[Part] | None:

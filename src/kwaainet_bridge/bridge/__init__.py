@@ -1,0 +1,1 @@
+"""What joins the two stacks: routes over servers of both networks."""

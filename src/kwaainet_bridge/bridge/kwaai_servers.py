@@ -1,0 +1,193 @@
+"""KwaaiNet's servers in the chains of the client: who they are, and a session's part at one of them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import InvalidRequest, RemoteError
+from kwaainet_bridge.hivemind.client.directory import RecordSource, Span
+from kwaainet_bridge.hivemind.client.history import Chunk, History
+from kwaainet_bridge.hivemind.client.part import NextServer, SessionShape
+from kwaainet_bridge.hivemind.client.routing import Hop
+from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState, block_uid
+from kwaainet_bridge.kwaai.client import KwaaiClient
+from kwaainet_bridge.kwaai.methods import most_tokens
+from kwaainet_bridge.kwaai.records import NodeInfo
+from kwaainet_bridge.wire.peer_id import PeerId
+
+log = logging.getLogger(__name__)
+
+KWAAINET = "kwaainet"
+
+
+class KwaaiServers:
+    """The servers of one model in KwaaiNet, as ``Swarm`` takes other networks.
+
+    ``source`` is a view of KwaaiNet's DHT; ``prefix`` is what the model's blocks are called there. ``vocab_size`` is
+    how many scores a server of the last block must give.
+    """
+
+    name = KWAAINET
+
+    def __init__(
+        self,
+        source: RecordSource,
+        client: KwaaiClient,
+        prefix: str,
+        num_blocks: int,
+        *,
+        vocab_size: int,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.prefix = prefix
+        self._source = source
+        self._client = client
+        self._num_blocks = num_blocks
+        self._vocab_size = vocab_size
+        self._rng = rng or random.SystemRandom()
+
+    async def read(self) -> list[Span]:
+        """Spans of nodes that KwaaiNet's own clients would use. Raises what the record source raises."""
+        uids = [block_uid(self.prefix, block) for block in range(self._num_blocks)]
+        found = await self._source.get_many(uids, latest=True)
+        newest: dict[PeerId, tuple[float, NodeInfo]] = {}
+        for block, uid in enumerate(uids):
+            record = found.get(uid)
+            if record is None or not record.is_dictionary:
+                continue
+            for subkey, (value, expiration) in record.value.items():
+                try:
+                    info = NodeInfo.from_value(subkey, value)
+                except RemoteError as e:
+                    log.debug("%s by %.64r: %s", uid, subkey, e)
+                    continue
+                is_newer = info.peer not in newest or expiration > newest[info.peer][0]
+                if is_newer and info.start_block <= block < info.end_block:
+                    newest[info.peer] = expiration, info
+        return [
+            self._span(info)
+            for _, info in newest.values()
+            if info.usable and info.end_block <= self._num_blocks
+        ]
+
+    def _span(self, info: NodeInfo) -> Span:
+        described = ServerInfo(
+            ServerState.ONLINE,
+            info.throughput,
+            start_block=info.start_block,
+            end_block=info.end_block,
+            version=info.version,
+            # theirs is of tokens through all of their blocks, Petals' of tokens through one
+            inference_rps=info.throughput * (info.end_block - info.start_block) or None,
+        )
+        blocks = range(info.start_block, info.end_block)
+        return Span(info.peer, blocks, described, network=KWAAINET, whole=True)
+
+    async def ping(self, peer: PeerId) -> object:
+        return await self._client.hello(peer)
+
+    def part(self, hop: Hop, shape: SessionShape, history: History) -> KwaaiPart:
+        return KwaaiPart(
+            self._client,
+            hop,
+            shape,
+            history,
+            scores=self._vocab_size if hop.blocks.stop == self._num_blocks else None,
+            new_number=lambda: self._rng.getrandbits(63),
+        )
+
+
+class KwaaiPart:
+    """A session at one KwaaiNet server: a number, which begins anew whenever the server's cache is not as it should be.
+
+    The protocol cannot go back, and has no message that ends a session: the server forgets it after a while.
+    """
+
+    def __init__(
+        self,
+        client: KwaaiClient,
+        hop: Hop,
+        shape: SessionShape,
+        history: History,
+        *,
+        scores: int | None,
+        new_number: Callable[[], int],
+    ) -> None:
+        """``scores``: how many it gives of the last token, None unless it has the model's last block."""
+        if not shape.ends or shape.batch_size != 1:
+            raise InvalidRequest("KwaaiNet's servers take sessions of one sequence with the model's ends")
+        self.hop = hop
+        self.history = history
+        self._client = client
+        self._first = hop.blocks.start == 0
+        self._scores = scores
+        self._new_number = new_number
+        self._number: int | None = None
+        self._position = 0
+
+    @property
+    def gives_scores(self) -> bool:
+        return self._scores is not None
+
+    @property
+    def next_server(self) -> NextServer | None:
+        return None  # pushes are Petals' alone
+
+    async def catch_up(self) -> list[Chunk]:
+        tokens = self.history.tokens
+        if self._number is not None and self._position > tokens:
+            await self.reset()
+        if self._number is not None:
+            return []
+        self._number, self._position = self._new_number(), 0
+        return [Chunk(await self._run(piece)) for piece in self.history.pieces(defaults.PREFILL_TOKENS)]
+
+    async def step(
+        self,
+        chunk: Chunk,
+        *,
+        hypo_ids: torch.Tensor | None,
+        step_id: str,  # noqa: ARG002 - the protocol has neither steps' names nor pushes
+        next_servers: Sequence[NextServer] = (),  # noqa: ARG002
+    ) -> torch.Tensor:
+        assert hypo_ids is None, "sessions with the model's ends have none"
+        await self.catch_up()
+        return await self._run(chunk)
+
+    async def _run(self, chunk: Chunk) -> torch.Tensor:
+        """The server's outputs for these tokens, in as many requests as its messages can hold."""
+        # its answer may have half as many bytes again: lists of integers
+        limit = max(1, most_tokens(chunk.hidden.shape[2]) * 2 // 3)
+        outputs = [
+            await self._exchange(chunk.tail(start).head(limit)) for start in range(0, chunk.tokens, limit)
+        ]
+        if self._scores is not None:
+            return outputs[-1] if outputs else chunk.hidden
+        return torch.cat(outputs, dim=1) if outputs else chunk.hidden
+
+    async def _exchange(self, chunk: Chunk) -> torch.Tensor:
+        assert self._number is not None
+        if self._first:
+            assert chunk.ids is not None, "a session with the model's ends has the ids of all tokens"
+            ids = [int(token) for token in chunk.ids[0]]
+            output = await self._client.step_ids(self.hop.peer, self._number, self._position, ids)
+        else:
+            output = await self._client.step_hidden(self.hop.peer, self._number, self._position, chunk.hidden)
+        expected = chunk.hidden.shape if self._scores is None else (1, 1, self._scores)
+        if tuple(output.shape) != tuple(expected):
+            raise RemoteError(f"{self.hop}: values of shape {list(output.shape)}, expected {list(expected)}")
+        if not bool(torch.isfinite(output).all()):
+            raise RemoteError(f"{self.hop}: values that are not finite")
+        self._position += chunk.tokens
+        return output.to(chunk.hidden.dtype)
+
+    async def finish(self) -> None:
+        self._number = None
+
+    async def reset(self) -> None:
+        self._number, self._position = None, 0

@@ -1,0 +1,9 @@
+"""Tests of both networks at once use the simulated KwaaiNet peer, and whole nodes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+for folder in ("kwaainet", "node"):
+    sys.path.append(str(Path(__file__).parents[1] / folder))
