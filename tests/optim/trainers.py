@@ -187,7 +187,7 @@ class Training:
         A peer that is an epoch ahead may have mixed its parameters into the one before, as among stock peers.
         """
         for trainer in self.trainers:
-            await trainer.optimizer._take_in_state_round()
+            await trainer.optimizer._state_rounds.take_in()
 
     def die(self, trainer: Trainer) -> None:
         """It is gone, without a word."""

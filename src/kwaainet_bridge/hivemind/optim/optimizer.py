@@ -21,11 +21,12 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
-from kwaainet_bridge.hivemind.averaging import Averager, State, StepResult
+from kwaainet_bridge.hivemind.averaging import Averager, State
 from kwaainet_bridge.hivemind.optim.computing import compute, size_of
 from kwaainet_bridge.hivemind.optim.gradients import Gradients
-from kwaainet_bridge.hivemind.optim.progress import Rate, SwarmProgress
+from kwaainet_bridge.hivemind.optim.progress import SwarmProgress
 from kwaainet_bridge.hivemind.optim.rounds import Rounds
+from kwaainet_bridge.hivemind.optim.state_rounds import StateRounds
 from kwaainet_bridge.hivemind.optim.tracker import ProgressTracker
 from kwaainet_bridge.hivemind.optim.training_state import Scheduler, TrainingState
 from kwaainet_bridge.hivemind.peer import Peer
@@ -46,20 +47,6 @@ class EpochEnd:
     samples: int
     gradient_peers: int
     stepped: bool
-
-
-class _StateRound:
-    """An averaging of parameters that may go on while the next epoch's samples are computed."""
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.result: StepResult | None = None
-        self.ended = trio.Event()
-
-    def told(self) -> list[int]:
-        """The epochs of the group, by the words of its members."""
-        gathered = [] if self.result is None else self.result.gathered.values()
-        return [epoch for epoch in gathered if isinstance(epoch, int)]
 
 
 class CollaborativeOptimizer:
@@ -160,13 +147,12 @@ class CollaborativeOptimizer:
             state_compression=load_compression,
             **options,
         )
-        self._state_rounds = Rounds(self._state_averager, seconds=averaging_seconds)
-        self._state_round: _StateRound | None = None
-        self._state_delay = Rate(
-            now=clock()
-        )  # "samples" are rounds: from an epoch's end to the averaging of the state
-        self._looks_ahead = True  # for groups that average parameters
-        self._held = 0  # the last epoch whose parameters were averaged, as far as is known
+        self._state_rounds = StateRounds(
+            Rounds(self._state_averager, seconds=averaging_seconds),
+            self._state,
+            matchmaking_seconds=matchmaking_seconds,
+            clock=clock,
+        )
         self._checked = False  # whether this epoch was compared with the run's
         self._one_at_a_time = trio.Lock()
         self._nursery: trio.Nursery | None = None
@@ -206,9 +192,7 @@ class CollaborativeOptimizer:
             yield
             # others may count on rounds that have their groups already
             self._nursery.start_soon(self._gradient_rounds.tag_along)
-            self._nursery.start_soon(self._state_rounds.tag_along)
-            self._state_rounds.give_up_search()
-            await self._take_in_state_round()
+            await self._state_rounds.leave()
 
     async def _compute(self, work: Callable[[], T]) -> T:
         return await compute(work, self._size)
@@ -228,7 +212,7 @@ class CollaborativeOptimizer:
                 "an auxiliary peer has no batches" if self.auxiliary else "the batch size is given nowhere"
             )
         async with self._one_at_a_time:
-            await self._take_in_state_round(wait=False)
+            await self._state_rounds.take_in(wait=False)
             if self.auxiliary:
                 self._catch_up()
             elif self._is_behind():
@@ -276,27 +260,20 @@ class CollaborativeOptimizer:
         end = self._tracker.progress.end_of_epoch(now=self._clock())
         if end - self._clock() <= self._matchmaking_seconds:
             self._gradient_rounds.schedule()
-        delay = self._state_delay.seconds
-        if (
-            delay is None
-            or not self._looks_ahead
-            or self._state_round is not None
-            or not self._averages_state()
-        ):
-            return
-        if end + delay - self._clock() <= self._matchmaking_seconds:
-            self._state_rounds.schedule(gather=self.epoch + 1)
+        if self._averages_state():
+            self._state_rounds.schedule(end)
 
     # --- the end of an epoch ------------------------------------------------------------------------------
 
     async def _end_epoch(self) -> None:
+        assert self._nursery is not None
         began = self._clock()
         with self._tracker.paused():
             peers = await self._average_gradients()
-            await self._take_in_state_round()
+            await self._state_rounds.take_in()
             samples = self._gradients.samples
             stepped = not self.auxiliary and (peers > 1 or samples > 0)
-            averages_state = self._averages_state() and self._held <= self.epoch
+            averages_state = self._averages_state()
             async with self._state_averager.lock:
                 await self._compute(partial(self._update, stepped))
             # no cancellation between the step and what is told of it
@@ -305,9 +282,10 @@ class CollaborativeOptimizer:
             self._offer_state()
             self.latest = EpochEnd(self.epoch, samples, peers, stepped)
             log.info("training: epoch %d, gradients of %d peers", self.epoch, peers)
-            if averages_state:
-                self._state_delay.measured(1, self._clock() - began)
-                await self._begin_state_round()
+            if averages_state and self._state_rounds.is_due():
+                self._state_rounds.begin(self._nursery, epoch_ended=began)
+                if not self._delay_state_averaging:
+                    await self._state_rounds.take_in()
             else:
                 self._state_rounds.drop()
 
@@ -331,46 +309,6 @@ class CollaborativeOptimizer:
             await self._compute(self._gradients.load)
         return 1
 
-    # --- averaging of parameters --------------------------------------------------------------------------
-
-    async def _begin_state_round(self) -> None:
-        assert self._nursery is not None
-        self._state_round = _StateRound(self.epoch)
-        self._nursery.start_soon(self._run_state_round, self._state_round)
-        if not self._delay_state_averaging:
-            await self._take_in_state_round()
-
-    async def _run_state_round(self, current: _StateRound) -> None:
-        try:
-            current.result = await self._state_rounds.run(self._state.load_averaged, gather=current.epoch)
-        finally:
-            current.ended.set()
-
-    async def _take_in_state_round(self, *, wait: bool = True) -> None:
-        """Take over the average, if most of its group were in this peer's epoch.
-
-        Peers may meet others who are a step behind or ahead: the mean lies between two steps then, and who applies it
-        loses a part of one. Stock peers do. They would also meet again and again, since the one looks for its next
-        group while the other looks for this one. So the former does not look ahead for the next, and the latter leaves
-        out the one that the others have had.
-        """
-        current = self._state_round
-        if current is None or not (wait or current.ended.is_set()):
-            return
-        await current.ended.wait()
-        told = current.told()
-        same = told.count(current.epoch)
-        if same < len(told):
-            log.info("training: of %d peers %d averaged parameters of this epoch", len(told), same)
-        if told:
-            later = sum(epoch > current.epoch for epoch in told)
-            self._held = current.epoch + (2 * later >= len(told))
-            self._looks_ahead = 2 * (same + later) > len(told)
-        if 2 * same > len(told):
-            async with self._state_averager.lock:
-                await self._compute(self._state.apply_averaged)
-        self._state_round = None
-
     # --- the state ----------------------------------------------------------------------------------------
 
     def _shared_state(self) -> State:
@@ -392,13 +330,13 @@ class CollaborativeOptimizer:
         nothing has changed.
         """
         async with self._one_at_a_time:
-            await self._take_in_state_round()
+            await self._state_rounds.take_in()
             return await self._load_state()
 
     async def _load_state(self) -> bool:
         assert self._nursery is not None
         self._nursery.start_soon(self._gradient_rounds.tag_along)
-        await self._take_in_state_round()
+        await self._state_rounds.take_in()
         with self._tracker.paused():
             state = None
             with trio.move_on_after(self._load_seconds):
