@@ -367,3 +367,28 @@ def test_the_scheduler_must_be_that_of_the_optimizer() -> None:
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizers[0], 0.9)
     with pytest.raises(ValueError, match="belongs to another optimizer"):
         TrainingState(optimizers[1], scheduler=scheduler)
+
+
+async def test_a_group_that_says_odd_epochs_does_no_harm(autojump_clock: object) -> None:
+    """What others gather is theirs to choose: an average is left, or taken, and nothing else happens."""
+    async with training(2, seed=0) as run:
+        vandal = await run.peer()
+        for word in ("x", None, -(2**60), 2**60, [1]):
+            averager = Averager(
+                vandal,
+                [torch.zeros(1, 3), torch.zeros(1)],
+                prefix=f"{RUN}_state_averager",
+                kind="TrainingStateAverager",
+                matchmaking_seconds=2.0,
+                request_seconds=1.0,
+                share_state=False,
+                clock=clock,
+            )
+            epoch = run.trainers[0].optimizer.epoch
+            async with averager, trio.open_nursery() as nursery:
+                averager.begin(weight=0.0, gather=word, timeout=60)
+                nursery.start_soon(run.train, epoch + 2)
+            assert run.trainers[0].optimizer.epoch == epoch + 2
+        await run.train(run.trainers[0].optimizer.epoch + 2)
+        await run.settle()
+        assert agree(run.trainers)

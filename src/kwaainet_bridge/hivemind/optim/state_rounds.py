@@ -81,7 +81,7 @@ class StateRounds:
         self._rounds.drop()
 
     async def take_in(self, *, wait: bool = True) -> None:
-        """Apply the average of the round that was begun, once it has ended, or if it has. Cancelled: nothing is lost."""
+        """Apply the average of the round that was begun, once it has ended, or if it has. Cancelled: no loss."""
         current = self._current
         if current is None or not (wait or current.ended.is_set()):
             return
