@@ -812,6 +812,10 @@ AVERAGING_INLINE_BYTES: Final = MIB
 """Tensors up to this size are weighed, added, and coded plainly or as float16 on the event loop: a part takes 0.02 to
 0.15 ms, and a way to another thread and back as long."""
 
+AVERAGING_THREADS: Final = 4
+"""Threads that code larger ones, and no more than there are cores. The allocator keeps memory for each thread: with one
+for every stream of a group they had half of the tensors' size."""
+
 AVERAGING_GROUP_ID_BYTES: Final = 64
 """Longest id of a group. Stock leaders send 20 bytes; PowerSGD appends 7."""
 

@@ -74,10 +74,12 @@ class AllReduce:
     ) -> None:
         self.group = group
         self.failed_reducers: dict[PeerId, str] = {}
-        self.deltas: dict[Part, torch.Tensor] = {}
         self.sent_bytes = 0  # of tensors as they travel
         self.received_bytes = 0
         self._tensors = tensors
+        # in one piece for each tensor: parts that stay until the end, among others that do not, would tear up memory
+        self._deltas = [torch.empty(t.shape, dtype=_precise(t.dtype)) for t in tensors]
+        self._averaged: set[Part] = set()  # those whose deltas have come
         self._own = own
         self._weight = weight
         self._options = options
@@ -103,7 +105,9 @@ class AllReduce:
     @property
     def missing_elements(self) -> int:
         """Elements that keep their local values since nobody averaged them."""
-        return sum(part.length for parts in self._parts.values() for part in parts if part not in self.deltas)
+        return sum(
+            part.length for parts in self._parts.values() for part in parts if part not in self._averaged
+        )
 
     async def run(self, client: RpcClient, method: Exchange) -> None:
         """Take part to the end: all parts are averaged or given up. Raises nothing for members that fail.
@@ -126,9 +130,9 @@ class AllReduce:
     def apply(self, alpha: float = 1.0) -> None:
         """Move the tensors by ``alpha`` towards the average, all at once: nobody sees some moved and others not."""
         with torch.no_grad():
-            for part, delta in self.deltas.items():
+            for part in self._averaged:
                 values = part.of(self._tensors)
-                values.add_(delta.to(values.device), alpha=alpha)
+                values.add_(part.of(self._deltas).to(values.device), alpha=alpha)
 
     # --- our own parts ------------------------------------------------------------------------------------
 
@@ -143,7 +147,11 @@ class AllReduce:
             self._add_to_average(self._own, weighted, self._weight)
             await self._until_ready(number)
             average = self._reducer.average(number)
-            self.deltas[part] = torch.zeros_like(values) if average is None else average - values
+            if average is None:
+                part.of(self._deltas).zero_()
+            else:
+                torch.sub(average, values, out=part.of(self._deltas))
+            self._averaged.add(part)
         watching.cancel()
 
     async def _watch_senders(self, watching: trio.CancelScope) -> None:
@@ -241,17 +249,20 @@ class AllReduce:
                 tensor = _checked(message, part.length)
                 self.received_bytes += len(tensor.buffer)
 
-                def decode(tensor: TensorMessage = tensor) -> torch.Tensor:
-                    delta = decode_tensor(tensor, name="difference").detach().reshape(-1)
-                    check_values(delta, self._options.max_rms)
-                    return delta
-
-                self.deltas[part] = await coded(decode, len(tensor.buffer), self._options.compression)
+                decode = partial(self._decode, tensor, part)
+                await coded(decode, len(tensor.buffer), self._options.compression)
+                self._averaged.add(part)
         except trio.EndOfChannel:
             return "it answered fewer parts than it got"
         except (NetworkError, RemoteError) as e:
             return str(e)
         return None
+
+    def _decode(self, tensor: TensorMessage, part: Part) -> None:
+        """Put a difference in its place. Raises RemoteError."""
+        delta = decode_tensor(tensor, name="difference").detach().reshape(-1)
+        check_values(delta, self._options.max_rms)
+        part.of(self._deltas).copy_(delta)
 
     # --- serving our share --------------------------------------------------------------------------------
 
@@ -329,6 +340,11 @@ class AllReduce:
         tensor = await coded(encode, part.nbytes, self._options.compression)
         self.sent_bytes += total(tensor.values)
         return AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    """What differences between an average, float32, and values of ``dtype`` are kept in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _difference(average: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
