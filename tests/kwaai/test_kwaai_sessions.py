@@ -1,0 +1,330 @@
+"""How sessions of KwaaiNet callers begin, wait for each other and end; with a toy engine, in simulated time."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from kwaai_world import peer
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import EngineError, InvalidRequest, Refusal
+from kwaainet_bridge.kwaai.lease import Leases, Places
+from kwaainet_bridge.kwaai.sessions import Sessions
+from kwaainet_bridge.wire.kwaai_lease import Denied, Granted
+
+ONE, TWO = peer(1), peer(2)
+LENGTH = 100
+
+
+class ToySession:
+    def __init__(self):
+        self.position = 0
+        self.steps = 0
+
+    async def step(self, tokens, *, seconds=0.0, error=None):
+        self.steps += 1
+        assert self.steps == 1, "two steps at a time"
+        try:
+            await trio.sleep(seconds)
+            if error is not None:
+                raise error
+            self.position += tokens
+        finally:
+            self.steps -= 1
+
+
+class ToyEngine:
+    """What sessions need of an engine: a cache of some tokens in one block of one byte."""
+
+    blocks = range(1)
+    cache_bytes_per_token = 1
+    max_length = LENGTH
+
+    def __init__(self, tokens):
+        self.cache_bytes_total = self.cache_bytes_left = tokens
+        self.open = 0
+
+    @asynccontextmanager
+    async def open_session(self, blocks, batch_size, max_length):
+        assert (blocks, batch_size) == (self.blocks, 1)
+        self.cache_bytes_left -= max_length
+        assert self.cache_bytes_left >= 0
+        self.open += 1
+        session = ToySession()
+        try:
+            yield session
+        finally:
+            assert not session.steps
+            self.open -= 1
+            self.cache_bytes_left += max_length
+
+
+class Desk:
+    """Sessions on a toy engine, with leases beside them."""
+
+    def __init__(self, nursery, *, tokens=16 * LENGTH):
+        self.engine = ToyEngine(tokens)
+        self.places = Places(
+            Leases(iter(range(1, 1000)).__next__),
+            lambda: [self.sessions],
+            lambda name: name == "m",
+            clock=trio.current_time,
+        )
+        self.sessions = Sessions(self.engine, self.places, nursery, clock=trio.current_time)
+
+    async def step(self, who, number, position, tokens=1, **how):
+        async with self.sessions.step(who, number, position, tokens) as session:
+            await session.step(tokens, **how)
+
+
+@pytest.fixture
+async def desk():
+    async with trio.open_nursery() as nursery:
+        yield Desk(nursery)
+        nursery.cancel_scope.cancel()
+
+
+# --- time
+
+
+async def test_a_silent_session_is_closed_after_its_time(desk, autojump_clock):
+    await desk.step(ONE, 1, 0, 3)
+    await trio.sleep(defaults.KWAAI_SESSION_IDLE_SECONDS - 1)
+    await desk.step(ONE, 1, 3)
+    await trio.sleep(defaults.KWAAI_SESSION_IDLE_SECONDS - 1)
+    assert (desk.sessions.open_sessions, desk.engine.open) == (1, 1)
+    await trio.sleep(2)
+    assert (desk.sessions.open_sessions, desk.engine.open) == (0, 0)
+    assert desk.engine.cache_bytes_left == desk.engine.cache_bytes_total
+    with pytest.raises(Refusal, match="you have no session 1 here"):
+        await desk.step(ONE, 1, 4)
+
+
+async def test_no_task_is_left_without_sessions_and_the_next_one_is_tended_too(desk, autojump_clock):
+    for _ in range(2):
+        await desk.step(ONE, 1, 0)
+        assert len(desk.sessions._nursery.child_tasks) == 1
+        await trio.sleep(defaults.KWAAI_SESSION_IDLE_SECONDS + 1)
+        assert desk.engine.open == 0
+        assert not desk.sessions._nursery.child_tasks
+
+
+async def test_a_session_whose_step_takes_longer_than_that_is_not_idle(desk, autojump_clock):
+    await desk.step(ONE, 1, 0)
+    await desk.step(ONE, 1, 1, seconds=3 * defaults.KWAAI_SESSION_IDLE_SECONDS)
+    await desk.step(ONE, 1, 2)
+    assert desk.sessions.open_sessions == 1
+    await trio.sleep(defaults.KWAAI_SESSION_IDLE_SECONDS + 2)
+    assert desk.engine.open == 0
+
+
+# --- one step at a time
+
+
+async def test_a_second_request_waits_and_a_third_is_refused(desk, autojump_clock):
+    await desk.step(ONE, 1, 0)
+    order = []
+
+    async def step(position, seconds):
+        await desk.step(ONE, 1, position, seconds=seconds)
+        order.append(position)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(step, 1, 5)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(step, 2, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Refusal, match="session 1 has a request that runs and one that waits"):
+            await desk.step(ONE, 1, 3)
+        await desk.step(ONE, 2, 0)  # other sessions are not concerned
+        await desk.step(TWO, 1, 0)
+    assert order == [1, 2]
+
+
+async def test_the_retry_of_a_step_whose_caller_left_begins_anew(desk, autojump_clock):
+    """The caller gives up; its step is cancelled; the position is unknown, so the session is gone."""
+    await desk.step(ONE, 1, 0, 10)
+    with trio.move_on_after(1):
+        await desk.step(ONE, 1, 10, seconds=100)
+    assert desk.engine.open == 0
+    with pytest.raises(Refusal, match="begin one with seq_pos 0"):
+        await desk.step(ONE, 1, 10)
+    await desk.step(ONE, 1, 0, 11)
+    assert desk.engine.open == 1
+
+
+async def test_a_retry_that_waits_for_the_cancelled_step_gets_its_answer(desk, autojump_clock):
+    await desk.step(ONE, 1, 0, 10)
+    first = trio.CancelScope()
+
+    async def left():
+        with first:
+            await desk.step(ONE, 1, 10, seconds=100)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(desk.step, ONE, 1, 0, 11)
+        await trio.testing.wait_all_tasks_blocked()
+        first.cancel()
+    assert desk.engine.open == 1
+    await desk.step(ONE, 1, 11)
+
+
+async def test_who_waited_for_a_session_that_ended_is_told(desk, autojump_clock):
+    await desk.step(ONE, 1, 0)
+
+    async def fails():
+        with pytest.raises(EngineError):
+            await desk.step(ONE, 1, 1, seconds=5, error=EngineError("broken"))
+
+    async def waits():
+        with pytest.raises(Refusal, match="session 1 has ended: begin one with seq_pos 0, not 2"):
+            await desk.step(ONE, 1, 2)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fails)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(waits)
+    assert desk.engine.open == 0
+    assert not desk.sessions._live
+
+
+async def test_a_waiting_request_that_is_cancelled_leaves_nothing(desk, autojump_clock):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: desk.step(ONE, 1, 0, seconds=5))
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(1):
+            await desk.step(ONE, 1, 0)
+    await desk.step(ONE, 1, 1)
+    assert desk.engine.open == 1
+
+
+async def test_a_request_that_is_wrong_leaves_the_session_as_it_was(desk, autojump_clock):
+    await desk.step(ONE, 1, 0, 4)
+    with pytest.raises(InvalidRequest):
+        await desk.step(ONE, 1, 4, error=InvalidRequest("no"))
+    await desk.step(ONE, 1, 4)
+    with pytest.raises(InvalidRequest):
+        await desk.step(ONE, 2, 0, error=InvalidRequest("no"))
+    assert desk.engine.open == 1  # a first step that fails opens none
+
+
+# --- room
+
+
+async def test_a_session_that_was_left_makes_room_for_another_of_its_peer(desk, autojump_clock):
+    for number in range(8):
+        await desk.step(ONE, number, 0)
+        await trio.sleep(1)
+    with pytest.raises(Refusal, match="your sessions hold 800 tokens"):
+        await desk.step(ONE, 8, 0)
+    await trio.sleep(defaults.KWAAI_LEFT_SESSION_SECONDS - 8)
+    await desk.step(ONE, 0, 1)
+    await trio.sleep(2)
+    await desk.step(ONE, 8, 0)  # in the place of the one that was used longest ago
+    assert sorted(number for _, number in desk.sessions._live) == [0, 2, 3, 4, 5, 6, 7, 8]
+    assert desk.sessions.open_sessions == 8
+
+
+async def test_nobody_s_session_makes_room_for_those_of_others(desk, autojump_clock):
+    desk.engine.cache_bytes_left -= 15 * LENGTH
+    await desk.step(ONE, 1, 0)
+    await trio.sleep(defaults.KWAAI_LEFT_SESSION_SECONDS * 2)
+    with pytest.raises(
+        Refusal, match="the KV cache has no room for a session of 100 tokens: try again in 5 s"
+    ):
+        await desk.step(TWO, 1, 0)
+    assert desk.sessions.uses() == {ONE: 1}
+
+
+async def test_a_refused_replacement_gives_its_place_back(desk, autojump_clock):
+    await desk.step(ONE, 1, 0)
+    desk.sessions.accepting = False
+    with pytest.raises(Refusal, match="shutting down"):
+        await desk.step(ONE, 1, 0)
+    assert desk.engine.open == 0
+    assert desk.engine.cache_bytes_left == desk.engine.cache_bytes_total
+    assert desk.sessions._share.used == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens", "promised"),
+    [
+        ((8192, 16384), 1, 2048),
+        ((8192, 16384), 1500, 2524),
+        ((8192, 16384), 8000, 8192),
+        ((100, 16384), 1, 100),
+        ((8192, 512), 1, 512),
+    ],
+)
+async def test_what_a_session_is_promised(limits, tokens, promised, desk, autojump_clock):
+    maximum, total = limits
+    desk.engine.max_length = maximum
+    desk.engine.cache_bytes_total = desk.engine.cache_bytes_left = total
+    sessions = Sessions(desk.engine, desk.places, desk.sessions._nursery, clock=trio.current_time)
+    desk.sessions = sessions
+    await desk.step(ONE, 1, 0, tokens)
+    assert desk.engine.cache_bytes_left == total - promised
+
+
+# --- leases
+
+
+async def test_leased_places_are_not_for_others(desk, autojump_clock):
+    desk.engine.cache_bytes_left = 2 * LENGTH
+    assert isinstance(desk.places.grant(ONE, "m"), Granted)
+    await desk.step(TWO, 1, 0)
+    with pytest.raises(Refusal, match="at capacity: all free places are leased: try again in 5 s"):
+        await desk.step(TWO, 2, 0)
+    assert desk.places.grant(peer(3), None) == Denied("DeniedAtCapacity", 5)
+    await desk.step(ONE, 1, 0)
+    with pytest.raises(Refusal, match="no room"):
+        await desk.step(TWO, 2, 0)
+
+
+async def test_a_lease_that_is_not_used_ends(desk, autojump_clock):
+    desk.engine.cache_bytes_left = LENGTH
+    desk.places.grant(ONE, None)
+    await trio.sleep(defaults.KWAAI_LEASE_SECONDS - 3)
+    with pytest.raises(Refusal, match="try again in 3 s"):
+        await desk.step(TWO, 1, 0)
+    await trio.sleep(3)
+    await desk.step(TWO, 1, 0)
+
+
+# --- the end
+
+
+async def test_draining_goes_on_with_what_runs_until_it_is_silent(desk, autojump_clock):
+    await desk.step(ONE, 1, 0)
+    await desk.step(TWO, 1, 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(desk.sessions.drain)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Refusal, match="shutting down and takes no new sessions"):
+            await desk.step(peer(3), 1, 0)
+        start = trio.current_time()
+        for position in range(1, 6):
+            await trio.sleep(defaults.KWAAI_DRAIN_IDLE_SECONDS - 2)
+            await desk.step(ONE, 1, position)
+        assert desk.sessions.uses() == {ONE: 1}
+    # silent from the last step on, and looked at once a second at most
+    ended = start + 5 * (defaults.KWAAI_DRAIN_IDLE_SECONDS - 2) + defaults.KWAAI_DRAIN_IDLE_SECONDS
+    assert ended <= trio.current_time() <= ended + 1.5
+    assert desk.engine.open == 0
+
+
+async def test_closing_waits_for_no_step_and_leaves_no_session(desk, autojump_clock):
+    await desk.step(ONE, 1, 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: desk.step(ONE, 2, 0, seconds=50))
+        await trio.testing.wait_all_tasks_blocked()
+        before = trio.current_time()
+        await desk.sessions.close()
+        assert trio.current_time() == before
+        assert desk.engine.open == 1
+    assert desk.engine.open == 0
