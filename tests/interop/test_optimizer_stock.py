@@ -131,9 +131,11 @@ def distance(left: list[float], right: list[float]) -> float:
     return float((torch.tensor(left) - torch.tensor(right)).abs().max())
 
 
-# Losses of four stock peers after six epochs, measured by the same script and data: see the test below.
-STOCK_LOSS = 0.382
-SPREAD = 0.05
+# Measured, after six epochs: 1.66 before; one process that does what four peers should, 0.382. Four stock peers by
+# seed: 0.385, 0.388 and 0.391 (seed 0, three runs), 0.357, 0.326, 0.784 (seeds 1 to 3). Two of each kind: 0.377, 0.383
+# and 0.403 (seed 0), 0.389, 0.317 (seeds 1 and 2). Runs of one seed differ by how many samples came in before each end.
+STOCK_LOSS = 0.388
+SPREAD = 0.05  # that of stock over seeds is from 0.326 to 0.784
 
 
 @pytest.mark.slow
