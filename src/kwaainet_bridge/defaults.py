@@ -98,6 +98,25 @@ MAX_HTTP_PATH_BYTES: Final = 8 * KIB
 MAX_TENSOR_TEXT_BYTES: Final = 64 * KIB
 """Name or metadata of a tensor message. The example sends a word."""
 
+MAX_TENSOR2_PART_BYTES: Final = MIB
+"""Values in one part of /kwaai/tensor/2.0.0: what a receiver holds of a frame before it knows whose it is."""
+
+MAX_TENSOR2_INLINE_BYTES: Final = 64 * KIB
+"""Values that an offer of that protocol may carry itself: four tokens of the largest models in 16 bits. They have
+travelled in vain if they are not wanted."""
+
+MAX_TENSOR2_OFFER_BYTES: Final = 32 * KIB
+"""An offer without values. Sixteen may wait in memory."""
+
+MAX_TENSOR2_NAME_BYTES: Final = KIB
+"""Name of a tensor, UTF-8. Parameters of large models have up to 100."""
+
+MAX_TENSOR2_METADATA: Final = 64
+"""Entries of an offer's metadata."""
+
+MAX_TENSOR2_TEXT_BYTES: Final = 4 * KIB
+"""Text of an acknowledgement or an end; MAX_ERROR_CHARACTERS take that at most."""
+
 MAX_HELLO_BYTES: Final = 4 * KIB
 """A text for the people who run a node: a page."""
 
@@ -669,6 +688,36 @@ KWAAI_TENSOR_BYTES: Final = 4 * MAX_TENSOR_FRAME_BYTES
 
 KWAAI_TENSOR_SECONDS: Final = 120.0
 """A tensor must have arrived by then: 64 MiB at 4.5 Mbit/s."""
+
+KWAAI_TENSOR2_STREAMS: Final = 64
+"""Streams of /kwaai/tensor/2.0.0 at one time. Each may hold a frame and its offers: 3 MiB at most."""
+
+KWAAI_TENSOR2_STREAMS_PER_PEER: Final = 4
+"""Those of one peer. It needs one, and another for what must not wait behind a large tensor."""
+
+KWAAI_TENSOR2_OFFERS: Final = 16
+"""Offers of one stream that are not done with. The number is part of the protocol."""
+
+KWAAI_TENSOR2_IN_FLIGHT: Final = 4
+"""Tensors that a sender has encoded and offered on one stream: the next one's answer comes while one is sent."""
+
+KWAAI_TENSOR2_PART_BYTES: Final = 512 * KIB
+"""Values in the parts that are sent: two of a stream's first windows, and headers do not count."""
+
+KWAAI_TENSOR2_BYTES: Final = 1024 * MIB
+"""Memory for tensors that were accepted and not yet taken, encoded and decoded, of all peers."""
+
+KWAAI_TENSOR2_PEER_BYTES: Final = 512 * MIB
+"""That of one peer, so the largest tensor that is accepted: 134 million values in float32 as they are."""
+
+KWAAI_TENSOR2_SECONDS: Final = 60.0
+"""Time for a tensor from its turn on, beside that of its bytes."""
+
+KWAAI_TENSOR2_BYTES_PER_SECOND: Final = 128 * KIB
+"""How fast a tensor must come on the whole (1 Mbit/s): slower ones hold memory that others wait for."""
+
+KWAAI_TENSOR2_IDLE_SECONDS: Final = 120.0
+"""A stream on which no tensor is under way is ended after this long without an offer."""
 
 # --- node -----------------------------------------------------------------------------------------------
 

@@ -112,6 +112,21 @@ class CapacityDenied(LeaseDenied):
         self.retry_after = retry_after
 
 
+class TensorRefused(NetworkError):
+    """A peer did not take a tensor that was offered to it. ``tensor`` is its name, ``text`` what the peer says.
+
+    ``code`` is the peer's reason: REFUSED, UNSUPPORTED, TOO_LARGE, BUSY, INVALID or FAILED. BUSY alone may be
+    otherwise in a while. ``limit`` is the most bytes that it would take, with TOO_LARGE, else 0.
+    """
+
+    def __init__(self, message: str, *, tensor: str, code: str, text: str, limit: int = 0) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.code = code
+        self.text = text
+        self.limit = limit
+
+
 class AveragingCancelled(BridgeError):
     """A step of averaging was cancelled on this side, or its averager has ended."""
 
