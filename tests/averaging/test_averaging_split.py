@@ -86,3 +86,13 @@ def test_parts_are_as_long_as_stock_peers_make_them(
     dtype: torch.dtype, compression: CompressionType, elements: int
 ) -> None:
     assert part_elements(dtype, compression, 1 << 19) == elements
+
+
+@pytest.mark.parametrize("none", [-1.0, float("nan")])
+def test_what_is_no_bandwidth_averages_nothing_unless_others_are_given(none: float) -> None:
+    """As with stock peers: the first group averages, the second fails at every member."""
+    assert share_elements(1000, [None, none, None]) == (500, 0, 500)
+    with pytest.raises(RemoteError, match="at least 0"):
+        share_elements(1000, [None, none, 10.0])
+    with pytest.raises(RemoteError, match="nobody in the group averages"):
+        share_elements(1000, [none, 0])

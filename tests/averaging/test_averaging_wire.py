@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,6 @@ def test_what_a_member_says_of_itself_is_packed_as_by_stock_peers() -> None:
     [
         ({}, "not a list"),
         ([None, 0], "not a list of 3"),
-        ([-1.0, 0, pack(1)], "bandwidth"),
-        ([float("inf"), 0, pack(1)], "bandwidth"),
         (["fast", 0, pack(1)], "bandwidth"),
         ([None, 3, pack(1)], "mode"),
         ([None, True, pack(1)], "mode"),
@@ -183,3 +182,11 @@ def test_a_group_travels_whole() -> None:
 def test_groups_that_cannot_be_ours_are_refused(group: Group, error: str) -> None:
     with pytest.raises(RemoteError, match=error):
         Group.read(group.message(), own=PEERS[0], leader=PEERS[1], max_size=4)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "sound"),
+    [(None, True), (0, True), (2.5, True), (-1.0, False), (math.inf, False), (math.nan, False)],
+)
+def test_words_with_any_number_for_a_bandwidth_are_read(bandwidth: float | None, sound: bool) -> None:
+    assert About.read(pack([bandwidth, 0, pack("data")])).sound == sound

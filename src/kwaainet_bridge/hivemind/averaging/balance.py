@@ -27,8 +27,10 @@ def balanced_scores(bandwidths: Sequence[float | None]) -> list[float]:
     A member with share ``w`` sends and receives ``1 + (n - 2) * w`` times the tensors; the time of the slowest one is
     made as short as it can be. Takes milliseconds for a usual group, a second for hundreds: not for an event loop.
 
-    Raises RemoteError for bandwidths beyond what float64 can compute with: the solver of stock peers refuses them.
+    Raises RemoteError for bandwidths that are none, or beyond what float64 can compute with: stock peers refuse them.
     """
+    if not all(bandwidth is None or bandwidth >= 0 for bandwidth in bandwidths):
+        raise RemoteError(f"bandwidths {list(bandwidths)!r:.200}: all must be at least 0")
     given = [bandwidth for bandwidth in bandwidths if bandwidth]
     # the solver warns of its age, and of bandwidths that have no solution
     with warnings.catch_warnings(), np.errstate(all="ignore"):

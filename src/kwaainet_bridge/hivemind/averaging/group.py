@@ -28,7 +28,10 @@ class Mode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What one member says of itself: its bandwidth (None: not specified), its mode, and anything for the others."""
+    """What one member says of itself: its bandwidth (None: not specified), its mode, and anything for the others.
+
+    A bandwidth that was read may be any number: whoever refuses a group that stock members begin leaves them waiting.
+    """
 
     bandwidth: float | None
     mode: Mode
@@ -49,15 +52,18 @@ class About:
         if not isinstance(fields, list) or len(fields) != 3:
             raise RemoteError("gather: not a list of 3")
         bandwidth, mode, data = fields
-        if bandwidth is not None:
-            is_number = isinstance(bandwidth, int | float) and not isinstance(bandwidth, bool)
-            if not is_number or not math.isfinite(bandwidth) or bandwidth < 0:
-                raise RemoteError(f"gather: bandwidth is {bandwidth!r:.40}")
+        if isinstance(bandwidth, bool) or not isinstance(bandwidth, int | float | None):
+            raise RemoteError(f"gather: bandwidth is {bandwidth!r:.40}")
         if isinstance(mode, bool) or mode not in tuple(Mode):
             raise RemoteError(f"gather: mode is {mode!r:.40}")
         if not isinstance(data, bytes):
             raise RemoteError("gather: its data are not bytes")
         return cls(bandwidth, Mode(mode), unpack(data))
+
+    @property
+    def sound(self) -> bool:
+        """Whether the bandwidth is one; with others given, every group fails that has a member whose is not."""
+        return self.bandwidth is None or 0 <= self.bandwidth < math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -402,7 +402,6 @@ class Matchmaking:
 def _can_average_with(gather: bytes) -> bool:
     """One member's words reach the whole group, and a wrong one would fail it."""
     try:
-        About.read(gather)
+        return About.read(gather).sound
     except RemoteError:
         return False
-    return True

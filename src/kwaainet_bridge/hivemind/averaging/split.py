@@ -36,11 +36,12 @@ class Part:
 
 
 def share_elements(total: int, bandwidths: Sequence[float | None]) -> tuple[int, ...]:
-    """How many of ``total`` elements each member averages. None: not specified; 0: it averages nothing.
+    """How many of ``total`` elements each member averages. None: not specified; 0, or what is no bandwidth: nothing.
 
-    Raises RemoteError if nobody is there to average. With given bandwidths it takes a while, see ``balanced_scores``.
+    Raises RemoteError if nobody is there to average, or one is no bandwidth where others are given. With given
+    bandwidths it takes a while, see ``balanced_scores``.
     """
-    if any(bandwidth for bandwidth in bandwidths):
+    if any(bandwidth is not None and bandwidth > 0 for bandwidth in bandwidths):
         scores = balanced_scores(bandwidths)
     else:
         scores = [1.0 if bandwidth is None else 0.0 for bandwidth in bandwidths]
