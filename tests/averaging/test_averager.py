@@ -456,6 +456,19 @@ async def refuse(stream: Any, first: AveragingData) -> None:
     await stream.send(AveragingData(code=MessageCode.INTERNAL_ERROR))
 
 
+async def answer_too_often(stream: Any, first: AveragingData) -> None:
+    message: AveragingData | None = first
+    while message is not None:
+        assert message.tensor_part is not None
+        tensor = encode_tensor(torch.zeros(message.tensor_part.size[0]))
+        await stream.send(AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor))
+        try:
+            message = await stream.receive()
+        except trio.EndOfChannel:
+            message = None
+    await stream.send(AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor))
+
+
 def answer(values: Callable[[int], torch.Tensor]) -> Callable[[Any, AveragingData], Awaitable[None]]:
     async def behave(stream: Any, first: AveragingData) -> None:
         assert first.tensor_part is not None
@@ -471,6 +484,7 @@ def answer(values: Callable[[int], torch.Tensor]) -> Callable[[Any, AveragingDat
     [
         (answer_nothing, "no answer within"),
         (leave, "fewer parts"),
+        (answer_too_often, "more parts"),
         (refuse, "INTERNAL_ERROR"),
         (fail, "RuntimeError|no disk"),
         (answer(lambda n: torch.full((n,), math.nan)), "not finite"),
@@ -707,13 +721,25 @@ async def test_peers_that_give_no_state_are_passed_over(autojump_clock: object) 
             while True:
                 await stream.send(DownloadData(tensor_part=tensor))
 
+        async def endless_nothing(stream: Any) -> None:
+            tensor = encode_tensor(torch.zeros(8))
+            tensor.chunks = 1 << 30
+            await stream.send(DownloadData(metadata=pack({}), tensor_part=tensor))
+            while True:
+                await stream.send(DownloadData())
+
+        async def one_tensor_too_few(stream: Any) -> None:
+            await stream.send(
+                DownloadData(metadata=pack({"group_key": ""}), tensor_part=encode_tensor(torch.zeros(40)))
+            )
+
         async def nonsense(stream: Any) -> None:
             await stream.send(DownloadData(metadata=pack(5)))
 
         async def empty(stream: Any) -> None:
             await stream.receive()
 
-        for behaviour in (silent, endless, nonsense, empty):
+        for behaviour in (silent, endless, endless_nothing, one_tensor_too_few, nonsense, empty):
             bad.server.unmount(method)
             bad.server.mount_stream(method, behaviour)
             began = trio.current_time()

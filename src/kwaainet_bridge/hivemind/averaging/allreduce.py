@@ -9,6 +9,7 @@ its local values.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -256,6 +257,19 @@ class AllReduce:
             return "it answered fewer parts than it got"
         except (NetworkError, RemoteError) as e:
             return str(e)
+        return await self._surplus(stream, parts)
+
+    async def _surplus(
+        self, stream: ClientStream[AveragingData, AveragingData], parts: list[Part]
+    ) -> str | None:
+        """Make sure that a share's stream ends: nothing numbers answers, so one too many puts all in doubt."""
+        with (
+            trio.move_on_after(self._options.part_seconds),
+            contextlib.suppress(trio.EndOfChannel, NetworkError, RemoteError),
+        ):
+            await stream.receive()
+            self._averaged.difference_update(parts)
+            return "it answered more parts than it got"
         return None
 
     def _decode(self, tensor: TensorMessage, part: Part) -> None:
@@ -275,7 +289,7 @@ class AllReduce:
         if self._cancelled:
             await stream.send(AveragingData(code=MessageCode.CANCELLED))
             return
-        why = "it left"
+        why = "it left, or sent what cannot be read"
         try:
             with trio.CancelScope() as self._serving[sender]:
                 await self._serve(stream, first, sender)

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 import trio
@@ -38,6 +38,9 @@ from kwaainet_bridge.wire.averaging import AveragingData, MessageCode
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
+
+_GROUP_KEY: Final = "group_key"
+"""All metadata of a state that is the tensors and nothing else. Source: hivemind 1.1.12, ``averaging/averager.py``."""
 
 
 class Averager:
@@ -367,7 +370,15 @@ class Averager:
     # --- state --------------------------------------------------------------------------------------------
 
     def _own_state(self) -> State:
-        return State({"group_key": self.group_bits}, self.tensors)
+        return State({_GROUP_KEY: self.group_bits}, self.tensors)
+
+    def _check_tensors(self, state: State) -> None:
+        """A peer that dies after a whole tensor seems to have given everything."""
+        if set(state.metadata) != {_GROUP_KEY}:
+            return
+        shapes, own = ([tuple(t.shape) for t in tensors] for tensors in (state.tensors, self.tensors))
+        if shapes != own:
+            raise RemoteError(f"state: tensors of shapes {shapes!r:.200}, not {own!r:.200}")
 
     def share_state(self, *, allowed: bool, priority: float = 0.0) -> None:
         """Offer this peer's state to others, or no more. Those with the highest priority are asked first.
@@ -381,8 +392,9 @@ class Averager:
     async def load_state_from_peers(self, check: Callable[[State], object] | None = None) -> State | None:
         """The state of the peer with the highest priority that gives it; None if nobody does.
 
-        A state for which ``check`` raises RemoteError is left for that of the next peer. It is not
-        put into the tensors. Raises nothing for peers that fail. Cancelled: nothing remains.
+        A state for which ``check`` raises RemoteError is left for that of the next peer; without one, a state that is
+        said to be just the tensors that are averaged, but has others. It is not put into the tensors. Raises nothing
+        for peers that fail. Cancelled: nothing remains.
         """
         own_bytes = sum(tensor.nbytes for tensor in self.tensors)
         return await download_state(
@@ -390,6 +402,6 @@ class Averager:
             self.prefix,
             self._kind,
             allowed_peers=self._allowed,
-            check=check,
+            check=check or self._check_tensors,
             max_bytes=defaults.AVERAGING_STATE_FACTOR * own_bytes + 64 * defaults.MIB,
         )

@@ -26,6 +26,7 @@ from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.rpc import RpcClient, ServerStream, StreamMethod
 from kwaainet_bridge.wire.averaging import DownloadData
+from kwaainet_bridge.wire.fields import total
 from kwaainet_bridge.wire.msgpack import pack, unpack
 from kwaainet_bridge.wire.pb import averaging_pb2 as pb
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -172,7 +173,10 @@ async def _download(client: RpcClient, method: DownloadMethod, peer: PeerId, max
                 message = await stream.receive(timeout=defaults.AVERAGING_STATE_SECONDS)
                 if message.metadata:
                     metadata = unpack(message.metadata)
-                messages += joiner.feed(message.tensor_part)
+                part = message.tensor_part
+                if not part.dtype and not total(part.values):
+                    raise RemoteError("state: an empty piece, of which any number could follow")
+                messages += joiner.feed(part)
         except trio.EndOfChannel:
             messages += joiner.finish()
     if metadata is None:
