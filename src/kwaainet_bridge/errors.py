@@ -115,8 +115,8 @@ class CapacityDenied(LeaseDenied):
 class TensorRefused(NetworkError):
     """A peer did not take a tensor that was offered to it. ``tensor`` is its name, ``text`` what the peer says.
 
-    ``code`` is the peer's reason: REFUSED, UNSUPPORTED, TOO_LARGE, BUSY, INVALID or FAILED. BUSY alone may be
-    otherwise in a while. ``limit`` is the most bytes that it would take, with TOO_LARGE, else 0.
+    ``code`` is the peer's reason: REFUSED, UNSUPPORTED, TOO_LARGE, BUSY, INVALID, FAILED or STOPPING; BUSY may be
+    otherwise in a while. ``limit`` is the most memory that it spends on a tensor, in bytes, with TOO_LARGE, else 0.
     """
 
     def __init__(self, message: str, *, tensor: str, code: str, text: str, limit: int = 0) -> None:

@@ -19,23 +19,25 @@ from kwaainet_bridge.kwaai.model import ServedModel
 from kwaainet_bridge.kwaai.mux import MuxService
 from kwaainet_bridge.kwaai.mux_endpoint import MuxEndpoint
 from kwaainet_bridge.kwaai.tensor import TensorReceiver, TensorTaker
+from kwaainet_bridge.kwaai.tensor2 import TensorExchange, TensorInbox
 from kwaainet_bridge.net.host import Host
 from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.rpc import CallContext, RpcServer
-from kwaainet_bridge.wire import kwaai_mux, kwaai_tensor
+from kwaainet_bridge.wire import kwaai_mux, kwaai_tensor, kwaai_tensor2
 from kwaainet_bridge.wire.kwaai_inference import InferenceRequest, InferenceResponse
 from kwaainet_bridge.wire.kwaai_lease import LeaseReply, LeaseRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KwaaiProtocols:
-    """Which protocols are mounted. The last two are off unless there is somewhere for what comes through them."""
+    """Which protocols are mounted. The last three are off unless there is somewhere for what comes through them."""
 
     inference: bool = True
     lease: bool = True
     hello: bool = True
     mux: MuxEndpoint | None = None
     tensor: TensorTaker | None = None
+    tensor2: TensorInbox | None = None
 
 
 class KwaaiServer:
@@ -85,11 +87,15 @@ class KwaaiServer:
         are still open.
         """
         self._places.accepting = False
+        if self._protocols.tensor2 is not None:
+            self._exchange.stopping = True
         with trio.move_on_after(timeout):
             if self._inference is not None:
                 await self._inference.sessions.drain()
             if "_mux" in self.__dict__:
                 await self._mux.wait_idle()
+            if self._protocols.tensor2 is not None:
+                await self._exchange.stop()
         return self.open_sessions
 
     # --- what the protocols keep, made when they are first needed
@@ -108,6 +114,11 @@ class KwaaiServer:
     def _tensors(self) -> TensorReceiver:
         assert self._protocols.tensor is not None
         return TensorReceiver(self._protocols.tensor)
+
+    @cached_property
+    def _exchange(self) -> TensorExchange:
+        assert self._protocols.tensor2 is not None
+        return TensorExchange(self._protocols.tensor2)
 
     def _service(self) -> InferenceService | None:
         if self._inference is None and self._model is not None:
@@ -143,6 +154,9 @@ class KwaaiServer:
 
     async def tensor(self, stream: Stream) -> None:
         await self._tensors.serve(stream)
+
+    async def tensor2(self, stream: Stream) -> None:
+        await self._exchange.serve(stream)
 
     async def aclose(self) -> None:
         """Close what is open to the local endpoint."""
@@ -182,6 +196,9 @@ async def serve_kwaai(
         if protocols.tensor is not None:
             host.serve(kwaai_tensor.PROTOCOL, kwaai.tensor)
             mounted.append(kwaai_tensor.PROTOCOL)
+        if protocols.tensor2 is not None:
+            host.serve(kwaai_tensor2.PROTOCOL, kwaai.tensor2)
+            mounted.append(kwaai_tensor2.PROTOCOL)
         try:
             yield kwaai
         finally:

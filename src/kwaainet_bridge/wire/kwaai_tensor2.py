@@ -71,11 +71,19 @@ class Code(enum.IntEnum):
     TIMEOUT = 10
     """End: the other side is too slow."""
     STOPPING = 11
-    """End: the node stops."""
+    """Ack, End: the node stops."""
 
 
 REFUSALS: Final = frozenset(
-    {Code.REFUSED, Code.UNSUPPORTED, Code.TOO_LARGE, Code.BUSY, Code.INVALID, Code.FAILED}
+    {
+        Code.REFUSED,
+        Code.UNSUPPORTED,
+        Code.TOO_LARGE,
+        Code.BUSY,
+        Code.INVALID,
+        Code.FAILED,
+        Code.STOPPING,
+    }
 )
 """What a peer may answer instead of taking a tensor."""
 
