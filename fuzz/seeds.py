@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from fuzz import kwaai_seeds
+from fuzz import kwaai_seeds, tensor2_targets
 from fuzz.averaging_targets import OWN, PEER, SCHEMA
 from fuzz.net_targets import PROPOSED
 from fuzz.tensor_targets import codec_layout
@@ -75,6 +75,7 @@ def seeds() -> Iterator[Seed]:
     yield from _net()
     yield from _averaging(golden)
     yield from kwaai_seeds.seeds()
+    yield from tensor2_targets.seeds()
 
 
 def regressions() -> Iterator[tuple[str, Path]]:

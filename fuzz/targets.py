@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from fuzz import averaging_targets, dht_targets, kwaai_targets, net_targets, tensor_targets, wire_targets
+from fuzz import (
+    averaging_targets,
+    dht_targets,
+    kwaai_targets,
+    net_targets,
+    tensor2_targets,
+    tensor_targets,
+    wire_targets,
+)
 
 Target = Callable[[bytes], None]
 
@@ -16,4 +24,5 @@ TARGETS: Final[dict[str, Target]] = {
     **net_targets.TARGETS,
     **averaging_targets.TARGETS,
     **kwaai_targets.TARGETS,
+    **tensor2_targets.TARGETS,
 }
