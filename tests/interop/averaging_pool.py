@@ -17,7 +17,7 @@ from dht_pairs import until
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import BridgeError
 from kwaainet_bridge.hivemind.averaging import Step, StepResult
-from kwaainet_bridge.hivemind.averaging.group_keys import entries_of
+from kwaainet_bridge.hivemind.averaging.group_keys import entries_of, state_key
 from kwaainet_bridge.hivemind.averaging.split import Part, partition, share_elements
 
 SIZES = (3000, 7, 9000)
@@ -80,7 +80,7 @@ class Swarm:
         """Groups begin when they have ``size`` members, or at their time with ``least_size``, by default no fewer.
 
         ``part_seconds`` is the patience of both sides with members that are late: ours leave one out that sends no part
-        for so long; it is ``next_chunk_timeout`` of stock peers.
+        for so long; it is ``next_chunk_timeout`` of stock peers. By default theirs has no limit, and ours a minute.
         """
         self.ours: dict[int, OurPeer] = {}
         self.stock: dict[int, StockPeer] = {}
@@ -91,20 +91,19 @@ class Swarm:
         self._seconds = matchmaking_seconds, request_seconds, part_seconds
         self._size = size
         self._pool = pool
-        self._nursery = nursery
+        self.nursery = nursery
         self._options: dict[str, Any] = {
             "part_bytes": PART_BYTES,
             "min_group_size": self._least_size,
             "matchmaking_seconds": matchmaking_seconds,
             "request_seconds": request_seconds,
             "share_state": False,
+            "part_seconds": 60.0 if part_seconds is None else part_seconds,
         }
-        if part_seconds is not None:
-            self._options["part_seconds"] = part_seconds
         self._steps: dict[int, Step | None] = {}
 
     async def add_ours(self, number: int, **options: Any) -> OurPeer:
-        self.ours[number] = peer = await self.our_peer(number, self._nursery, **options)
+        self.ours[number] = peer = await self.our_peer(number, self.nursery, **options)
         return peer
 
     async def our_peer(self, number: int, nursery: trio.Nursery, **options: Any) -> OurPeer:
@@ -170,16 +169,25 @@ class Swarm:
                     **stock,
                 )
 
-    async def declared(self, *numbers: int) -> None:
+    async def declared(self, *peers: str) -> None:
         """Wait until others can see that these look for a group."""
         some = next(iter(self.ours.values()))
-        wanted = {self.id(number) for number in numbers}
 
         async def looking() -> set[str]:
             found = entries_of(await some.node.dht.get(f"{PREFIX}.0b"))
             return {str(p) for p, entry in found if entry.value and entry.expiration > time.time()}
 
-        await until(looking, wanted.issubset)
+        await until(looking, set(peers).issubset)
+
+    async def offered(self, *peers: str) -> None:
+        """Wait until others can see that these share their states."""
+        some = next(iter(self.ours.values()))
+
+        async def sharing() -> set[str]:
+            found = entries_of(await some.node.dht.get(state_key(PREFIX)))
+            return {str(peer) for peer, entry in found if entry.value is not None}
+
+        await until(sharing, set(peers).issubset)
 
     def id(self, number: int) -> str:
         return self.ours[number].id if number in self.ours else self.stock[number].id

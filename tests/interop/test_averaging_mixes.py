@@ -98,7 +98,7 @@ async def test_either_side_leads_both(stock_peers: Stock, leader: str) -> None:
             await swarm.use(number, stock_peers.nodes[number])
         first = {"ours": 0, "stock": 2}[leader]
         await swarm.begin(first, weights=weights)
-        await swarm.declared(first)
+        await swarm.declared(swarm.id(first))
         await swarm.begin(*({0, 1, 2, 3} - {first}), weights=weights)
         await check(swarm, await swarm.outcomes(), weights)
         followed = ["ACCEPTED", "BEGIN_ALLREDUCE"]
