@@ -26,6 +26,7 @@ from kwaainet_bridge.hivemind.experts.records import check_prefix
 from kwaainet_bridge.net.addresses import parse_announce_address, parse_listen_address
 from kwaainet_bridge.net.bootstrap import parse_bootstrap_addresses
 from kwaainet_bridge.net.kademlia import KAD, check_protocol
+from kwaainet_bridge.wire.kwaai_avg import check_prefix as check_kwaai_prefix
 from kwaainet_bridge.wire.peer_id import PeerId
 
 EMBEDDED_MODEL: Final = "austen"
@@ -236,8 +237,10 @@ class ModelConfig(_Section):
 
 
 class AveragingRun(_Section):
-    """A run of Hivemind averagers that this node helps: it averages for the others and adds nothing of its own."""
+    """A run of averagers that this node helps: it averages for the others and adds nothing of its own."""
 
+    network: Literal["petals", "kwaainet"] = "petals"
+    """Where the run's peers are: Hivemind's averagers in the Petals swarm, or those of ``/kwaai/avg/1.0.0``."""
     prefix: Annotated[str, Field(pattern=r"^[^.]+$")]
     """Name of the run's averagers; those of a stock optimizer with run id ``r`` are ``r_grad_averager`` and
     ``r_state_averager``."""
@@ -260,9 +263,22 @@ class AveragingRun(_Section):
     max_rms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Root mean square from which on a part is refused. Left out: any that cannot overflow."""
 
+    @model_validator(mode="after")
+    def _check_kwaainet_has_such_runs(self) -> AveragingRun:
+        if self.network == "kwaainet":
+            check_kwaai_prefix(self.prefix)
+            if self.kind != "DecentralizedAverager":
+                raise ValueError(f"kind {self.kind} is of Hivemind's runs alone: remove it")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What the run is called here: its prefix, and its network if that is not Petals."""
+        return self.prefix if self.network == "petals" else f"{self.prefix} ({self.network})"
+
 
 class AveragingConfig(_Section):
-    """Averaging for Hivemind runs; off unless runs are named."""
+    """Averaging for runs of others; off unless runs are named."""
 
     runs: tuple[AveragingRun, ...] = ()
     peers: tuple[Annotated[str, _checked(_peer_id)], ...] | None = None
@@ -272,8 +288,8 @@ class AveragingConfig(_Section):
 
     @model_validator(mode="after")
     def _check_runs_differ(self) -> AveragingConfig:
-        names = [(run.prefix, run.kind) for run in self.runs]
-        if twice := next((prefix for prefix, kind in names if names.count((prefix, kind)) > 1), None):
+        names = [(run.name, run.kind) for run in self.runs]
+        if twice := next((name for name, kind in names if names.count((name, kind)) > 1), None):
             raise ValueError(f"runs: {twice!r} is there twice: remove one")
         return self
 
@@ -348,11 +364,12 @@ class NodeConfig(_Section):
 
     @model_validator(mode="after")
     def _check_averaging_has_a_network(self) -> NodeConfig:
-        if self.averaging.runs and (self.networks.petals is None or not self.listen):
-            raise ValueError(
-                "averaging.runs is given, but no averager can call this node: turn networks.petals on and give it an "
-                "address under listen, or remove averaging"
-            )
+        for run in self.averaging.runs:
+            if getattr(self.networks, run.network) is None or not self.listen:
+                raise ValueError(
+                    f"averaging.runs has {run.prefix!r}, but no averager can call this node: turn "
+                    f"networks.{run.network} on and give it an address under listen, or remove the run"
+                )
         return self
 
     @model_validator(mode="after")

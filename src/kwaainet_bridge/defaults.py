@@ -877,6 +877,12 @@ AVERAGING_INLINE_BALANCE: Final = 16
 AVERAGING_GATHER_BYTES: Final = 64 * KIB
 """What one member may tell its group (``gather``): a leader sends all of them to everybody."""
 
+AVERAGING_JOIN_BYTES: Final = 2 * AVERAGING_GATHER_BYTES
+"""Longest request to join a group: what its sender gathers, and its few fields."""
+
+AVERAGING_LEADER_BYTES: Final = AVERAGING_MAX_GROUP * (AVERAGING_GATHER_BYTES + KIB)
+"""Longest message of a leader: what a full group gathered, and its ids."""
+
 AVERAGING_MAX_VALUE: Final = 1e36
 """Largest weight times value: the sum of a full group's stays below float32's 3.4e38."""
 

@@ -388,10 +388,8 @@ def test_who_stops_sends_everybody_away() -> None:
         busy.start(NOW, gather=GATHER, scheduled=NOW, deadline=math.inf)
 
 
-def test_rules_prefixes_and_bits_are_checked() -> None:
+def test_rules_and_bits_are_checked() -> None:
     with pytest.raises(ValueError, match="at least 2 must fit"):
         Rules(target_size=1)
-    with pytest.raises(ValueError, match="without a dot"):
-        Matchmaking(OURS, "a.b", SCHEMA, RULES, rng=random.Random(0))
     with pytest.raises(ValueError, match="only 0 and 1"):
         machine(bits="012")

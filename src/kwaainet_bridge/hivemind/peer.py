@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import NetworkError
 from kwaainet_bridge.hivemind.dht import DhtNode, RecordValidator
 from kwaainet_bridge.net import Host, HostConfig, open_host
+from kwaainet_bridge.net.bootstrap import parse_bootstrap_addresses
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -39,21 +40,35 @@ async def open_peer(
     listen: Sequence[str] = defaults.LISTEN_ADDRESSES,
     client_mode: bool = False,
     validator: RecordValidator | None = None,
+    records_at_initial: bool = False,
 ) -> AsyncIterator[Peer]:
     """Join the swarm of ``initial_peers`` (full addresses), or begin one, under a new identity unless one is given.
 
-    In ``client_mode`` it listens nowhere, and nobody calls it. Raises NetworkError, naming what failed for each, if no
-    initial peer is reached. Cancelled: everything of it ends.
+    In ``client_mode`` it listens nowhere, and nobody calls it. With ``records_at_initial`` it keeps no records for
+    others and asks only initial peers for any, as KwaaiNet's nodes do with its bootstrap peers; then it raises
+    ConfigError for an address that is none. Raises NetworkError, naming what failed for each, if no initial peer is
+    reached. Cancelled: everything of it ends.
     """
     config = HostConfig(identity or Identity.generate("rsa"), listen=() if client_mode else tuple(listen))
     async with open_host(config) as host:
         server, client = RpcServer(host), RpcClient(host)
-        dht = DhtNode(host, server, client, client_mode=client_mode, validator=validator)
+        dht = DhtNode(
+            host,
+            server,
+            client,
+            client_mode=client_mode or records_at_initial,
+            validator=validator,
+            admits=_members(initial_peers) if records_at_initial else lambda _peer: True,
+        )
         async with dht.running():
             reached, failures = await reach(host, dht, initial_peers)
             if initial_peers and not reached:
                 raise NetworkError("the swarm cannot be reached:\n  " + "\n  ".join(failures))
             yield Peer(host, server, client, dht)
+
+
+def _members(addresses: Sequence[str]) -> Callable[[PeerId], bool]:
+    return {peer for peer, _ in parse_bootstrap_addresses(addresses)}.__contains__
 
 
 async def reach(host: Host, dht: DhtNode | None, addresses: Sequence[str]) -> tuple[list[PeerId], list[str]]:

@@ -1,10 +1,10 @@
-"""Hivemind runs that a node helps: it averages for their peers and adds nothing of its own."""
+"""Runs of averagers that a node helps: it averages for their peers and adds nothing of its own."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 import torch
@@ -13,7 +13,14 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.config import AveragingConfig, AveragingRun
-from kwaainet_bridge.hivemind.averaging import Averager, State, StepResult, download_state
+from kwaainet_bridge.hivemind.averaging import (
+    Averager,
+    Protocol,
+    State,
+    StepResult,
+    dialect,
+    download_state,
+)
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -24,11 +31,22 @@ _AVERAGED: Final = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 class AveragingService:
-    """Helps the configured runs, each on its own: one that goes wrong leaves the others as they are."""
+    """Helps the configured runs of one network, each on its own: one that goes wrong leaves the others as they are.
+
+    ``peer`` is what the node is in that network. Where there is no run, there is nothing to do.
+    """
 
     def __init__(
-        self, config: AveragingConfig, peer: Peer, state: NodeState, *, rng: random.Random | None = None
+        self,
+        network: Literal["petals", "kwaainet"],
+        config: AveragingConfig,
+        peer: Peer,
+        state: NodeState,
+        *,
+        rng: random.Random | None = None,
     ) -> None:
+        self.runs = tuple(run for run in config.runs if run.network == network)
+        self._protocol: Final[Protocol] = "kwaai" if network == "kwaainet" else "hivemind"
         self._config = config
         self._peer = peer
         self._state = state
@@ -38,7 +56,7 @@ class AveragingService:
     async def run(self) -> None:
         """Help until cancelled; members of groups that are averaging then lose this node's share."""
         async with trio.open_nursery() as nursery:
-            for run in self._config.runs:
+            for run in self.runs:
                 nursery.start_soon(self._help, run)
 
     async def _help(self, run: AveragingRun) -> None:
@@ -48,6 +66,7 @@ class AveragingService:
             tensors,
             prefix=run.prefix,
             kind=run.kind,
+            protocol=self._protocol,
             target_group_size=run.target_group_size,
             matchmaking_seconds=run.matchmaking_seconds,
             compression=CompressionType[run.compression],
@@ -59,26 +78,25 @@ class AveragingService:
             leads=False,  # a group of this node and one other would keep that one from its peers
             allowed_peers=self._allowed,
         )
-        log.info("helps a run", prefix=run.prefix, elements=sum(tensor.numel() for tensor in tensors))
+        log.info("helps a run", run=run.name, elements=sum(tensor.numel() for tensor in tensors))
         async with averager:
-            self._state.averaging[run.prefix] = lambda: averager.status
+            self._state.averaging[run.name] = lambda: averager.status
             while True:
                 try:
                     self._report(run, await averager.step())
                 except ValueError as e:
                     # sums of large values; any values do, since they count for nothing
-                    log.warning("starts again from zero", prefix=run.prefix, reason=str(e))
+                    log.warning("starts again from zero", run=run.name, reason=str(e))
                     for tensor in tensors:
                         tensor.zero_()
 
     async def _tensors_of(self, run: AveragingRun) -> Sequence[torch.Tensor]:
         """Tensors as the run's peers average them, from one that shares its state; waits for such a one."""
-        condition = f"averaging {run.prefix}"
+        condition = f"averaging {run.name}"
         while True:
             state = await download_state(
                 self._peer,
-                run.prefix,
-                run.kind,
+                dialect(self._protocol, run.prefix, run.kind),
                 max_bytes=self._config.max_tensors_mib * defaults.MIB,
                 allowed_peers=self._allowed,
             )
@@ -95,7 +113,7 @@ class AveragingService:
         failed = {str(peer): why for peer, why in (result.failed_senders | result.failed_reducers).items()}
         log.info(
             "averaged",
-            prefix=run.prefix,
+            run=run.name,
             members=len(result.gathered),
             sent_bytes=result.sent_bytes,
             received_bytes=result.received_bytes,

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
+import trio
+
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.engine import Engine, ModelInfo
 from kwaainet_bridge.hivemind.dht import DhtNode
+from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.kwaai.model import ServedModel
 from kwaainet_bridge.kwaai.mux_endpoint import MuxEndpoint
 from kwaainet_bridge.kwaai.server import KwaaiProtocols, KwaaiServer, serve_kwaai
 from kwaainet_bridge.net import Libp2pHost
 from kwaainet_bridge.node.announcing import KwaaiPublisher, Publisher
+from kwaainet_bridge.node.averaging import AveragingService
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.models import kwaainet_prefix
 from kwaainet_bridge.node.state import NodeState
@@ -25,18 +29,25 @@ class KwaaiSide:
 
     name = "kwaainet"
 
-    def __init__(self, config: NodeConfig, dht: DhtNode, server: KwaaiServer, watch: BootstrapWatch) -> None:
+    def __init__(
+        self, config: NodeConfig, peer: Peer, server: KwaaiServer, watch: BootstrapWatch, state: NodeState
+    ) -> None:
         assert config.networks.kwaainet is not None
         self.watch = watch
+        self._averaging = AveragingService("kwaainet", config.averaging, peer, state)
         self.serves_blocks = config.protocols.kwaai_inference
         self._network = config.networks.kwaainet
         self._leases = config.protocols.kwaai_lease
-        self._dht = dht
+        self._dht = peer.dht
         self._server = server
 
     async def run(self) -> None:
-        """Keep in touch with the swarm until cancelled."""
-        await self.watch.run()
+        """Keep in touch with the swarm, and help its averagers, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.watch.run)
+            if self._averaging.runs:
+                await self.watch.first_round()
+                nursery.start_soon(self._averaging.run)
 
     def publisher(self, config: ModelConfig, model: ModelInfo) -> KwaaiPublisher:  # noqa: ARG002 - one rule for all
         prefix = kwaainet_prefix(config.name, self._network.dht_prefix)
@@ -55,12 +66,12 @@ class KwaaiSide:
 async def open_kwaainet(config: NodeConfig, host: Libp2pHost, state: NodeState) -> AsyncIterator[KwaaiSide]:
     """Serve the network's protocols and use its DHT as a client within the block.
 
-    Only bootstrap peers keep records there. As a client this node is in nobody's table, so that no record of another
-    network comes to it, and none of its own gets out.
+    Only bootstrap peers keep records there, and nobody else is asked. As a client this node is in nobody's table: no
+    record of another network comes to it, and none of its own gets out.
     """
     network, protocols = config.networks.kwaainet, config.protocols
     assert network is not None
-    server = RpcServer(host)
+    server, client = RpcServer(host), RpcClient(host)
     mux = protocols.kwaai_mux
     mounted = KwaaiProtocols(
         inference=protocols.kwaai_inference and config.model is not None,
@@ -68,7 +79,7 @@ async def open_kwaainet(config: NodeConfig, host: Libp2pHost, state: NodeState) 
         hello=protocols.kwaai_hello,
         mux=None if mux is None else MuxEndpoint(url=mux.endpoint, paths=mux.paths, remote=mux.remote),
     )
-    dht = DhtNode(host, server, RpcClient(host), client_mode=True)
+    dht = DhtNode(host, server, client, client_mode=True, admits=network.peers.__contains__)
     async with serve_kwaai(host, server, mounted) as kwaai, dht.running():
         watch = BootstrapWatch("kwaainet", host, network.bootstrap, state, join=dht.bootstrap)
-        yield KwaaiSide(config, dht, kwaai, watch)
+        yield KwaaiSide(config, Peer(host, server, client, dht), kwaai, watch, state)

@@ -57,9 +57,10 @@ class PetalsSide:
             if self._is_auto:
                 nursery.start_soon(_follow_verdict, self._peer.dht, self._reachability)
             nursery.start_soon(self.watch.run)
-            if self._config.averaging.runs:
+            service = AveragingService("petals", self._config.averaging, self._peer, self._state)
+            if service.runs:
                 await self.watch.first_round()
-                nursery.start_soon(AveragingService(self._config.averaging, self._peer, self._state).run)
+                nursery.start_soon(service.run)
 
     def publisher(self, config: ModelConfig, model: ModelInfo) -> PetalsPublisher:
         return PetalsPublisher(self._peer.dht, swarm_prefix(config.name, model.family, config.dht_prefix))

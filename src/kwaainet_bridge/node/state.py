@@ -27,7 +27,8 @@ class NodeState:
     """The node's phase and what is wrong with it, if anything.
 
     ``degraded`` maps a condition's name to its reason; the node serves on beside it. ``reachability`` is the verdict on
-    whether others can dial it, and the evidence for that. ``averaging`` tells of each run that it helps, by its prefix.
+    whether others can dial it, and the evidence for that. ``averaging`` tells of each run that it helps, by its
+    name.
     """
 
     def __init__(self, *, clock: Callable[[], float] = trio.current_time) -> None:

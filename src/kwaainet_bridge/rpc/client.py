@@ -87,9 +87,16 @@ class RpcClient:
 
     @asynccontextmanager
     async def stream(
-        self, peer: PeerId, method: StreamMethod[Req, Res], *, open_timeout: float
+        self,
+        peer: PeerId,
+        method: StreamMethod[Req, Res],
+        *,
+        open_timeout: float,
+        max_message_bytes: int = defaults.MAX_FRAME_BYTES,
     ) -> AsyncIterator[ClientStream[Req, Res]]:
         """Open a streaming call for the length of the ``async with`` block.
+
+        One response may be ``max_message_bytes`` long.
 
         Leaving the block normally closes the stream, after what was sent; leaving it by an exception or
         cancellation resets it. Both cancel a handler that is still running.
@@ -97,7 +104,7 @@ class RpcClient:
         with _Deadline(open_timeout, method.name, peer):
             stream = await self._host.open_stream(peer, method.name)
         try:
-            yield ClientStream(stream, method)
+            yield ClientStream(stream, method, max_message_bytes)
         except BaseException:
             await _reset(stream)
             raise
@@ -112,21 +119,26 @@ async def _reset(stream: Stream) -> None:
 class ClientStream(Generic[Req, Res]):
     """The caller's side of one streaming call; iterate over it to receive responses."""
 
-    def __init__(self, stream: Stream, method: StreamMethod[Req, Res]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        method: StreamMethod[Req, Res],
+        max_message_bytes: int = defaults.MAX_FRAME_BYTES,
+    ) -> None:
         self.peer = stream.remote
         self._method = method
         self._stream = stream
-        self._reader = FrameReader(stream, method.response)
+        self._reader = FrameReader(stream, method.response, max_message_bytes, order=method.order)
 
     async def send(self, request: Req, *, timeout: float = math.inf) -> None:
         """Send one request; waits while the peer's window is full. Raises StreamReset, DeadlineExceeded."""
         with _Deadline(timeout, self._method.name, self.peer):
-            await self._stream.write(frames.encode_message(*parts(request)))
+            await self._stream.write(self._method.order.encode_message(*parts(request)))
 
     async def end(self, *, timeout: float = math.inf) -> None:
         """Tell the peer that no more requests follow. The stream stays open for its responses."""
         with _Deadline(timeout, self._method.name, self.peer):
-            await self._stream.write(frames.encode_end())
+            await self._stream.write(self._method.order.encode_end())
 
     async def receive(self, *, timeout: float = math.inf) -> Res:
         """The next response.

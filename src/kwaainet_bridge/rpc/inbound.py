@@ -39,7 +39,9 @@ class InboundRequests(Generic[Req, Res]):
         self._stream = stream
         self._scope = scope
         self._account = account
-        self._reader = FrameReader(stream, method.request, max_message_bytes, on_read=account.add)
+        self._reader = FrameReader(
+            stream, method.request, max_message_bytes, order=method.order, on_read=account.add
+        )
         self._queue: deque[tuple[Req, int]] = deque()
         self._queued_bytes = 0
         self._in_use = 0  # bytes of the request that the handler has now

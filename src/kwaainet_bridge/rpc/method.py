@@ -15,6 +15,7 @@ from typing import Generic, TypeAlias, TypeVar
 from google.protobuf.message import Message
 
 from kwaainet_bridge.wire.fields import BytesMessage
+from kwaainet_bridge.wire.frames import MARKER_FIRST, FrameOrder
 
 AnyMessage: TypeAlias = Message | BytesMessage
 
@@ -46,12 +47,16 @@ class UnaryMethod(Method[Req, Res]):
 
 @dataclass(frozen=True, slots=True)
 class StreamMethod(Method[Req, Res]):
-    """Any number of messages each way."""
+    """Any number of messages each way, in frames of one order."""
+
+    order: FrameOrder = MARKER_FIRST
 
 
 def unary(name: str, request: type[Req], response: type[Res]) -> UnaryMethod[Req, Res]:
     return UnaryMethod(name, request, response)
 
 
-def streaming(name: str, request: type[Req], response: type[Res]) -> StreamMethod[Req, Res]:
-    return StreamMethod(name, request, response)
+def streaming(
+    name: str, request: type[Req], response: type[Res], *, order: FrameOrder = MARKER_FIRST
+) -> StreamMethod[Req, Res]:
+    return StreamMethod(name, request, response, order)

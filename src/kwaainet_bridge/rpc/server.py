@@ -28,7 +28,8 @@ from kwaainet_bridge.rpc.budget import ReceiveBudget
 from kwaainet_bridge.rpc.inbound import InboundRequests
 from kwaainet_bridge.rpc.method import AnyMessage, Method, Req, Res, StreamMethod, UnaryMethod
 from kwaainet_bridge.rpc.streams import parse, parts, read_delimited
-from kwaainet_bridge.wire import envelope, frames
+from kwaainet_bridge.wire import envelope
+from kwaainet_bridge.wire.frames import MARKER_FIRST, FrameOrder
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,16 @@ UnaryHandler = Callable[[Req, CallContext], Awaitable[Res]]
 class ServerStream(Generic[Req, Res]):
     """The server's side of one streaming call; iterate over it to receive requests."""
 
-    def __init__(self, stream: Stream, context: CallContext, requests: InboundRequests[Req, Res]) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        context: CallContext,
+        requests: InboundRequests[Req, Res],
+        order: FrameOrder = MARKER_FIRST,
+    ) -> None:
         self.context = context
         self._stream = stream
+        self._order = order
         self._requests = requests
 
     async def receive(self, *, hold: bool = False) -> Req:
@@ -84,7 +92,7 @@ class ServerStream(Generic[Req, Res]):
         Raises StreamReset, or StreamClosed when the caller takes longer than ``defaults.SEND_SECONDS`` to
         read it; either way the call is over. Cancelled: the stream cannot be used any more.
         """
-        await _write(self._stream, frames.encode_message(*parts(response)))
+        await _write(self._stream, self._order.encode_message(*parts(response)))
 
 
 StreamingHandler = Callable[[ServerStream[Req, Res]], Awaitable[None]]
@@ -236,7 +244,7 @@ async def _serve_stream(
             nursery.start_soon(requests.watch)
             with scope:
                 try:
-                    await handler(ServerStream(stream, context, requests))
+                    await handler(ServerStream(stream, context, requests, method.order))
                 except (StreamReset, StreamClosed):
                     requests.departed = True  # noticed while answering
                 except Exception as e:
@@ -248,5 +256,5 @@ async def _serve_stream(
             await stream.reset()
             return
         if error is not None:
-            await _write(stream, frames.encode_error(_error_texts(error, context)[1]))
+            await _write(stream, method.order.encode_error(_error_texts(error, context)[1]))
         await requests.wait_for_end()

@@ -15,6 +15,7 @@ from kwaainet_bridge.rpc.method import AnyMessage
 from kwaainet_bridge.wire import frames
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
 from kwaainet_bridge.wire.fields import Buffer
+from kwaainet_bridge.wire.frames import FrameOrder
 
 M = TypeVar("M", bound=AnyMessage)
 
@@ -64,13 +65,14 @@ class FrameReader(Generic[M]):
         kind: type[M],
         max_message_bytes: int = defaults.MAX_FRAME_BYTES,
         *,
+        order: FrameOrder = frames.MARKER_FIRST,
         on_read: Callable[[int], None] = lambda _count: None,
     ) -> None:
         """``on_read`` is told how many bytes have arrived; what it raises comes out of :meth:`next`."""
         self._stream = stream
         self._kind = kind
         self._on_read = on_read
-        self._decoder = frames.FrameDecoder(max_message_bytes)
+        self._decoder = frames.FrameDecoder(max_message_bytes, order=order)
         self._ready: deque[frames.Frame] = deque()
 
     async def next(self) -> frames.Frame | None:

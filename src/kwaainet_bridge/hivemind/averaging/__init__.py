@@ -1,7 +1,19 @@
 """Averaging tensors with other peers, stock Hivemind averagers among them: groups, all-reduce, state download."""
 
 from kwaainet_bridge.hivemind.averaging.averager import Averager
+from kwaainet_bridge.hivemind.averaging.dialect import Dialect, Protocol, dialect
 from kwaainet_bridge.hivemind.averaging.state import State, download_state
 from kwaainet_bridge.hivemind.averaging.step import Phase, Status, Step, StepResult
 
-__all__ = ["Averager", "Phase", "State", "Status", "Step", "StepResult", "download_state"]
+__all__ = [
+    "Averager",
+    "Dialect",
+    "Phase",
+    "Protocol",
+    "State",
+    "Status",
+    "Step",
+    "StepResult",
+    "dialect",
+    "download_state",
+]

@@ -50,6 +50,12 @@ class Options:
     allreduce_seconds: float = defaults.AVERAGING_ALLREDUCE_SECONDS
 
     @property
+    def message_bytes(self) -> int:
+        """Longest message with a part or a difference, which is float32 whatever the part was compressed to: eight
+        bits may become 32."""
+        return 8 * self.part_bytes + 64 * defaults.KIB
+
+    @property
     def result_seconds(self) -> float:
         """How long a member has for the next average: it waits for senders meanwhile."""
         return defaults.AVERAGING_RESULT_FACTOR * self.part_seconds
@@ -195,7 +201,12 @@ class AllReduce:
         patience = trio.CancelScope(deadline=trio.current_time() + self._options.result_seconds)
         why = None
         try:
-            async with client.stream(peer, method, open_timeout=defaults.CONNECT_SECONDS) as stream:
+            async with client.stream(
+                peer,
+                method,
+                open_timeout=defaults.CONNECT_SECONDS,
+                max_message_bytes=self._options.message_bytes,
+            ) as stream:
                 with patience:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._send, stream, parts, patience)

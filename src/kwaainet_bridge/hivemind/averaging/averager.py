@@ -22,11 +22,11 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import BridgeError, DeadlineExceeded, RemoteError
 from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce, Options
+from kwaainet_bridge.hivemind.averaging.dialect import Protocol, dialect
 from kwaainet_bridge.hivemind.averaging.group import About, Group, Mode
-from kwaainet_bridge.hivemind.averaging.group_keys import check_prefix, schema_hash
 from kwaainet_bridge.hivemind.averaging.matchmaking import Matchmaking, Rules
 from kwaainet_bridge.hivemind.averaging.meeting import Meeting
-from kwaainet_bridge.hivemind.averaging.methods import first_request, methods
+from kwaainet_bridge.hivemind.averaging.methods import first_request
 from kwaainet_bridge.hivemind.averaging.reducer import all_finite
 from kwaainet_bridge.hivemind.averaging.split import share_elements
 from kwaainet_bridge.hivemind.averaging.state import State, StateSharing, download_state
@@ -49,6 +49,7 @@ class Averager:
     Used as ``async with Averager(peer, tensors, prefix="run", target_group_size=16) as averager``, once; within the
     block it serves other averagers. Leaving it cancels steps and refuses new calls.
 
+    ``protocol`` is that of Hivemind's peers, or KwaaiNet's, ``/kwaai/avg/1.0.0``, for a peer whose DHT is KwaaiNet's.
     All of a run's peers must have the same ``prefix``, ``kind`` (the class that stock peers run), ``compression``,
     ``part_bytes``, and tensors of the same shapes and dtypes, and should have the same group sizes and times (seconds).
     Tensors are contiguous, of floats, on the CPU, and may not be changed while they are averaged; ``lock`` is held
@@ -76,6 +77,7 @@ class Averager:
         *,
         prefix: str,
         kind: str = "DecentralizedAverager",
+        protocol: Protocol = "hivemind",
         target_group_size: int | None = None,
         min_group_size: int = 2,
         matchmaking_seconds: float = defaults.AVERAGING_MATCHMAKING_SECONDS,
@@ -98,7 +100,7 @@ class Averager:
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
-        check_prefix(prefix)
+        self._dialect = dialect(protocol, prefix, kind)
         if client_mode and auxiliary:
             raise ValueError("an auxiliary peer averages for others, which nobody in client mode can")
         if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):
@@ -125,25 +127,25 @@ class Averager:
         self._bandwidth = bandwidth
         self._alpha = alpha
         self._clock = clock
-        self._kind = kind
-        self._methods = methods(prefix, kind)
+        self._methods = self._dialect.methods
         self._matchmaking_seconds = matchmaking_seconds
         self._allowed = allowed_peers
         machine = Matchmaking(
             peer.peer_id,
-            prefix,
-            schema_hash(self.tensors),
+            self._dialect.record_prefix,
+            self._dialect.schema(self.tensors, compression, part_bytes),
             Rules(target_group_size, min_group_size, matchmaking_seconds, request_seconds),
             rng=rng or random.SystemRandom(),
             bits=bits,
             client_mode=client_mode,
             leads=leads,
             allowed=allowed_peers,
+            numbers=self._dialect.numbers,
         )
         self._meeting = Meeting(machine, peer.dht, peer.client, self._methods.join_group, clock=clock)
         self._sharing = StateSharing(
             peer.dht,
-            prefix,
+            self._dialect.record_prefix,
             state or self._own_state,
             self.lock,
             compression=state_compression,
@@ -192,12 +194,15 @@ class Averager:
         server = self._peer.server
         served: list[Method[Any, Any]] = []
         if self.mode is not Mode.CLIENT:
-            server.mount_stream(self._methods.join_group, self._meeting.serve)
+            server.mount_stream(
+                self._methods.join_group,
+                self._meeting.serve,
+                max_message_bytes=defaults.AVERAGING_JOIN_BYTES,
+            )
             server.mount_stream(
                 self._methods.aggregate_part,
                 self._serve_part,
-                # a difference is float32 whatever the part was compressed to, and eight bits may become 32
-                max_message_bytes=8 * self._options.part_bytes + 64 * defaults.KIB,
+                max_message_bytes=self._options.message_bytes,
             )
             server.mount_stream(self._methods.download_state, self._sharing.serve)
             served = [self._methods.join_group, self._methods.aggregate_part, self._methods.download_state]
@@ -324,8 +329,10 @@ class Averager:
 
     async def _shares(self, bandwidths: Sequence[float | None]) -> tuple[int, ...]:
         if any(bandwidths) and len(bandwidths) > defaults.AVERAGING_INLINE_BALANCE:
-            return await trio.to_thread.run_sync(share_elements, self._total, bandwidths)
-        return share_elements(self._total, bandwidths)
+            return await trio.to_thread.run_sync(
+                share_elements, self._total, bandwidths, self._dialect.scores
+            )
+        return share_elements(self._total, bandwidths, self._dialect.scores)
 
     async def _reduce(self, group: Group, weight: float, shares: Sequence[int]) -> AllReduce:
         async with self.lock:
@@ -399,8 +406,7 @@ class Averager:
         own_bytes = sum(tensor.nbytes for tensor in self.tensors)
         return await download_state(
             self._peer,
-            self.prefix,
-            self._kind,
+            self._dialect,
             allowed_peers=self._allowed,
             check=check or self._check_tensors,
             max_bytes=defaults.AVERAGING_STATE_FACTOR * own_bytes + 64 * defaults.MIB,

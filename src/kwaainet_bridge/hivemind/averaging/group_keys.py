@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -37,7 +38,23 @@ def state_key(prefix: str) -> str:
     return f"{prefix}.all_averagers"
 
 
-def next_bits(bits: str, group_id: bytes, index: int, size: int, target_size: int | None) -> str:
+Numbers: TypeAlias = Callable[[bytes, int, int], Sequence[int]]
+"""From a group's id, how many numbers there are and how many members: a different number for each of them."""
+
+
+def stock_numbers(group_id: bytes, buckets: int, size: int) -> Sequence[int]:
+    return random.Random(group_id).sample(range(buckets), size)
+
+
+def next_bits(
+    bits: str,
+    group_id: bytes,
+    index: int,
+    size: int,
+    target_size: int | None,
+    *,
+    numbers: Numbers = stock_numbers,
+) -> str:
     """The group bits of member number ``index`` after a round with ``group_id``; all members know all of these.
 
     Members of one group go apart: each draws another number below ``target_size``, or the next power of two, and its
@@ -46,7 +63,7 @@ def next_bits(bits: str, group_id: bytes, index: int, size: int, target_size: in
     if not bits:
         return bits
     buckets = target_size or 1 << (size - 1).bit_length()
-    number = random.Random(group_id).sample(range(buckets), size)[index]
+    number = numbers(group_id, buckets, size)[index]
     width = math.ceil(math.log2(buckets))
     return (bits + (format(number, "b").rjust(width, "0")))[-len(bits) :]
 

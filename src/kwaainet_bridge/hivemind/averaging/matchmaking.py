@@ -21,7 +21,13 @@ from typing import TypeAlias
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.hivemind.averaging.group import About, Group, leader_message, suggested_leader
-from kwaainet_bridge.hivemind.averaging.group_keys import check_bits, check_prefix, group_key, next_bits
+from kwaainet_bridge.hivemind.averaging.group_keys import (
+    Numbers,
+    check_bits,
+    group_key,
+    next_bits,
+    stock_numbers,
+)
 from kwaainet_bridge.hivemind.dht.id import ID_BYTES
 from kwaainet_bridge.wire.averaging import MessageCode
 from kwaainet_bridge.wire.pb import averaging_pb2 as pb
@@ -124,9 +130,12 @@ class Matchmaking:
         client_mode: bool = False,
         leads: bool = True,
         allowed: Collection[PeerId] | None = None,
+        numbers: Numbers = stock_numbers,
     ) -> None:
-        """Unless it ``leads``, this peer only joins groups of others. With ``allowed`` it joins with nobody else."""
-        check_prefix(prefix)
+        """Unless it ``leads``, this peer only joins groups of others. With ``allowed`` it joins with nobody else.
+
+        ``numbers`` draws the group bits of the next round.
+        """
         check_bits(bits)
         self.bits = bits
         self.looking = False
@@ -138,6 +147,7 @@ class Matchmaking:
         self._client_mode = client_mode
         self._leads = leads and not client_mode
         self._allowed = None if allowed is None else frozenset(allowed) | {own}
+        self._numbers = numbers
         self._reset()
 
     def _reset(self) -> None:
@@ -384,7 +394,9 @@ class Matchmaking:
     def _begin(self, group: Group, actions: list[Action]) -> list[Action]:
         index, size = group.members.index(self._own), len(group.members)
         ended = self._end([*actions, Begin(group)])
-        self.bits = next_bits(self.bits, group.group_id, index, size, self._rules.target_size)
+        self.bits = next_bits(
+            self.bits, group.group_id, index, size, self._rules.target_size, numbers=self._numbers
+        )
         return ended
 
     def _end(self, last: list[Action]) -> list[Action]:

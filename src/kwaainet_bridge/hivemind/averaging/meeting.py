@@ -151,7 +151,10 @@ class Meeting:
         with scope:
             try:
                 async with self._client.stream(
-                    action.leader, self._method, open_timeout=defaults.CONNECT_SECONDS
+                    action.leader,
+                    self._method,
+                    open_timeout=defaults.CONNECT_SECONDS,
+                    max_message_bytes=defaults.AVERAGING_LEADER_BYTES,
                 ) as stream:
                     await stream.send(action.request)
                     await stream.end()

@@ -1,6 +1,6 @@
 """The calls of an averager: streams all of them, under the averager's prefix.
 
-Source: hivemind 1.1.12, ``averaging/averager.py``.
+Source of Hivemind's: hivemind 1.1.12, ``averaging/averager.py``; KwaaiNet's are those of docs/protocols/kwaai-avg.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.rpc import ServerStream, StreamMethod, streaming
 from kwaainet_bridge.rpc.method import Req, Res
 from kwaainet_bridge.wire.averaging import AveragingData, DownloadData
+from kwaainet_bridge.wire.frames import LENGTH_FIRST
 from kwaainet_bridge.wire.pb import averaging_pb2 as pb
 
 
@@ -33,6 +34,15 @@ def methods(prefix: str, kind: str) -> Methods:
         streaming(f"{name}.rpc_join_group", pb.JoinRequest, pb.MessageFromLeader),
         streaming(f"{name}.rpc_aggregate_part", AveragingData, AveragingData),
         streaming(f"{name}.rpc_download_state", pb.DownloadRequest, DownloadData),
+    )
+
+
+def kwaai_methods(name: str) -> Methods:
+    """``name`` is the protocol's id with the run's prefix."""
+    return Methods(
+        streaming(f"{name}/join", pb.JoinRequest, pb.MessageFromLeader, order=LENGTH_FIRST),
+        streaming(f"{name}/parts", AveragingData, AveragingData, order=LENGTH_FIRST),
+        streaming(f"{name}/state", pb.DownloadRequest, DownloadData, order=LENGTH_FIRST),
     )
 
 

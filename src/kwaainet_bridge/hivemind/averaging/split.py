@@ -6,8 +6,10 @@ Nothing about it is sent, so members that compute another one fail each other. S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Final
 
 import numpy as np
@@ -35,19 +37,24 @@ class Part:
         return tensors[self.tensor].detach().reshape(-1)[self.start : self.start + self.length]
 
 
-def share_elements(total: int, bandwidths: Sequence[float | None]) -> tuple[int, ...]:
+def share_elements(
+    total: int,
+    bandwidths: Sequence[float | None],
+    balanced: Callable[[Sequence[float | None]], list[float]] = balanced_scores,
+) -> tuple[int, ...]:
     """How many of ``total`` elements each member averages. None: not specified; 0, or what is no bandwidth: nothing.
 
-    Raises RemoteError if nobody is there to average, or one is no bandwidth where others are given. With given
-    bandwidths it takes a while, see ``balanced_scores``.
+    ``balanced`` decides where bandwidths are given. Raises RemoteError if nobody is there to average, or one is no
+    bandwidth where others are given. With given bandwidths it takes a while, see ``balanced_scores``.
     """
     if any(bandwidth is not None and bandwidth > 0 for bandwidth in bandwidths):
-        scores = balanced_scores(bandwidths)
+        scores = balanced(bandwidths)
     else:
         scores = [1.0 if bandwidth is None else 0.0 for bandwidth in bandwidths]
     if not any(scores):
         raise RemoteError("nobody in the group averages: all members are in client mode or have bandwidth 0")
-    shares = [int(total * score / sum(scores)) for score in scores]
+    whole = reduce(operator.add, scores)  # as all members add: sum() corrects roundings from Python 3.12 on
+    shares = [int(total * score / whole) for score in scores]
     while sum(shares) < total:  # Hagenbach-Bischoff; the first of equals gets the next element
         quotients = [score / (share + 1) for score, share in zip(scores, shares, strict=True)]
         shares[quotients.index(max(quotients))] += 1

@@ -20,8 +20,9 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.hivemind.averaging.coding import coded
+from kwaainet_bridge.hivemind.averaging.dialect import Dialect
 from kwaainet_bridge.hivemind.averaging.group_keys import entries_of, state_key
-from kwaainet_bridge.hivemind.averaging.methods import first_request, methods
+from kwaainet_bridge.hivemind.averaging.methods import first_request
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.rpc import RpcClient, ServerStream, StreamMethod
@@ -59,7 +60,7 @@ class StateSharing:
     def __init__(
         self,
         dht: DhtNode,
-        prefix: str,
+        record_prefix: str,
         state: Callable[[], State],
         lock: trio.Lock,
         *,
@@ -69,7 +70,7 @@ class StateSharing:
     ) -> None:
         self.allowed = False
         self._dht = dht
-        self._key = state_key(prefix)
+        self._key = state_key(record_prefix)
         self._state = state
         self._lock = lock
         self._compression = compression
@@ -125,31 +126,29 @@ class StateSharing:
 
 async def download_state(
     peer: Peer,
-    prefix: str,
-    kind: str,
+    dialect: Dialect,
     *,
     max_bytes: int,
     allowed_peers: Collection[PeerId] | None = None,
     check: Callable[[State], object] | None = None,
     rng: random.Random | None = None,
 ) -> State | None:
-    """The state of the first of ``prefix`` and ``kind`` that gives it, of at most ``max_bytes``; None if nobody does.
+    """The state of the first of a run that gives it, of at most ``max_bytes``; None if nobody does.
 
     Peers are asked by falling priority, those with the same one in any order; the next one, too, if ``check``
     raises RemoteError. Raises nothing for peers that fail. Cancelled: nothing remains.
     """
     rng = rng or random.SystemRandom()
-    method = methods(prefix, kind).download_state
     offers = [
         (float(entry.value), rng.random(), other)
-        for other, entry in entries_of(await peer.dht.get(state_key(prefix)))
+        for other, entry in entries_of(await peer.dht.get(state_key(dialect.record_prefix)))
         if isinstance(entry.value, float | int) and not isinstance(entry.value, bool)
         if other != peer.peer_id and not math.isnan(entry.value)
         if allowed_peers is None or other in allowed_peers
     ]
     for _, _, other in sorted(offers, reverse=True):
         try:
-            state = await _download(peer.client, method, other, max_bytes)
+            state = await _download(peer.client, dialect.methods.download_state, other, max_bytes)
             if state is not None and check is not None:
                 await coded(partial(check, state), sum(t.nbytes for t in state.tensors), CompressionType.NONE)
         except (NetworkError, RemoteError) as e:
