@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import InvalidRequest, RemoteError
+from kwaainet_bridge.errors import InvalidRequest, LeaseDenied, ProtocolNotSupported, RemoteError
 from kwaainet_bridge.hivemind.client.directory import RecordSource, Span
 from kwaainet_bridge.hivemind.client.history import Chunk, History
 from kwaainet_bridge.hivemind.client.part import NextServer, SessionShape
@@ -18,6 +18,7 @@ from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState, bl
 from kwaainet_bridge.kwaai.client import KwaaiClient
 from kwaainet_bridge.kwaai.methods import most_tokens
 from kwaainet_bridge.kwaai.records import NodeInfo
+from kwaainet_bridge.wire.kwaai_lease import Denial
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class KwaaiServers:
     """The servers of one model in KwaaiNet, as ``Swarm`` takes other networks.
 
     ``source`` is a view of KwaaiNet's DHT; ``prefix`` is what the model's blocks are called there. ``vocab_size`` is
-    how many scores a server of the last block must give.
+    how many scores a server of the last block must give, ``step_seconds`` how long any may take for one answer.
     """
 
     name = KWAAINET
@@ -42,6 +43,7 @@ class KwaaiServers:
         num_blocks: int,
         *,
         vocab_size: int,
+        step_seconds: float = defaults.CLIENT_STEP_SECONDS,
         rng: random.Random | None = None,
     ) -> None:
         self.prefix = prefix
@@ -49,7 +51,9 @@ class KwaaiServers:
         self._client = client
         self._num_blocks = num_blocks
         self._vocab_size = vocab_size
+        self._step_seconds = step_seconds
         self._rng = rng or random.SystemRandom()
+        self._lessors: frozenset[PeerId] = frozenset()
 
     async def read(self) -> list[Span]:
         """Spans of nodes that KwaaiNet's own clients would use. Raises what the record source raises."""
@@ -69,11 +73,9 @@ class KwaaiServers:
                 is_newer = info.peer not in newest or expiration > newest[info.peer][0]
                 if is_newer and info.start_block <= block < info.end_block:
                     newest[info.peer] = expiration, info
-        return [
-            self._span(info)
-            for _, info in newest.values()
-            if info.usable and info.end_block <= self._num_blocks
-        ]
+        usable = [info for _, info in newest.values() if info.usable and info.end_block <= self._num_blocks]
+        self._lessors = frozenset(info.peer for info in usable if info.leases)
+        return [self._span(info) for info in usable]
 
     def _span(self, info: NodeInfo) -> Span:
         described = ServerInfo(
@@ -98,6 +100,8 @@ class KwaaiServers:
             shape,
             history,
             scores=self._vocab_size if hop.blocks.stop == self._num_blocks else None,
+            leases_as=self.prefix if hop.peer in self._lessors else None,
+            step_seconds=self._step_seconds,
             new_number=lambda: self._rng.getrandbits(63),
         )
 
@@ -116,9 +120,14 @@ class KwaaiPart:
         history: History,
         *,
         scores: int | None,
+        leases_as: str | None,
+        step_seconds: float,
         new_number: Callable[[], int],
     ) -> None:
-        """``scores``: how many it gives of the last token, None unless it has the model's last block."""
+        """``scores``: how many it gives of the last token, None unless it has the model's last block.
+
+        ``leases_as``: the model of which a lease is asked before the session begins, None at a server without leases.
+        """
         if not shape.ends or shape.batch_size != 1:
             raise InvalidRequest("KwaaiNet's servers take sessions of one sequence with the model's ends")
         self.hop = hop
@@ -126,6 +135,8 @@ class KwaaiPart:
         self._client = client
         self._first = hop.blocks.start == 0
         self._scores = scores
+        self._leases_as = leases_as
+        self._step_seconds = step_seconds
         self._new_number = new_number
         self._number: int | None = None
         self._position = 0
@@ -144,6 +155,7 @@ class KwaaiPart:
             await self.reset()
         if self._number is not None:
             return []
+        await self._lease()
         self._number, self._position = self._new_number(), 0
         return [Chunk(await self._run(piece)) for piece in self.history.pieces(defaults.PREFILL_TOKENS)]
 
@@ -158,6 +170,19 @@ class KwaaiPart:
         assert hypo_ids is None, "sessions with the model's ends have none"
         await self.catch_up()
         return await self._run(chunk)
+
+    async def _lease(self) -> None:
+        """Have the server keep a place for the session; what it began goes on without a lease. Raises LeaseDenied."""
+        if self._leases_as is None:
+            return
+        try:
+            await self._client.lease(self.hop.peer, self._leases_as)
+        except ProtocolNotSupported as e:
+            log.debug("%s: it announces leases and has none: %s", self.hop, e)
+        except LeaseDenied as e:
+            if e.reason in (Denial.AT_CAPACITY, Denial.WRONG_MODEL):
+                raise
+            log.debug("%s: begins without a lease: %s", self.hop, e)
 
     async def _run(self, chunk: Chunk) -> torch.Tensor:
         """The server's outputs for these tokens, in as many requests as its messages can hold."""
@@ -175,9 +200,13 @@ class KwaaiPart:
         if self._first:
             assert chunk.ids is not None, "a session with the model's ends has the ids of all tokens"
             ids = [int(token) for token in chunk.ids[0]]
-            output = await self._client.step_ids(self.hop.peer, self._number, self._position, ids)
+            output = await self._client.step_ids(
+                self.hop.peer, self._number, self._position, ids, timeout=self._step_seconds
+            )
         else:
-            output = await self._client.step_hidden(self.hop.peer, self._number, self._position, chunk.hidden)
+            output = await self._client.step_hidden(
+                self.hop.peer, self._number, self._position, chunk.hidden, timeout=self._step_seconds
+            )
         expected = chunk.hidden.shape if self._scores is None else (1, 1, self._scores)
         if tuple(output.shape) != tuple(expected):
             raise RemoteError(f"{self.hop}: values of shape {list(output.shape)}, expected {list(expected)}")

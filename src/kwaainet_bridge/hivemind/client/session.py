@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import torch
 import trio
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import InvalidRequest
 from kwaainet_bridge.hivemind.client.attempts import RECOVERABLE, Attempts
 from kwaainet_bridge.hivemind.client.history import Chunk, History
@@ -185,9 +186,10 @@ class InferenceSession:
         log.info("%s: route %s", self._swarm.prefix, " => ".join(map(str, chain)))
         return [self._part(hop, History()) for hop in chain]
 
-    async def _chain(self, blocks: range) -> list[Hop]:
+    async def _chain(self, blocks: range, instead: range | None = None) -> list[Hop]:
         shape = self.shape
-        return await self._swarm.session_chain(blocks, shape.batch_size * shape.max_length, ends=shape.ends)
+        tokens = shape.batch_size * shape.max_length
+        return await self._swarm.session_chain(blocks, tokens, ends=shape.ends, instead=instead)
 
     async def _run(self, chunk: Chunk, hypo_ids: torch.Tensor | None) -> tuple[list[Chunk], torch.Tensor]:
         """Pass ``chunk`` along the chain; returns the input of every part, and the output of the last.
@@ -195,13 +197,19 @@ class InferenceSession:
         Replaces parts that fail. Leaves the histories to the caller.
         """
         step_id = self._new_id()
+        begun_anew = 0
         inputs: list[Chunk] = []
         feed = chunk
         try:
             while len(inputs) < len(self._parts):
                 inputs.append(feed)
-                output = await self._run_part(len(inputs) - 1, feed, hypo_ids, step_id)
-                feed = Chunk(output, chunk.prompts)
+                may_begin_anew = begun_anew < defaults.MAX_ATTEMPTS
+                output = await self._run_part(len(inputs) - 1, feed, hypo_ids, step_id, may_begin_anew)
+                if output is None:
+                    begun_anew += 1
+                    inputs, feed = [], chunk
+                else:
+                    feed = Chunk(output, chunk.prompts)
         except BaseException:
             # Whoever was at work is in an unknown state. Those before are ahead, which the next step mends,
             # unless they also reordered their caches.
@@ -212,8 +220,9 @@ class InferenceSession:
         return inputs, feed.hidden
 
     async def _run_part(
-        self, index: int, feed: Chunk, hypo_ids: torch.Tensor | None, step_id: str
-    ) -> torch.Tensor:
+        self, index: int, feed: Chunk, hypo_ids: torch.Tensor | None, step_id: str, may_begin_anew: bool
+    ) -> torch.Tensor | None:
+        """The output of one part, or of what takes its place; None when another chain took the place of all parts."""
         attempts = Attempts(self._swarm, self._parts[index].hop.blocks)
         while True:
             part = self._parts[index]
@@ -227,7 +236,8 @@ class InferenceSession:
             else:
                 self._swarm.note_success(part.hop)
                 return output
-            await self._replace(index, attempts)
+            if await self._replace(index, attempts, may_begin_anew=may_begin_anew):
+                return None
 
     def _next_servers(self, index: int) -> list[NextServer]:
         """Those after ``index`` that are ready for this step, up to the first that is not."""
@@ -236,20 +246,30 @@ class InferenceSession:
         following = (part.next_server for part in self._parts[index + 1 :])
         return list(itertools.takewhile(lambda server: server is not None, following))  # type: ignore[arg-type]
 
-    async def _replace(self, index: int, attempts: Attempts) -> None:
-        """Put other servers, which have caught up, in the place of one part."""
+    async def _replace(self, index: int, attempts: Attempts, *, may_begin_anew: bool) -> bool:
+        """Put other servers, which have caught up, in the place of one part; or, True, of all parts.
+
+        The latter where the remaining servers cannot run that part's blocks alone: those of other networks run all of
+        their blocks or none.
+        """
         old = self._parts[index]
+        instead = self.shape.blocks if self.shape.ends and may_begin_anew and len(self._parts) > 1 else None
         while True:
             try:
-                chain = await self._chain(old.hop.blocks)
+                chain = await self._chain(old.hop.blocks, instead)
             except RECOVERABLE as e:
                 await attempts.failed(None, e)
                 continue
             log.info("%s: new route %s", self._swarm.prefix, " => ".join(map(str, chain)))
-            if parts := await self._rebuild(chain, old.history, attempts):
-                self._parts[index : index + 1] = parts
+            is_whole = range(chain[0].blocks.start, chain[-1].blocks.stop) != old.hop.blocks
+            history = self._parts[0].history if is_whole else old.history
+            if parts := await self._rebuild(chain, history, attempts):
+                replaced = slice(None) if is_whole else slice(index, index + 1)
+                for part in self._parts[replaced]:
+                    await part.reset()
+                self._parts[replaced] = parts
                 self.routes.append((self._position, self.chain))
-                return
+                return is_whole
 
     async def _rebuild(self, chain: Sequence[Hop], history: History, attempts: Attempts) -> list[Part] | None:
         """Sessions along ``chain`` whose caches hold ``history``; None if one of the servers failed."""

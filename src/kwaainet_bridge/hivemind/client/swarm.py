@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -81,21 +83,30 @@ class Swarm:
         """The name of consecutive blocks in a request."""
         return " ".join(block_uid(self.prefix, block) for block in blocks)
 
-    async def session_chain(self, blocks: range, cache_tokens: int, *, ends: bool = False) -> list[Hop]:
+    async def session_chain(
+        self, blocks: range, cache_tokens: int, *, ends: bool = False, instead: range | None = None
+    ) -> list[Hop]:
         """The chain with the lowest latency; ``cache_tokens`` is batch times maximum length.
 
-        Of all networks for a session with the model's ``ends``, else of Petals alone. Raises NoRoute naming the blocks
-        without a server, or what the DHT raises.
+        Of all networks for a session with the model's ``ends``, else of Petals alone. Where no chain runs ``blocks``,
+        one over the blocks ``instead`` will do. Raises NoRoute naming the blocks without a server, or what the DHT
+        raises.
         """
-        return await self._choose(
-            lambda spans: fastest_chain(
-                spans if ends else _of_petals(spans),
-                blocks,
-                model=self.prefix,
-                rtts=self._rtts,
-                cache_tokens=cache_tokens,
+
+        def choose(spans: list[Span]) -> list[Hop]:
+            usable = spans if ends else _of_petals(spans)
+            chain_over = partial(
+                fastest_chain, usable, model=self.prefix, rtts=self._rtts, cache_tokens=cache_tokens
             )
-        )
+            try:
+                return chain_over(blocks)
+            except NoRoute:
+                if instead is not None:
+                    with contextlib.suppress(NoRoute):
+                        return chain_over(instead)
+                raise
+
+        return await self._choose(choose)
 
     async def request_chain(self, blocks: range) -> list[Hop]:
         """A random chain for forward and backward, weighted by throughput. Raises like session_chain."""
