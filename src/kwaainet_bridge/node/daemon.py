@@ -7,6 +7,7 @@ import resource
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import structlog
 import trio
@@ -16,13 +17,15 @@ from kwaainet_bridge.config import LimitsConfig, NodeConfig
 from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
-from kwaainet_bridge.node.kwaainet import KwaaiSide, open_kwaainet
 from kwaainet_bridge.node.networks import network_protocols
-from kwaainet_bridge.node.petals import PetalsSide, open_petals
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.serving import ModelService
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.wire.peer_id import PeerId
+
+if TYPE_CHECKING:
+    from kwaainet_bridge.node.kwaainet import KwaaiSide
+    from kwaainet_bridge.node.petals import PetalsSide
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -135,12 +138,16 @@ async def _run_host(
 async def _networks(
     config: NodeConfig, host: Libp2pHost, state: NodeState, reachability: ReachabilityWatch
 ) -> AsyncIterator[list[PetalsSide | KwaaiSide]]:
-    """Those that are on. One that is off costs nothing."""
+    """Those that are on. One that is off costs nothing: what it alone needs is not even imported."""
     async with AsyncExitStack() as stack:
         networks: list[PetalsSide | KwaaiSide] = []
         if config.networks.petals is not None:
+            from kwaainet_bridge.node.petals import open_petals
+
             networks.append(await stack.enter_async_context(open_petals(config, host, state, reachability)))
         if config.networks.kwaainet is not None:
+            from kwaainet_bridge.node.kwaainet import open_kwaainet
+
             networks.append(await stack.enter_async_context(open_kwaainet(config, host, state)))
         yield networks
 
