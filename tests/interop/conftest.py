@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from stock_swarm import StockEnvironment, StockPeer
+
+sys.path.append(
+    str(Path(__file__).parents[1] / "kwaainet")
+)  # simulated peers of KwaaiNet, which has no stock ones
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,17 +20,19 @@ def start_node(
     prefix: str | None = None,
     blocks: range | None = None,
     peers: list[str] | None = None,
+    networks: dict[str, Any] | None = None,
     threads: int = 1,
     **model_options: Any,
 ) -> Process:
     """A node of its own identity in ``work``, listening on loopback. Returns at once: call ``wait_until_ready``.
 
-    ``model_options`` are further keys of the ``model`` section; without a model it is a bootstrap peer.
+    ``model_options`` are further keys of the ``model`` section; without a model it is a bootstrap peer. It is in
+    Petals alone, joined through ``peers``, unless ``networks`` say otherwise, as that section does.
     """
     config: dict[str, Any] = {
         "identity": {"path": f"{name}.key", "kind": "ed25519"},
         "listen": [LOOPBACK],
-        "networks": {"petals": {"bootstrap": peers or []}},
+        "networks": networks or {"petals": {"bootstrap": peers or []}},
     }
     if model is not None:
         section = {"name": str(model), "dtype": "float32", "throughput": 1.0, "threads": threads}

@@ -30,6 +30,7 @@ from hivemind.proto.runtime_pb2 import ExpertUID
 from hivemind.utils.serializer import MSGPackSerializer
 from lines import Lines
 from petals.server.handler import TransformerConnectionHandler
+from petals.utils.dht import get_remote_module_infos
 
 lines = Lines()
 
@@ -120,6 +121,27 @@ class Commands:
         """Read the servers' records again now; a client does it once a minute."""
         manager = self._models[key].blocks.sequence_manager
         manager.update(wait=True)
+
+    def records(self, key: str, uids: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+        """What the swarm's records say now, as servers and monitors read them: by block, by peer."""
+        found = get_remote_module_infos(self._models[key].blocks.sequence_manager.dht, uids, latest=True)
+        return {
+            module.uid: {
+                peer.to_base58(): {
+                    "state": server.state.name,
+                    "start": server.start_block,
+                    "end": server.end_block,
+                    "version": server.version,
+                }
+                for peer, server in module.servers.items()
+            }
+            for module in found
+        }
+
+    def subkeys(self, key: str, dht_key: str) -> list[str] | None:
+        """Who has an entry under a key of the DHT; None if there is nothing."""
+        found = self._models[key].blocks.sequence_manager.dht.get(dht_key, latest=True)
+        return None if found is None else sorted(found.value)
 
     def info(self, key: str) -> list[dict[str, Any]]:
         """The answer of each server on the route to rpc_info, as far as JSON can say it."""
