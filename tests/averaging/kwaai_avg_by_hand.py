@@ -208,7 +208,7 @@ class Frames:
 
 
 class Member:
-    """A follower in a group of two with equal shares, no compression, and one float32 tensor; no clock, no patience."""
+    """A member of a group of two with equal shares, no compression, and one float32 tensor; no clock, no patience."""
 
     def __init__(self, host, prefix: str, values: list[float], weight: float, part_bytes: int) -> None:
         self.values = list(values)
@@ -233,13 +233,30 @@ class Member:
         assert (marker, group[1]) == (0, [3])
         assert await incoming.next() is None
         await stream.close()
-        self.group_id, members, self.given = group[2][0], group[4], group[5]
+        self.given = group[5]
+        await self._average(leader, group[2][0], group[4])
+
+    async def lead(self, stream) -> None:
+        """Serve one follower's call to join, and average with it."""
+        incoming = Frames(stream)
+        marker, request = await incoming.next()
+        assert (marker, request[2], request[6]) == (0, [self._schema], [f"{self.name}.0b".encode()])
+        assert await incoming.next() == (1, {})
+        await stream.write(from_leader(2))
+        self.given = [nil_gather(), *request[4]]
+        members = (self.host.peer_id.raw, stream.remote.raw)
+        await stream.write(from_leader(3, b"group", members=members, gathered=tuple(self.given)))
+        await stream.close()
+        await self._average(stream.remote, b"group", members)
+
+    async def _average(self, peer, group_id: bytes, members) -> None:
+        self.group_id = group_id
         split = shares(len(self.values), [None, None])
         mine = parts_of(split, [len(self.values)], self.part_bytes // 4)
         place = members.index(self.host.peer_id.raw)
         self.mine, theirs = mine[place], mine[1 - place]
         self.ready.set()
-        await self._exchange(leader, theirs)
+        await self._exchange(peer, theirs)
 
     ready = None  # an event, set by the test
 

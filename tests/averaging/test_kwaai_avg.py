@@ -114,26 +114,47 @@ async def steps_in_vain(peers: list[Peer], timeout: float) -> int:
 # --- a peer that was written from the page
 
 
-async def test_a_member_by_hand_averages_with_ours(autojump_clock: object) -> None:
+async def with_a_member_by_hand(swarm: Run) -> tuple[Peer, Member, list[float]]:
+    """One of ours, one by hand with three times the weight, and their mean."""
+    ours = await swarm.add((100,), **group_of(2), **KWAAI)  # parts of 16 elements
+    ours.tensors[0].copy_(torch.arange(100.0))
+    theirs = [1000.0 - n for n in range(100)]
+    member = Member(swarm.network.host(peer_id(77)), "run", theirs, 3.0, 64)
+    member.ready = trio.Event()
+    member.served()
+    return ours, member, [(n + 3 * value) / 4 for n, value in enumerate(theirs)]
+
+
+def check(ours: Peer, member: Member, expected: list[float]) -> None:
+    assert ours.tensors[0].tolist() == pytest.approx(expected)
+    assert member.values == pytest.approx(expected)
+    assert ours.result is not None
+    assert ours.result.gathered == {ours.id: {"of": "ours"}, member.host.peer_id: None}
+    assert ours.result.missing_elements == 0
+    assert min(member.given) == hand.nil_gather()
+
+
+async def test_a_follower_by_hand_averages_with_ours(autojump_clock: object) -> None:
     async with run() as swarm:
-        ours = await swarm.add((100,), **group_of(2), **KWAAI)  # parts of 16 elements
-        ours.tensors[0].copy_(torch.arange(100.0))
-        theirs = [1000.0 - n for n in range(100)]
-        member = Member(swarm.network.host(peer_id(77)), "run", theirs, 3.0, 64)
-        member.ready = trio.Event()
-        member.served()
+        ours, member, expected = await with_a_member_by_hand(swarm)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lambda: ours.step(gather={"of": "ours"}))
                 await trio.sleep(1)
                 await member.follow(ours.id, clock() + 60)
-        expected = [(n + 3 * value) / 4 for n, value in enumerate(theirs)]
-        assert ours.tensors[0].tolist() == pytest.approx(expected)
-        assert member.values == pytest.approx(expected)
-        assert ours.result is not None
-        assert ours.result.gathered == {ours.id: {"of": "ours"}, member.host.peer_id: None}
-        assert ours.result.missing_elements == 0
-        assert min(member.given) == hand.nil_gather()
+        check(ours, member, expected)
+
+
+async def test_a_leader_by_hand_is_found_by_its_record_and_averages_with_ours(autojump_clock: object) -> None:
+    async with run() as swarm:
+        ours, member, expected = await with_a_member_by_hand(swarm)
+        member.host.serve("/kwaai/avg/1.0.0/run/join", member.lead)
+        await ours.dht.store(
+            "/kwaai/avg/1.0.0/run.0b", value=True, expiration=clock() + 4, subkey=member.host.peer_id.raw
+        )
+        with trio.fail_after(20):
+            await ours.step(gather={"of": "ours"})
+        check(ours, member, expected)
 
 
 async def test_a_caller_by_hand_gets_our_state(autojump_clock: object) -> None:

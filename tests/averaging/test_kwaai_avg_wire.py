@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.config import parse_config
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.hivemind.averaging import kwaai
 from kwaainet_bridge.hivemind.averaging.dialect import dialect
@@ -121,6 +122,12 @@ def test_the_page_names_every_code() -> None:
         int(number): name for number, name in re.findall(r"^\| (\d+) \| ([A-Z_]{5,})", PAGE, re.MULTILINE)
     }
     assert told == {code.value: code.name for code in MessageCode if code is not MessageCode.REQUEST_JOIN}
+
+
+def test_the_example_of_a_node_can_be_read() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    (helped,) = parse_config(example, "docs/protocols/kwaai-avg.md").averaging.runs
+    assert (helped.network, helped.prefix) == ("kwaainet", "run")
 
 
 def test_the_ids_and_keys_are_those_of_the_page() -> None:
