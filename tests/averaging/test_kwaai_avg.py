@@ -18,7 +18,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import DeadlineExceeded, ProtocolNotSupported, StreamReset
 from kwaainet_bridge.hivemind.averaging import Averager, StepResult
-from kwaainet_bridge.hivemind.averaging.dialect import dialect
+from kwaainet_bridge.hivemind.averaging.dialect import dialect_of
 from kwaainet_bridge.wire import frames
 
 KWAAI: dict[str, Any] = {"protocol": "kwaai"}
@@ -387,7 +387,7 @@ async def test_calls_of_the_other_protocol_are_not_served(autojump_clock: object
     async with run(1, **KWAAI) as swarm:
         await swarm.add()
         kind = "DecentralizedAverager"
-        methods = dialect("hivemind" if caller else "kwaai", "run", kind).methods
+        methods = dialect_of("hivemind" if caller else "kwaai", "run", kind).methods
         for method in (methods.join_group, methods.aggregate_part, methods.download_state):
             with pytest.raises(ProtocolNotSupported):
                 async with swarm.peers[caller].client.stream(

@@ -17,7 +17,7 @@ from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.config import parse_config
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.hivemind.averaging import kwaai
-from kwaainet_bridge.hivemind.averaging.dialect import dialect
+from kwaainet_bridge.hivemind.averaging.dialect import dialect_of
 from kwaainet_bridge.hivemind.averaging.group import About, Group, Mode, leader_message
 from kwaainet_bridge.hivemind.averaging.group_keys import group_key, next_bits, state_key
 from kwaainet_bridge.hivemind.averaging.split import share_elements
@@ -37,7 +37,7 @@ SCHEMA = hand.schema(LINES, 0, 524288)
 ID = bytes(range(20))
 PEERS = (b"\x00\x02\xaa\x01", b"\x00\x02\xaa\x02")
 GATHER = hand.nil_gather()
-RUN = dialect("kwaai", "run", "")
+RUN = dialect_of("kwaai", "run", "")
 
 FLOATS = torch.tensor([1.0, -2.0])
 HALVES = torch.tensor([0.5, 0.25, -1.0])
@@ -141,12 +141,12 @@ def test_the_ids_and_keys_are_those_of_the_page() -> None:
 @pytest.mark.parametrize("prefix", ["", "a.b", "a/b", "a b", "a\n", "ä", "x" * 65])
 def test_prefixes_that_fit_no_id_are_refused(prefix: str) -> None:
     with pytest.raises(ValueError, match="must be 1 to 64 letters"):
-        dialect("kwaai", prefix, "")
+        dialect_of("kwaai", prefix, "")
 
 
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(ValueError, match="must be hivemind or kwaai"):
-        dialect("other", "run", "")  # type: ignore[arg-type]
+        dialect_of("other", "run", "")  # type: ignore[arg-type]
 
 
 # --- rules

@@ -18,7 +18,7 @@ from kwaainet_bridge.hivemind.averaging import (
     Protocol,
     State,
     StepResult,
-    dialect,
+    dialect_of,
     download_state,
 )
 from kwaainet_bridge.hivemind.peer import Peer
@@ -96,7 +96,7 @@ class AveragingService:
         while True:
             state = await download_state(
                 self._peer,
-                dialect(self._protocol, run.prefix, run.kind),
+                dialect_of(self._protocol, run.prefix, run.kind),
                 max_bytes=self._config.max_tensors_mib * defaults.MIB,
                 allowed_peers=self._allowed,
             )

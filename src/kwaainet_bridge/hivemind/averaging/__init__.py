@@ -1,7 +1,7 @@
 """Averaging tensors with other peers, stock Hivemind averagers among them: groups, all-reduce, state download."""
 
 from kwaainet_bridge.hivemind.averaging.averager import Averager
-from kwaainet_bridge.hivemind.averaging.dialect import Dialect, Protocol, dialect
+from kwaainet_bridge.hivemind.averaging.dialect import Dialect, Protocol, dialect_of
 from kwaainet_bridge.hivemind.averaging.state import State, download_state
 from kwaainet_bridge.hivemind.averaging.step import Phase, Status, Step, StepResult
 
@@ -14,6 +14,6 @@ __all__ = [
     "Status",
     "Step",
     "StepResult",
-    "dialect",
+    "dialect_of",
     "download_state",
 ]

@@ -22,7 +22,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import BridgeError, DeadlineExceeded, RemoteError
 from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce, Options
-from kwaainet_bridge.hivemind.averaging.dialect import Protocol, dialect
+from kwaainet_bridge.hivemind.averaging.dialect import Protocol, dialect_of
 from kwaainet_bridge.hivemind.averaging.group import About, Group, Mode
 from kwaainet_bridge.hivemind.averaging.matchmaking import Matchmaking, Rules
 from kwaainet_bridge.hivemind.averaging.meeting import Meeting
@@ -100,7 +100,7 @@ class Averager:
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
-        self._dialect = dialect(protocol, prefix, kind)
+        self._dialect = dialect_of(protocol, prefix, kind)
         if client_mode and auxiliary:
             raise ValueError("an auxiliary peer averages for others, which nobody in client mode can")
         if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth >= 0):

@@ -35,7 +35,7 @@ class Dialect:
     numbers: group_keys.Numbers
 
 
-def dialect(protocol: Protocol, prefix: str, kind: str) -> Dialect:
+def dialect_of(protocol: Protocol, prefix: str, kind: str) -> Dialect:
     """``kind`` is the class that Hivemind's peers run; KwaaiNet's know none.
 
     Raises ValueError for a prefix that cannot be.
