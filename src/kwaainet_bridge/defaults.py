@@ -765,6 +765,9 @@ RPC_CHECK_SECONDS: Final = 10.0
 DIRECTORY_SECONDS: Final = 60.0
 """Block records older than this are read again before a route is chosen (stock clients: 60 s)."""
 
+DOUBTFUL_DIRECTORY_SECONDS: Final = 5.0
+"""The same for a route over a server that did not answer lately: others may have come meanwhile."""
+
 DIRECTORY_READ_SECONDS: Final = 60.0
 """Longest time to read the records of all blocks of a model from the DHT."""
 
@@ -832,8 +835,8 @@ RETRY_MAX_SECONDS: Final = 60.0
 """Longest pause between two retries (stock: 60 s)."""
 
 MAX_ATTEMPTS: Final = 8
-"""Tries of one range of blocks before a step or request fails: about a minute, pauses included. Stock clients
-retry for ever."""
+"""Rounds of tries of one range of blocks before a step or request fails: about a minute, pauses included. In a round
+each server is tried once, and no more of them than this. Stock clients retry for ever."""
 
 CONNECT_SECONDS: Final = 10.0
 """Longest time to reach a server and open a stream. Stock allows 5 s, too short for a busy relay."""

@@ -18,8 +18,11 @@ from kwaainet_bridge.errors import (
     LeaseDenied,
     NetworkError,
     NoRoute,
+    PeerUnreachable,
     ProtocolNotSupported,
     RemoteError,
+    StreamClosed,
+    StreamReset,
     WarmingUp,
 )
 from kwaainet_bridge.hivemind.client.calls import ServerTraits, fetch_traits
@@ -33,6 +36,9 @@ from kwaainet_bridge.rpc import RpcClient
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
+
+_LOST = (PeerUnreachable, StreamReset, StreamClosed, DeadlineExceeded)
+"""Errors after which a peer may be gone. After others it has answered."""
 
 Ping = Callable[[PeerId], Awaitable[object]]
 """Returns once the peer answered, raises NetworkError or RemoteError if it does not."""
@@ -119,9 +125,14 @@ class Swarm:
     async def _choose(self, choose: Callable[[list[Span]], list[Hop]]) -> list[Hop]:
         await self.refresh(max_age=defaults.DIRECTORY_SECONDS)
         try:
-            return choose(self._unbanned())
+            chain = choose(self._unbanned())
         except NoRoute:
             await self.refresh()
+        else:
+            if not any(math.isinf(self._rtts.get(hop.peer, 0.0)) for hop in chain):
+                return chain
+            # no better one than over a server that did not answer when it was last heard of
+            await self.refresh(max_age=defaults.DOUBTFUL_DIRECTORY_SECONDS)
         try:
             return choose(self._unbanned())
         except NoRoute:
@@ -189,6 +200,7 @@ class Swarm:
         present = {span.peer for span in self._spans}
         self._rtts = {peer: rtt for peer, rtt in self._rtts.items() if peer in present}
         if self._ping is None:
+            self._rtts.clear()  # nobody will say that one is back
             return
         pings: dict[PeerId, Ping] = {}
         for span in self._shuffled(self._spans):
@@ -229,9 +241,13 @@ class Swarm:
             return
         self._bans.add(hop.key, self._clock())
         self._traits.pop(hop.peer, None)
+        if isinstance(error, _LOST):  # whatever it serves, in any network: it comes last until it is heard of
+            self._rtts[hop.peer] = math.inf
 
     def note_success(self, hop: Hop) -> None:
         self._bans.lift(hop.key)
+        if math.isinf(self._rtts.get(hop.peer, 0.0)):
+            del self._rtts[hop.peer]
 
     def part(self, hop: Hop, shape: SessionShape, history: History, *, new_id: Callable[[], str]) -> Part:
         """One server's part of a session, in the way of its network."""
