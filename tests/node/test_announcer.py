@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 import trio
+import trio.testing
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.dht import DhtNode
@@ -211,4 +212,26 @@ async def test_records_of_the_same_moment_replace_each_other(pair, autojump_cloc
     await announcer.announce(ServerState.JOINING)
     (report,) = await announcer.announce(ServerState.ONLINE)
     assert report.ok
+    assert (await pair.info(2)).state is ServerState.ONLINE
+
+
+async def test_a_round_that_a_later_one_overtook_is_not_judged(pair, autojump_clock):
+    """Peers refuse its records for the later ones, which does not mean that nobody knows of this node."""
+    reports = []
+    announcer = pair.announcer(reports=reports)
+    store_many, is_first = pair.announcing.store_many, True
+
+    async def slow_at_first(items):
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            await trio.sleep(1)
+        return await store_many(items)
+
+    pair.announcing.store_many = slow_at_first
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.announce, ServerState.JOINING)
+        await trio.testing.wait_all_tasks_blocked()
+        await announcer.announce(ServerState.ONLINE)
+    assert [report.state for report in reports] == [ServerState.ONLINE]
     assert (await pair.info(2)).state is ServerState.ONLINE

@@ -171,7 +171,7 @@ class Announcer:
     """Keeps an offer's records in the networks: at once on a change, and renewed by :meth:`run`.
 
     While the node is not ``dialable``, blocks are not announced, or withdrawn if they were: set it and announce anew.
-    ``on_report`` hears how each round went in each network.
+    ``on_report`` hears how each round went in each network, unless a later one has begun there meanwhile.
     """
 
     def __init__(
@@ -240,7 +240,8 @@ class Announcer:
             report.by_others,
             report.told_by_peers,
         )
-        self._on_report(report)
+        if self._expirations[publisher.network] == expiration:  # else peers have refused it for a later one
+            self._on_report(report)
         return report
 
 
