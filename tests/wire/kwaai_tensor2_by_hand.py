@@ -26,7 +26,7 @@ def frame(marker: int, payload: bytes) -> bytes:
     return struct.pack(">QB", len(payload), marker) + payload
 
 
-def offer(
+def offer(  # noqa: PLR0917 - the fields in their order
     no: int,
     name: str,
     dtype: str,
