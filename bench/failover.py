@@ -73,7 +73,7 @@ def main() -> None:
         everything.pauses += outcome.pauses
         everything.killed += outcome.killed
     summary = summarise(everything, options.every)
-    summary["median_after_a_kill"] = None
+    del summary["median_after_a_kill"]  # of single runs only
     print(json.dumps(summary, indent=1))
     met = "met" if summary["p99"] <= TARGET_SECONDS else "missed"
     print(f"target: p99 <= {TARGET_SECONDS:g} s: {met}")
