@@ -337,6 +337,7 @@ class TensorSender:
             failure = e
         if self._failure is None:
             self._failure = failure
+        await self._stream.reset()  # a write may wait for a window that nobody opens any more
         self._wake()
 
     async def _read(self) -> Exception:
