@@ -35,9 +35,11 @@ async def two_hosts(**protocols):
     inbox = Inbox()
     if not protocols:
         protocols = {"tensor2": TensorInbox(take=inbox.take, want=inbox.want)}
-    async with libp2p_pair() as pair:
-        async with serve_kwaai(pair.server_host, pair.server, KwaaiProtocols(**protocols)) as server:
-            yield pair, inbox, server
+    async with (
+        libp2p_pair() as pair,
+        serve_kwaai(pair.server_host, pair.server, KwaaiProtocols(**protocols)) as server,
+    ):
+        yield pair, inbox, server
 
 
 @pytest.mark.parametrize("compression", Compression)
@@ -161,7 +163,7 @@ async def test_a_peer_that_stopped_serving_it():
         async with serve_kwaai(pair.server_host, pair.server, inner):
             await send_tensors(pair.client_host, pair.peer, {"t": torch.ones(4)}, timeout=10)
         for tensor in (torch.ones(4), torch.ones(1_000_000)):
-            with pytest.raises(ProtocolNotSupported, match="kwaai.tensor.send_tensor"):
+            with pytest.raises(ProtocolNotSupported, match=r"kwaai\.tensor\.send_tensor"):
                 await send_tensors(pair.client_host, pair.peer, {"t": tensor}, timeout=10)
 
 
