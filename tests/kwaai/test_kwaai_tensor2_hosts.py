@@ -192,18 +192,21 @@ async def receiving_process():
 
 @pytest.mark.slow
 async def test_64_mib_take_at_most_two_and_a_half_times_that_at_the_receiver():
-    """Resident memory of a process of its own; a small tensor goes before, so that nothing is loaded meanwhile."""
+    """Resident memory of a process of its own, beyond the least that it ever had when a tensor was offered.
+
+    A small tensor goes before each, so that nothing is loaded meanwhile.
+    """
     large = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     bfloat16 = torch.randn(8192, 4096, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     assert large.nbytes == bfloat16.nbytes == 64 * MIB
     config = HostConfig(identity=Identity.generate("ed25519"))
-    taken = {}
+    peaks, least = {}, 1 << 40
     async with receiving_process() as process, open_host(config) as host:
         with trio.fail_after(60):
             peer = await host.connect((await process.line())["address"])
         for compression in Compression:
             for name, tensor in ((compression.name, large), (f"{compression.name} of bfloat16", bfloat16)):
-                if tensor is bfloat16 and compression not in (Compression.NONE, Compression.BLOCKWISE_8BIT):
+                if tensor is bfloat16 and compression in (Compression.FLOAT16, Compression.MEANSTD_16BIT):
                     continue
                 for values in (tensor[:256], tensor):
                     with trio.fail_after(120):
@@ -211,9 +214,11 @@ async def test_64_mib_take_at_most_two_and_a_half_times_that_at_the_receiver():
                             host, peer, {name: values}, compression=compression, top_k=0.1, timeout=110
                         )
                         report = await process.line()
-                taken[name] = (report["peak"] - report["before"]) / values.nbytes
+                        least = min(least, report["before"])
+                peaks[name] = report["peak"]
                 if compression in (Compression.NONE, Compression.FLOAT16):
                     expected = tensor.double().sum().item()
                     assert report["sum"] == pytest.approx(expected, abs=0.01 * tensor.numel() ** 0.5)
-    print({name: round(times, 2) for name, times in taken.items()})
+    taken = {name: round((peak - least) / large.nbytes, 2) for name, peak in peaks.items()}
+    print(taken)
     assert max(taken.values()) <= 2.5, taken

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from wire_feeding import QUICK
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.compression import codec
 from kwaainet_bridge.compression.encoded import DTYPES
+from kwaainet_bridge.compression.kwaai import dequantise_blocks, quantise_blocks
 from kwaainet_bridge.errors import CompressionError, RemoteError
 from kwaainet_bridge.wire import kwaai_tensor2 as wire
 from kwaainet_bridge.wire.frames import Frame
@@ -276,6 +278,8 @@ def decode(dtype: str, shape, compression: Compression, data: bytes) -> torch.Te
         ("float32", (6,), Compression.KWAAI_TOP_K, struct.pack("<I1f", 4, float("nan"))),
         ("float32", (1,), Compression.UNIFORM_8BIT, struct.pack("<q", 255) + bytes(1025)),
         ("float32", (1,), Compression.BLOCKWISE_8BIT, struct.pack("<2q", 2, 256) + bytes(1029)),
+        ("bfloat16", (1,), Compression.BLOCKWISE_8BIT, struct.pack("<2q", 2, 256) + bytes(1029)),
+        ("bfloat16", (1,), Compression.BLOCKWISE_8BIT, struct.pack("<2q", 1, 255) + bytes(1029)),
     ],
 )
 def test_values_that_do_not_decode(dtype, shape, compression, data):
@@ -360,6 +364,19 @@ def any_tensor(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     values = (torch.randn(shape, generator=generator) * 50).to(dtype)
     return values, compression
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64", "int32", "float32"])
+@pytest.mark.parametrize("compression", [Compression.BLOCKWISE_8BIT, Compression.KWAAI_INT8])
+@pytest.mark.parametrize("count", [(1 << 18) - 1, 1 << 18, (1 << 18) + 65, 600_001])
+def test_decoding_piece_by_piece_gives_what_decoding_in_one_does(dtype, compression, count):
+    values = (torch.randn(count, generator=torch.Generator().manual_seed(2)) * 99).to(DTYPES[dtype])
+    data = b"".join(encode_values(values, compression))
+    if compression == Compression.KWAAI_INT8:
+        whole = dequantise_blocks(quantise_blocks(values), DTYPES[dtype])
+    else:
+        whole = codec(compression.value).decompress(data, (count,), DTYPES[dtype])
+    assert torch.equal(decode(dtype, (count,), compression, data), whole)
 
 
 @QUICK

@@ -15,23 +15,23 @@ import numpy as np
 import torch
 
 from kwaainet_bridge.compression import codec
+from kwaainet_bridge.compression.blockwise import BLOCK as _BLOCKWISE
 from kwaainet_bridge.compression.codec import (
     Buffer,
     elements,
     from_bytes,
     host_values,
     new_values,
+    tiles,
     view_bytes,
 )
 from kwaainet_bridge.compression.encoded import DTYPES, NAMES, checked_shape
 from kwaainet_bridge.compression.kwaai import (
     BLOCK,
     QuantisedBlocks,
-    SparseValues,
     dequantise_blocks,
     keep_largest,
     quantise_blocks,
-    spread_out,
 )
 from kwaainet_bridge.errors import CompressionError, RemoteError
 
@@ -129,12 +129,15 @@ def check_values(
 
 
 def memory_needed(dtype: torch.dtype, shape: Sequence[int], compression: Compression, count: int) -> int:
-    """Bytes that ``count`` bytes of values and the decoding of them take at most, those of the tensor included."""
+    """Bytes that ``count`` bytes of values and the decoding of them take at most, those of the tensor included.
+
+    What decoding takes for a piece at a time is left out: it does not grow with the tensor, and is below 4 MiB.
+    """
     if compression == Compression.NONE:
         return count
-    working = 4 + (0 if dtype == torch.float32 else dtype.itemsize)
     held = count * (3 if compression == Compression.KWAAI_TOP_K else 2)
-    return held + working * elements(shape)
+    size: int = dtype.itemsize * elements(shape)
+    return held + size
 
 
 def new_buffer(count: int) -> torch.Tensor:
@@ -159,6 +162,8 @@ def decode_values(
         return _decode_int8(data, dtype, shape)
     if compression == Compression.KWAAI_TOP_K:
         return _decode_top_k(data, dtype, shape)
+    if compression == Compression.BLOCKWISE_8BIT and dtype != torch.float32:
+        return _decode_blockwise(data, dtype, shape)
     return codec(compression.value).decompress(data, shape, dtype)
 
 
@@ -169,17 +174,41 @@ def _size(compression: Compression, shape: tuple[int, ...], dtype: torch.dtype) 
     return codec(compression.value).size(shape, dtype)
 
 
+def _decode_blockwise(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Piece by piece: the codec decodes to float32, of which there would otherwise be a whole tensor."""
+    count = elements(shape)
+    blocks = -(-count // _BLOCKWISE)
+    announced = int.from_bytes(data[:8], "little", signed=True)
+    if announced != blocks:
+        raise RemoteError(f"buffer announces {announced} blocks, {count} values make {blocks}")
+    codebook_at = 16 + 4 * blocks
+    codes_at = codebook_at + 1024
+    values = new_values(count, dtype)
+    for tile in tiles(count):
+        first, last = tile.start // _BLOCKWISE, -(-tile.stop // _BLOCKWISE)
+        piece = b"".join(
+            [
+                (last - first).to_bytes(8, "little"),
+                data[8:16],
+                data[16 + 4 * first : 16 + 4 * last],
+                data[codebook_at:codes_at],
+                data[codes_at + tile.start : codes_at + tile.stop],
+            ]
+        )
+        values[tile] = codec("BLOCKWISE_8BIT").decompress(piece, (tile.stop - tile.start,), torch.float32)
+    return values.reshape(shape)
+
+
 def _decode_int8(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     count = elements(shape)
-    blocks = -(-count // BLOCK)
-    return dequantise_blocks(
-        QuantisedBlocks(
-            from_bytes(data, 2 * blocks, count, torch.int8),
-            from_bytes(data, 0, blocks, torch.float16),
-            shape,
-        ),
-        dtype,
-    )
+    codes_at = 2 * -(-count // BLOCK)
+    values = new_values(count, dtype)
+    for tile in tiles(count):  # whole blocks
+        size = tile.stop - tile.start
+        codes = from_bytes(data, codes_at + tile.start, size, torch.int8)
+        scales = from_bytes(data, 2 * (tile.start // BLOCK), -(-size // BLOCK), torch.float16)
+        values[tile] = dequantise_blocks(QuantisedBlocks(codes, scales, (size,)))
+    return values.reshape(shape)
 
 
 def _encode_top_k(tensor: torch.Tensor, fraction: float) -> list[Buffer]:
@@ -200,5 +229,8 @@ def _decode_top_k(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) 
     if int(indices[-1]) >= count or not (indices[1:] > indices[:-1]).all():
         raise RemoteError(f"KWAAI_TOP_K: indices do not ascend, or are beyond {count} values")
     values = from_bytes(data, 4 * kept, kept, torch.float32)
-    whole = SparseValues(torch.from_numpy(indices.astype(np.int64)), values, count, shape)
-    return spread_out(whole, dtype)
+    if not torch.isfinite(values).all():
+        raise RemoteError("KWAAI_TOP_K: values that are not finite")
+    whole = torch.zeros(count, dtype=dtype)
+    whole.index_copy_(0, torch.from_numpy(indices.astype(np.int64)), values.to(dtype))
+    return whole.reshape(shape)
