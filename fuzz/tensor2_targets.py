@@ -54,7 +54,11 @@ def _again(frame: tensors.Frame, message: tensors.Message) -> None:
     if isinstance(message, tensors.Ack | tensors.End) and len(message.text) > 100:
         return  # long texts are cut
     [again] = tensors.frame_decoder().feed(_written(message))
-    expect(tensors.read_message(again) == message, "round trip")
+    try:
+        same = tensors.read_message(again) == message
+    except RemoteError:
+        same = False
+    expect(same, "round trip")
     if isinstance(message, tensors.Part):
         part = pb.Message.FromString(frame.payload).part
         expect(

@@ -171,6 +171,11 @@ def test_the_library_reads_the_same(number):
     assert parsed.SerializeToString(deterministic=True) == payload
 
 
+def test_messages_whose_fields_are_all_zero():
+    assert read(write(Ack(0, Code.OK))) == [Ack(0, Code.OK)]
+    assert read(write(Part(0, 0, b"a"))) == [Part(0, 0, b"a")]
+
+
 def test_fields_of_later_versions_are_skipped():
     later = hand.content(15, b"abc") + hand.number(16, 7)
     assert read(hand.offer(1, "h", "float32", count=4, more=later)) == [

@@ -23,7 +23,6 @@ from kwaainet_bridge.wire.fields import (
     DELIMITED,
     VARINT,
     Known,
-    bytes_field,
     field_header,
     number_field,
     read_fields,
@@ -166,7 +165,7 @@ def encode_offer(offer: Offer) -> bytes:
             f"tensor {offer.name!r:.60}: an offer of {len(message) - len(offer.data)} bytes without values, "
             f"at most {defaults.MAX_TENSOR2_OFFER_BYTES} are accepted"
         )
-    return LENGTH_FIRST.encode_message(bytes_field(_OFFER, message))
+    return LENGTH_FIRST.encode_message(field_header(_OFFER, len(message)), message)
 
 
 def encode_part(number: int, offset: int, data: Sequence[Buffer]) -> bytes:
@@ -184,7 +183,7 @@ def encode_ack(ack: Ack) -> bytes:
         text=_sendable(ack.text),
         bytes=ack.bytes,
     ).SerializeToString()
-    return LENGTH_FIRST.encode_message(bytes_field(_ACK, message))
+    return LENGTH_FIRST.encode_message(field_header(_ACK, len(message)), message)
 
 
 def encode_end(end: End) -> bytes:

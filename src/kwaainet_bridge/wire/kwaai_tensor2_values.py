@@ -135,9 +135,8 @@ def memory_needed(dtype: torch.dtype, shape: Sequence[int], compression: Compres
     """
     if compression == Compression.NONE:
         return count
-    held = count * (3 if compression == Compression.KWAAI_TOP_K else 2)
     size: int = dtype.itemsize * elements(shape)
-    return held + size
+    return 2 * count + size
 
 
 def new_buffer(count: int) -> torch.Tensor:
@@ -228,9 +227,10 @@ def _decode_top_k(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) 
     indices = np.frombuffer(data, "<u4", kept)
     if int(indices[-1]) >= count or not (indices[1:] > indices[:-1]).all():
         raise RemoteError(f"KWAAI_TOP_K: indices do not ascend, or are beyond {count} values")
-    values = from_bytes(data, 4 * kept, kept, torch.float32)
-    if not torch.isfinite(values).all():
-        raise RemoteError("KWAAI_TOP_K: values that are not finite")
     whole = torch.zeros(count, dtype=dtype)
-    whole.index_copy_(0, torch.from_numpy(indices.astype(np.int64)), values.to(dtype))
+    for tile in tiles(kept):
+        values = from_bytes(data, 4 * (kept + tile.start), tile.stop - tile.start, torch.float32)
+        if not torch.isfinite(values).all():
+            raise RemoteError("KWAAI_TOP_K: values that are not finite")
+        whole.index_copy_(0, torch.from_numpy(indices[tile].astype(np.int64)), values.to(dtype))
     return whole.reshape(shape)
