@@ -4,7 +4,7 @@ network."""
 from __future__ import annotations
 
 from kwaainet_bridge.engine.client_weights import ClientModel, load_client_weights
-from kwaainet_bridge.engine.config import EngineConfig, LoadProgress, ModelInfo
+from kwaainet_bridge.engine.config import EngineConfig, LoadProgress, ModelInfo, ModelOutline
 from kwaainet_bridge.engine.core import Engine
 from kwaainet_bridge.engine.session import Session
 
@@ -14,6 +14,7 @@ __all__ = [
     "EngineConfig",
     "LoadProgress",
     "ModelInfo",
+    "ModelOutline",
     "Session",
     "load_client_weights",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,21 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutline:
+    """What a model's configuration alone tells, before any weights are read or fetched.
+
+    ``family`` is the checkpoint's ``model_type``.
+    """
+
+    family: str
+    num_blocks: int
+
+
+Choose = Callable[[ModelOutline], Awaitable[range]]
+"""Decides which blocks of a model to serve."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,13 @@ from kwaainet_bridge.engine import passes
 from kwaainet_bridge.engine.budget import CacheBudget
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
 from kwaainet_bridge.engine.compute import ComputeThread
-from kwaainet_bridge.engine.config import EngineConfig, LoadProgress, ModelInfo
+from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
 from kwaainet_bridge.engine.session import Session
 from kwaainet_bridge.errors import AllocationFailed, ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
+    from kwaainet_bridge.engine.family import Family
     from kwaainet_bridge.engine.span import Span
 
 log = logging.getLogger(__name__)
@@ -50,10 +51,12 @@ class Engine:
         *,
         progress: Progress | None = None,
         on_described: Callable[[ModelInfo, range], None] | None = None,
+        choose: Choose | None = None,
         download: Download = hub_download,
     ) -> Engine:
         """Read the configured blocks and return an engine that can serve them.
 
+        ``choose`` is asked for the blocks, in the trio thread, in place of ``config.blocks``; what it raises is raised.
         ``on_described`` is told the model and its served blocks as soon as they are known, before weights are
         read; ``progress`` before each file is fetched and after each block is read; both in the trio thread.
         ``download`` fetches the files of a hub repository, in a worker thread. Raises CheckpointError if the
@@ -68,7 +71,11 @@ class Engine:
         )
         compute = ComputeThread()
         try:
-            span, model = await compute.run(partial(_prepare, config, checkpoint))
+            skeleton = await compute.run(partial(_construct, config, checkpoint))
+            blocks = config.blocks
+            if choose is not None:
+                blocks = await choose(ModelOutline(skeleton.config.model_type, skeleton.num_blocks))
+            span, model = await compute.run(partial(_prepare, config, checkpoint, skeleton, blocks))
             if on_described is not None:
                 on_described(model, span.blocks)
             sizes = [span.weight_bytes(block) for block in span.blocks]
@@ -205,10 +212,9 @@ class Engine:
         )
 
 
-def _prepare(config: EngineConfig, checkpoint: Checkpoint) -> tuple[Span, ModelInfo]:
-    """The span without weights. Runs in the compute thread: importing transformers alone takes seconds."""
+def _construct(config: EngineConfig, checkpoint: Checkpoint) -> Family:
+    """The model without weights. Runs in the compute thread: importing transformers alone takes seconds."""
     from kwaainet_bridge.engine import family
-    from kwaainet_bridge.engine.span import Span
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -217,8 +223,17 @@ def _prepare(config: EngineConfig, checkpoint: Checkpoint) -> tuple[Span, ModelI
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device {config.device} cannot be used: {reason}") from error
-    model = family.build(checkpoint)
-    blocks = config.blocks if config.blocks is not None else range(model.num_blocks)
+    return family.build(checkpoint)
+
+
+def _prepare(
+    config: EngineConfig, checkpoint: Checkpoint, model: Family, blocks: range | None
+) -> tuple[Span, ModelInfo]:
+    """The span without weights; ``blocks`` None is all of them. Runs in the compute thread."""
+    from kwaainet_bridge.engine.span import Span
+
+    if blocks is None:
+        blocks = range(model.num_blocks)
     try:
         check_blocks(blocks, range(model.num_blocks))
     except InvalidRequest as error:
