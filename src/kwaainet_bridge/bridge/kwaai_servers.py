@@ -9,21 +9,18 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.bridge.kwaai_directory import KWAAINET, read_nodes
 from kwaainet_bridge.errors import InvalidRequest, LeaseDenied, ProtocolNotSupported, RemoteError
 from kwaainet_bridge.hivemind.client.directory import RecordSource, Span
 from kwaainet_bridge.hivemind.client.history import Chunk, History
 from kwaainet_bridge.hivemind.client.part import NextServer, SessionShape
 from kwaainet_bridge.hivemind.client.routing import Hop
-from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState, block_uid
 from kwaainet_bridge.kwaai.client import KwaaiClient
 from kwaainet_bridge.kwaai.methods import most_tokens
-from kwaainet_bridge.kwaai.records import NodeInfo
 from kwaainet_bridge.wire.kwaai_lease import Denial
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
-
-KWAAINET = "kwaainet"
 
 
 class KwaaiServers:
@@ -57,38 +54,10 @@ class KwaaiServers:
 
     async def read(self) -> list[Span]:
         """Spans of nodes that KwaaiNet's own clients would use. Raises what the record source raises."""
-        uids = [block_uid(self.prefix, block) for block in range(self._num_blocks)]
-        found = await self._source.get_many(uids, latest=True)
-        newest: dict[PeerId, tuple[float, NodeInfo]] = {}
-        for block, uid in enumerate(uids):
-            record = found.get(uid)
-            if record is None or not record.is_dictionary:
-                continue
-            for subkey, (value, expiration) in record.value.items():
-                try:
-                    info = NodeInfo.from_value(subkey, value)
-                except RemoteError as e:
-                    log.debug("%s by %.64r: %s", uid, subkey, e)
-                    continue
-                is_newer = info.peer not in newest or expiration > newest[info.peer][0]
-                if is_newer and info.start_block <= block < info.end_block:
-                    newest[info.peer] = expiration, info
-        usable = [info for _, info in newest.values() if info.usable and info.end_block <= self._num_blocks]
-        self._lessors = frozenset(info.peer for info in usable if info.leases)
-        return [self._span(info) for info in usable]
-
-    def _span(self, info: NodeInfo) -> Span:
-        described = ServerInfo(
-            ServerState.ONLINE,
-            info.throughput,
-            start_block=info.start_block,
-            end_block=info.end_block,
-            version=info.version,
-            # theirs is of tokens through all of their blocks, Petals' of tokens through one
-            inference_rps=info.throughput * (info.end_block - info.start_block) or None,
-        )
-        blocks = range(info.start_block, info.end_block)
-        return Span(info.peer, blocks, described, network=KWAAINET, whole=True)
+        nodes = await read_nodes(self._source, self.prefix, self._num_blocks)
+        usable = [node for node in nodes if not node.left_out]
+        self._lessors = frozenset(node.info.peer for node in usable if node.info.leases)
+        return [node.span for node in usable]
 
     async def ping(self, peer: PeerId) -> object:
         return await self._client.hello(peer)

@@ -27,7 +27,10 @@ readers of Petals records refuse -1, so none of ours is misread by either."""
 COMPATIBLE_VERSION: Final = "kwaai-0.6.2"
 """The release whose protocols this node speaks. Readers leave out nodes whose version is no ``[kwaai-]X.Y.Z``."""
 
-_LEAST_VERSION: Final = (0, 3, 15)
+LEAST_VERSION: Final = "0.3.15"
+"""The oldest release whose nodes readers take."""
+
+_LEAST: Final = tuple(map(int, LEAST_VERSION.split(".")))
 _VERSION: Final = re.compile(r"(?:kwaai-)?(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
@@ -105,7 +108,7 @@ class NodeInfo:
 def is_known(version: str) -> bool:
     """Whether readers take nodes of this version: ``0.3.15`` or later, with or without ``kwaai-`` before it."""
     match = _VERSION.fullmatch(version)
-    return match is not None and tuple(map(int, match.groups())) >= _LEAST_VERSION
+    return match is not None and tuple(map(int, match.groups())) >= _LEAST
 
 
 def network_prefix(repository: str) -> str:

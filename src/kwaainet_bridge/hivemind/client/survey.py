@@ -6,19 +6,19 @@ Source of the registry: Petals main and 2.2.0.post1, ``server/server.py`` (``_pe
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import (
     ConfigError,
-    DeadlineExceeded,
     NetworkError,
     ProtocolNotSupported,
     RemoteError,
 )
+from kwaainet_bridge.hivemind.client.block_choice import throughputs
 from kwaainet_bridge.hivemind.client.coverage import Coverage
 from kwaainet_bridge.hivemind.client.directory import Directory, Record, RecordSource, Span
 from kwaainet_bridge.hivemind.experts.records import (
@@ -63,15 +63,29 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class SurveyedModel:
-    """A model and all its servers, in the order of their blocks; ``error`` if its records could not be read."""
+    """A model and all its servers, in the order of their blocks; ``error`` if its records could not be read.
+
+    ``left_out`` are the servers that the network's own readers pass over, each with the reason; they cover no block.
+    """
 
     model: SwarmModel
     spans: tuple[Span, ...] = ()
     error: str = ""
+    left_out: Mapping[PeerId, str] = field(default_factory=dict)
 
     @property
     def coverage(self) -> Coverage:
-        return Coverage.of(self.spans, self.model.num_blocks)
+        return Coverage.of(self._used(), self.model.num_blocks)
+
+    @property
+    def throughputs(self) -> tuple[float, ...]:
+        """Of each block, servers that are joining included: see :func:`block_choice.throughputs`."""
+        joining = (span for span in self.spans if span.info.state is ServerState.JOINING)
+        used = (span for span in self._used() if span.info.state is not ServerState.JOINING)
+        return throughputs([*joining, *used], self.model.num_blocks)
+
+    def _used(self) -> Iterator[Span]:
+        return (span for span in self.spans if span.peer not in self.left_out)
 
 
 async def registered_models(source: RecordSource) -> list[SwarmModel]:
@@ -90,7 +104,7 @@ async def registered_models(source: RecordSource) -> list[SwarmModel]:
     for prefix, (value, _) in found.value.items():
         try:
             record = ModelRecord.from_value(value)
-            models.append(SwarmModel(_prefix_of(prefix), record.num_blocks, record.repository))
+            models.append(SwarmModel(_prefix_of(prefix), record.num_blocks, record.repository or None))
         except RemoteError as e:
             bad.append(f"{prefix!r:.64}: {e}")
     if bad:
@@ -107,36 +121,47 @@ def _prefix_of(subkey: object) -> str:
         raise RemoteError(f"model record: {e}") from e
 
 
-async def survey(source: RecordSource, models: Sequence[SwarmModel]) -> list[SurveyedModel]:
+async def survey(
+    source: RecordSource,
+    models: Sequence[SwarmModel],
+    *,
+    read: Callable[[RecordSource, SwarmModel], Awaitable[SurveyedModel]] | None = None,
+) -> list[SurveyedModel]:
     """Read all records of all servers of ``models``, several models at a time; the result is in their order.
 
-    A model that cannot be read has an error instead. Cancelled: nothing remains.
+    ``read`` reads one model, for networks whose records follow other rules than Petals'. A model that cannot be read
+    has an error instead. Cancelled: nothing remains.
     """
+    read = read or _read
     results: dict[str, SurveyedModel] = {}
     slots = trio.CapacityLimiter(defaults.SURVEYED_AT_ONCE)
 
-    async def read(model: SwarmModel) -> None:
+    async def look_up(model: SwarmModel) -> None:
         async with slots:
             try:
-                spans = await _read(source, model)
+                with trio.fail_after(defaults.DIRECTORY_READ_SECONDS):
+                    found = await read(source, model)
+            except trio.TooSlowError:
+                error = f"the DHT gave no block records within {defaults.DIRECTORY_READ_SECONDS:g} s"
+                results[model.prefix] = SurveyedModel(model, error=f"{model.prefix}: {error}")
             except (NetworkError, RemoteError) as e:
                 results[model.prefix] = SurveyedModel(model, error=str(e))
             else:
-                spans.sort(key=lambda span: (span.blocks.start, span.blocks.stop, span.peer))
-                results[model.prefix] = SurveyedModel(model, tuple(spans))
+                results[model.prefix] = replace(found, spans=tuple(sorted(found.spans, key=_by_blocks)))
 
     async with trio.open_nursery() as nursery:
         for model in models:
-            nursery.start_soon(read, model)
+            nursery.start_soon(look_up, model)
     return [results[model.prefix] for model in models]
 
 
-async def _read(source: RecordSource, model: SwarmModel) -> list[Span]:
-    with trio.move_on_after(defaults.DIRECTORY_READ_SECONDS):
-        return await Directory(source, model.prefix, model.num_blocks).read(states=tuple(ServerState))
-    raise DeadlineExceeded(
-        f"{model.prefix}: the DHT gave no block records within {defaults.DIRECTORY_READ_SECONDS:g} s"
-    )
+def _by_blocks(span: Span) -> tuple[int, int, PeerId]:
+    return span.blocks.start, span.blocks.stop, span.peer
+
+
+async def _read(source: RecordSource, model: SwarmModel) -> SurveyedModel:
+    spans = await Directory(source, model.prefix, model.num_blocks).read(states=tuple(ServerState))
+    return SurveyedModel(model, tuple(spans))
 
 
 async def check_servers(
