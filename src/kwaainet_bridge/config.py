@@ -45,6 +45,9 @@ PRESETS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Names that stand for the bootstrap peers of public swarms, wherever an address is expected."""
 
+AUTO: Final = "auto"
+"""``model.blocks`` of a node that chooses them itself."""
+
 _BLOCKS = re.compile(r"^(\d{1,5}):(\d{1,5})$")
 
 
@@ -190,7 +193,9 @@ class ModelConfig(_Section):
     name: str = EMBEDDED_MODEL
     """Folder of a Hugging Face checkpoint (relative to the configuration file), hub repository, or ``austen``."""
     blocks: str | None = None
-    """``first:end``, end not included; all blocks when left out."""
+    """``first:end``, end not included; ``auto`` for ``num_blocks`` of them, chosen at the start; all when left out."""
+    num_blocks: Positive | None = None
+    """How many to serve with ``blocks: auto``, which needs it; without effect otherwise."""
     dht_prefix: Annotated[str, _checked(check_prefix)] | None = None
     """Name of the blocks in the swarm. Left out: what Petals derives from the repository's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -217,20 +222,33 @@ class ModelConfig(_Section):
     @field_validator("blocks", mode="before")
     @classmethod
     def _check_blocks(cls, value: Any) -> Any:
-        if value is None:
-            return None
+        if value is None or value == AUTO:
+            return value
         # YAML 1.1 reads 4:8 as a number in base 60
         match = _BLOCKS.match(value) if isinstance(value, str) else None
         if match is None:
-            raise ValueError('write it as "first:end" in quotes, for example "0:4"')
+            raise ValueError('write it as "first:end" in quotes, for example "0:4", or auto')
         if int(match[1]) >= int(match[2]):
             raise ValueError(f"{value} holds no block: the end comes after the last block")
         return value
 
+    @model_validator(mode="after")
+    def _check_auto_knows_how_many(self) -> ModelConfig:
+        if self.blocks == AUTO and self.num_blocks is None:
+            raise ValueError(
+                "blocks: auto chooses which blocks, not how many: give num_blocks (--num-blocks)"
+            )
+        return self
+
+    @property
+    def blocks_to_choose(self) -> int | None:
+        """How many blocks are to be chosen at the start, None if it is not left to the node which."""
+        return self.num_blocks if self.blocks == AUTO else None
+
     @property
     def block_range(self) -> range | None:
-        """``blocks`` as a range, None for all."""
-        if self.blocks is None:
+        """``blocks`` as a range, None for all, and for those that the node chooses."""
+        if self.blocks is None or self.blocks == AUTO:
             return None
         first, end = self.blocks.split(":")
         return range(int(first), int(end))

@@ -771,6 +771,10 @@ DOUBTFUL_DIRECTORY_SECONDS: Final = 5.0
 DIRECTORY_READ_SECONDS: Final = 60.0
 """Longest time to read the records of all blocks of a model from the DHT."""
 
+UNMEASURED_THROUGHPUT: Final = 1e-6
+"""Requests a second that a server counts for which joins and announces none yet, where a new node chooses its blocks:
+less than any real one's, so that it hides no block without any server."""
+
 MAX_PINGED_SERVERS: Final = 16
 """Servers whose round-trip time is measured per reading of the records, chosen at random."""
 

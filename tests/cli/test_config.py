@@ -51,8 +51,17 @@ def test_presets_expand():
         ("networks: {petals: {zzzz: 1}}", "networks.petals.zzzz: unknown key; known here: bootstrap, dht"),
         ("model: {blocks: '4:4'}", "model.blocks: 4:4 holds no block"),
         (
+            "model: {blocks: auto}",
+            "model: blocks: auto chooses which blocks, not how many: give num_blocks (--num-blocks)",
+        ),
+        (
+            "model: {blocks: auto, num_blocks: 0}",
+            "model.num_blocks: Input should be greater than 0 (found 0)",
+        ),
+        ("model: {blocks: all}", 'model.blocks: write it as "first:end" in quotes'),
+        (
             "model:\n  blocks: 4:8",
-            'model.blocks: write it as "first:end" in quotes, for example "0:4" (found 248)',
+            'model.blocks: write it as "first:end" in quotes, for example "0:4", or auto (found 248)',
         ),
         (
             "limits: {connections: 100, connections_high: 200}",
@@ -115,6 +124,13 @@ def test_mistakes_name_the_key_and_the_remedy(text, message):
         parse_config(text, "node.yaml")
     assert message in str(caught.value)
     assert str(caught.value).startswith("node.yaml:")
+
+
+def test_blocks_may_be_left_to_the_node():
+    model = parse_config("model: {blocks: auto, num_blocks: 3}", "x").model
+    assert (model.blocks_to_choose, model.block_range) == (3, None)
+    named = parse_config("model: {blocks: '0:4', num_blocks: 3}", "x").model
+    assert (named.blocks_to_choose, named.block_range) == (None, range(4))
 
 
 def test_every_mistake_is_told_at_once():

@@ -25,6 +25,7 @@ WORDS = {
     "networks.kwaainet": "off",
     "networks.kwaainet.bootstrap": "preset `kwaainet-public`",
     "model.blocks": "all",
+    "model.num_blocks": "none",
     "model.dht_prefix": "derived",
     "model.threads": "torch's choice",
     "model.public_name": "none",

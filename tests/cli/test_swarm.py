@@ -17,9 +17,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.bridge.shared_models import SharedModel
 from kwaainet_bridge.cli import swarm, visit
 from kwaainet_bridge.cli.app import app
-from kwaainet_bridge.cli.swarm import NetworkSurvey, Wanted, show_swarm
+from kwaainet_bridge.cli.swarm import NetworkSurvey, shared_as_json, show_swarm
+from kwaainet_bridge.cli.swarm_models import Wanted
 from kwaainet_bridge.cli.swarm_picture import draw_bar, gaps_in_words, print_network
 from kwaainet_bridge.config import parse_config
 from kwaainet_bridge.errors import ConfigError, NetworkError
@@ -205,7 +207,7 @@ def test_hostile_names_reach_the_terminal_as_text(coloured: bool) -> None:
 def test_json() -> None:
     survey = NetworkSurvey("petals", (SurveyedModel(MODEL, SPANS),), CHECKS, 2)
     told = json.loads(json.dumps(survey.as_json(), allow_nan=False))
-    assert told.keys() == {"network", "models", "models_left_out"}
+    assert told.keys() == {"network", "models", "models_left_out", "error"}
     assert told["models_left_out"] == 2
     (model,) = told["models"]
     servers = model.pop("servers")
@@ -232,6 +234,7 @@ def test_json() -> None:
         "using_relay": False,
         "adapters": ["x", "y"],
         "cache_tokens_left": None,
+        "left_out": "",
         "check": {"reachable": True, "round_trip_ms": 40.5, "relayed": False, "error": ""},
     }
     assert [server["state"] for server in servers] == ["online", "online", "joining"]
@@ -240,6 +243,8 @@ def test_json() -> None:
     assert servers[2]["check"]["relayed"] is True
     for keys in (told, model, servers[0], servers[0]["check"]):
         assert all(f"`{key}`" in DOCUMENTED for key in keys)
+    shared = shared_as_json(SharedModel({"petals": SurveyedModel(MODEL, SPANS)}), 2)
+    assert all(f"`{key}`" in DOCUMENTED for key in (*shared, *shared["suggestion"]))
     unchecked = NetworkSurvey("petals", (SurveyedModel(MODEL, SPANS),)).as_json()
     assert unchecked["models"][0]["servers"][0]["check"] is None
 
@@ -417,9 +422,9 @@ def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
         done = CliRunner().invoke(app, [*line.split(), "--initial-peers", address])
         assert done.exit_code == 0, done.output
     assert calls == [
-        ((address,), Wanted(), {"check": True, "as_json": False}),
-        ((address,), Wanted("m"), {"check": False, "as_json": True}),
-        ((address,), Wanted(None, "p", 9), {"check": True, "as_json": False}),
+        ((address,), Wanted(), {"check": True, "as_json": False, "num_blocks": None}),
+        ((address,), Wanted("m"), {"check": False, "as_json": True, "num_blocks": None}),
+        ((address,), Wanted(None, "p", 9), {"check": True, "as_json": False, "num_blocks": None}),
     ]
     too_many = str(defaults.MAX_MODEL_BLOCKS + 1)
     assert CliRunner().invoke(app, ["swarm", "--prefix", "p", "--blocks-total", too_many]).exit_code == 2

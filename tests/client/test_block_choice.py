@@ -118,6 +118,13 @@ def test_servers_that_join_count_and_those_that_are_offline_do_not() -> None:
     assert throughputs(spans, 8) == (2.0, 2.0, 5.0, 5.0, 3.0, 3.0, 0.0, 0.0)
 
 
+def test_a_server_that_joins_and_has_measured_nothing_is_better_than_none_and_worse_than_any_other() -> None:
+    spans = [span(range(2), 0.0, ServerState.JOINING), span(range(2, 4), 0.001, who=B)]
+    assert suggest([throughputs(spans, 5)], 1, 5) == range(4, 5)
+    assert suggest([throughputs(spans, 4)], 1, 4) == range(1)
+    assert throughputs([span(range(1), 0.0)], 1) == (0.0,)  # one that is online and says 0 wants nobody
+
+
 @pytest.mark.parametrize(
     ("totals", "blocks", "words"),
     [

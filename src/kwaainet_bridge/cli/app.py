@@ -19,6 +19,7 @@ import typer
 
 from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.config import (
+    AUTO,
     EMBEDDED_MODEL,
     NodeConfig,
     anchored,
@@ -137,6 +138,10 @@ def run(
         str | None, typer.Option(help="Name of the blocks in the swarm; derived from the model if left out.")
     ] = None,
     blocks: Annotated[str | None, typer.Option(help="Blocks to serve, first:end.", metavar="A:B")] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Serve the blocks that the networks lack most; with --num-blocks.")
+    ] = False,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="How many blocks, with --auto.")] = None,
     listen: Annotated[
         list[str] | None, typer.Option(help="Address to listen on. May be repeated.", metavar="ADDR")
     ] = None,
@@ -144,16 +149,25 @@ def run(
     """Run a node until it is told to stop. SIGTERM or Ctrl-C drains it, a second one ends it at once."""
     if sum((bool(bootstrap), public_swarm, new_swarm)) > 1:
         raise ConfigError("--initial-peers, --public-swarm and --new-swarm exclude each other: give one")
+    if auto and blocks is not None:
+        raise ConfigError("--auto and --blocks exclude each other: give one")
     overrides: dict[str, Any] = {}
     if bootstrap or public_swarm or new_swarm:
         peers = bootstrap or (["petals-public"] if public_swarm else [])
         overrides["networks"] = {"petals": {"bootstrap": peers}}
-    served = {"name": _found_from_here(model), "dht_prefix": dht_prefix, "blocks": blocks}
+    served = {
+        "name": _found_from_here(model),
+        "dht_prefix": dht_prefix,
+        "blocks": AUTO if auto else blocks,
+        "num_blocks": num_blocks,
+    }
     if any(value is not None for value in served.values()):
         overrides["model"] = {key: value for key, value in served.items() if value is not None}
     if listen:
         overrides["listen"] = listen
     node_config = _load(config, overrides)
+    if num_blocks is not None and (node_config.model is None or node_config.model.blocks_to_choose is None):
+        raise ConfigError("--num-blocks says how many blocks the node chooses: give --auto, too")
 
     # OpenMP reads this when torch is imported. Its threads otherwise spin while they wait for work, which on
     # a machine that does anything else makes a step up to ten times slower, and costs its owner a core.
@@ -182,6 +196,14 @@ def _load(path: Path | None, overrides: dict[str, Any]) -> NodeConfig:
 def _swarm_of(addresses: list[str] | None) -> dict[str, Any]:
     """Overrides that put ``addresses``, if there are any, in the place of the configuration's bootstrap peers."""
     return {"networks": {"petals": {"bootstrap": addresses}}} if addresses else {}
+
+
+def _networks_of(petals: list[str] | None, kwaainet: list[str] | None) -> dict[str, Any]:
+    """The same for both networks."""
+    overrides = _swarm_of(petals)
+    if kwaainet:
+        overrides = merge_settings(overrides, {"networks": {"kwaainet": {"bootstrap": kwaainet}}})
+    return overrides
 
 
 @config_app.command("check")
@@ -216,9 +238,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text with a model that a swarm serves, in one network or both."""
-    overrides = _swarm_of(bootstrap)
-    if kwaainet_peers:
-        overrides = merge_settings(overrides, {"networks": {"kwaainet": {"bootstrap": kwaainet_peers}}})
+    overrides = _networks_of(bootstrap, kwaainet_peers)
     asked = {"name": _found_from_here(model), "dht_prefix": dht_prefix}
     overrides["model"] = {key: value for key, value in asked.items() if value is not None}
     node_config = _load(config, overrides)
@@ -277,6 +297,7 @@ def doctor(
 @app.command()
 def swarm(
     bootstrap: BootstrapOption = None,
+    kwaainet_peers: KwaaiOption = None,
     config: ConfigOption = None,
     model: Annotated[
         str | None, typer.Option(help="Only this one: its prefix, or its name or page on the hub.")
@@ -293,16 +314,24 @@ def swarm(
             help="Blocks of a model that is not registered; with --prefix.",
         ),
     ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Say where a node of so many blocks would help most; a third if left out."),
+    ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not dial the servers.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the models of a swarm, who serves which blocks, what is missing, and who can be reached."""
-    node_config = _load(config, _swarm_of(bootstrap))
+    """Show the models of one network or both, who serves which blocks, what is missing, and who can be reached."""
+    node_config = _load(config, _networks_of(bootstrap, kwaainet_peers))
 
-    from kwaainet_bridge.cli.swarm import Wanted, show_swarm
+    from kwaainet_bridge.cli.swarm import show_swarm
+    from kwaainet_bridge.cli.swarm_models import Wanted
 
     wanted = Wanted(model, prefix, blocks_total)
-    trio.run(partial(show_swarm, node_config, wanted, check=not no_check, as_json=as_json))
+    show = partial(
+        show_swarm, node_config, wanted, check=not no_check, as_json=as_json, num_blocks=num_blocks
+    )
+    trio.run(show)
 
 
 @app.command()

@@ -25,7 +25,8 @@ from kwaainet_bridge.wire.peer_id import PeerId
 class Visit:
     """A host that only dials, and its DHT client, which has joined through ``reached``.
 
-    ``kwaainet`` is a client of KwaaiNet's DHT, if that was asked for and is configured.
+    ``kwaainet`` is a client of KwaaiNet's DHT, if that was asked for and is configured. ``networks`` are those of which
+    a peer was reached.
     """
 
     host: Libp2pHost
@@ -33,6 +34,7 @@ class Visit:
     dht: DhtNode
     reached: tuple[PeerId, ...]
     kwaainet: DhtNode | None = None
+    networks: frozenset[str] = frozenset()
 
 
 @asynccontextmanager
@@ -59,34 +61,36 @@ async def visit_swarm(config: NodeConfig, *, join: bool = True, both: bool = Fal
         # records that name an owner are signed, as hivemind's averagers do it; others pass as they are
         dht = DhtNode(host, server, rpc, client_mode=True, validator=RsaSignatureValidator())
         await stack.enter_async_context(dht.running())
-        networks = [(dht, bootstrap)]
+        networks = [("petals", dht, bootstrap)]
         other = None
         if kwaainet is not None:
             other = DhtNode(host, server, rpc, client_mode=True)
             await stack.enter_async_context(other.running())
-            networks.append((other, kwaainet.bootstrap))
+            networks.append(("kwaainet", other, kwaainet.bootstrap))
         with spinner("joining the swarm"):
             reached, failures = await _reach(host, networks, join=join)
         if not reached:
             raise NetworkError("the swarm cannot be reached:\n  " + "\n  ".join(failures))
         for failure in failures:
             typer.echo(f"not reached: {failure}", err=True)
-        yield Visit(host, rpc, dht, tuple(dict.fromkeys(reached)), other)
+        peers = dict.fromkeys(peer for found in reached.values() for peer in found)
+        yield Visit(host, rpc, dht, tuple(peers), other, frozenset(reached))
 
 
 async def _reach(
-    host: Libp2pHost, networks: Sequence[tuple[DhtNode, Sequence[str]]], *, join: bool
-) -> tuple[list[PeerId], list[str]]:
-    """The peers of all networks that were reached, and what failed for the others."""
-    reached: list[PeerId] = []
+    host: Libp2pHost, networks: Sequence[tuple[str, DhtNode, Sequence[str]]], *, join: bool
+) -> tuple[dict[str, list[PeerId]], list[str]]:
+    """By network the peers that were reached, where there are any, and what failed for the others."""
+    reached: dict[str, list[PeerId]] = {}
     failures: list[str] = []
 
-    async def attempt(dht: DhtNode, bootstrap: Sequence[str]) -> None:
+    async def attempt(name: str, dht: DhtNode, bootstrap: Sequence[str]) -> None:
         peers, failed = await reach(host, dht if join else None, bootstrap)
-        reached.extend(peers)
+        if peers:
+            reached[name] = peers
         failures.extend(map(printable, failed))
 
     async with trio.open_nursery() as nursery:
-        for dht, bootstrap in networks:
-            nursery.start_soon(attempt, dht, bootstrap)
+        for network in networks:
+            nursery.start_soon(attempt, *network)
     return reached, failures

@@ -4,11 +4,12 @@ network."""
 from __future__ import annotations
 
 from kwaainet_bridge.engine.client_weights import ClientModel, load_client_weights
-from kwaainet_bridge.engine.config import EngineConfig, LoadProgress, ModelInfo, ModelOutline
+from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
 from kwaainet_bridge.engine.core import Engine
 from kwaainet_bridge.engine.session import Session
 
 __all__ = [
+    "Choose",
     "ClientModel",
     "Engine",
     "EngineConfig",

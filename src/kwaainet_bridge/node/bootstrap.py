@@ -8,6 +8,7 @@ import structlog
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.errors import NetworkError
 from kwaainet_bridge.hivemind.dht import BootstrapResult
 from kwaainet_bridge.net import Host
 from kwaainet_bridge.net.bootstrap import BootstrapEvent, keep_bootstrapped, parse_bootstrap_addresses
@@ -58,6 +59,11 @@ class BootstrapWatch:
         """Return once every peer was tried once, or ``defaults.BOOTSTRAP_ROUND_SECONDS`` are over."""
         with trio.move_on_after(defaults.BOOTSTRAP_ROUND_SECONDS):
             await self._round_over.wait()
+
+    def check_reached(self) -> None:
+        """Raise NetworkError if there are bootstrap peers and none is in touch: then the DHT tells little of others."""
+        if self._peers and not self.reached:
+            raise NetworkError(self._nobody())
 
     async def run(self) -> None:
         """Keep in touch until cancelled."""
@@ -125,4 +131,7 @@ class BootstrapWatch:
         if self.reached:
             self._state.recover(condition)
         elif not self._untried:
-            self._state.degrade(condition, f"none of {len(self._peers)} bootstrap peers is reached")
+            self._state.degrade(condition, self._nobody())
+
+    def _nobody(self) -> str:
+        return f"none of {len(self._peers)} bootstrap peers is reached"

@@ -7,8 +7,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
+from kwaainet_bridge.bridge.kwaai_directory import spans_for_choice
 from kwaainet_bridge.config import ModelConfig, NodeConfig
-from kwaainet_bridge.engine import Engine, ModelInfo
+from kwaainet_bridge.engine import Engine, ModelInfo, ModelOutline
+from kwaainet_bridge.hivemind.client.directory import Span
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.kwaai.model import ServedModel
@@ -52,6 +54,12 @@ class KwaaiSide:
     def publisher(self, config: ModelConfig, model: ModelInfo) -> KwaaiPublisher:  # noqa: ARG002 - one rule for all
         prefix = kwaainet_prefix(config.name, self._network.dht_prefix)
         return KwaaiPublisher(self._dht, prefix, self._bootstrap, leases=self._leases)
+
+    async def spans(self, config: ModelConfig, model: ModelOutline) -> list[Span]:
+        self.watch.check_reached()
+        prefix = kwaainet_prefix(config.name, self._network.dht_prefix)
+        spans = await spans_for_choice(self._dht, prefix, model.num_blocks)
+        return [span for span in spans if span.peer != self._dht.peer_id]
 
     def _bootstrap(self) -> Sequence[PeerId]:
         return sorted(self._network.peers - {self._dht.peer_id})

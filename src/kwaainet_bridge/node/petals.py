@@ -9,9 +9,11 @@ import trio
 
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.config import ModelConfig, NodeConfig
-from kwaainet_bridge.engine import Engine, ModelInfo
+from kwaainet_bridge.engine import Engine, ModelInfo, ModelOutline
+from kwaainet_bridge.hivemind.client.directory import Directory, Span
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
+from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.server import ExpertServer, serve_span
 from kwaainet_bridge.hivemind.experts.span import ServedSpan
 from kwaainet_bridge.hivemind.peer import Peer
@@ -64,6 +66,13 @@ class PetalsSide:
 
     def publisher(self, config: ModelConfig, model: ModelInfo) -> PetalsPublisher:
         return PetalsPublisher(self._peer.dht, swarm_prefix(config.name, model.family, config.dht_prefix))
+
+    async def spans(self, config: ModelConfig, model: ModelOutline) -> list[Span]:
+        self.watch.check_reached()
+        prefix = swarm_prefix(config.name, model.family, config.dht_prefix)
+        own = self._peer.dht.peer_id
+        directory = Directory(self._peer.dht, prefix, model.num_blocks, blocked=[own])
+        return await directory.read(states=(ServerState.JOINING, ServerState.ONLINE))
 
     def serve(
         self, config: ModelConfig, engine: Engine, publisher: Publisher

@@ -14,11 +14,12 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig
-from kwaainet_bridge.engine import Engine, EngineConfig, LoadProgress, ModelInfo
+from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.announcing import Announcer, AnnounceReport, Offer, Publisher
+from kwaainet_bridge.node.choosing import ReadableNetwork, choose_blocks
 from kwaainet_bridge.node.models import model_source
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.state import NodeState, Phase
@@ -37,10 +38,8 @@ class BlockServer(Protocol):
         ...
 
 
-class ServingNetwork(Protocol):
+class ServingNetwork(ReadableNetwork, Protocol):
     """A network in which blocks can be served."""
-
-    name: str
 
     def publisher(self, config: ModelConfig, model: ModelInfo) -> Publisher:
         """What writes the records of this model there. Raises ConfigError for a name that they cannot have."""
@@ -131,7 +130,10 @@ class ModelService:
 
             try:
                 engine = await Engine.load(
-                    self._engine_config(), progress=self._report_loading, on_described=announce_joining
+                    self._engine_config(),
+                    progress=self._report_loading,
+                    on_described=announce_joining,
+                    choose=self._chooser(),
                 )
                 async with aclosing(engine), AsyncExitStack() as serving:
                     assert announcer is not None  # load() has described the model
@@ -186,6 +188,13 @@ class ModelService:
             threads=config.threads,
         )
 
+    def _chooser(self) -> Choose | None:
+        """Who decides which blocks are served, None if the configuration does."""
+        config, count = self._config, self._config.blocks_to_choose
+        if count is None:
+            return None
+        return lambda model: choose_blocks(config, self._networks, model, count)
+
     def _report_loading(self, progress: LoadProgress) -> None:
         if progress.file is not None:
             log.info("weights file", file=progress.file)
@@ -200,6 +209,8 @@ class ModelService:
             torch_dtype=str(model.dtype).removeprefix("torch."),
             public_name=self._config.public_name,
         )
+        if self._config.throughput != "auto":
+            offer.throughput = Throughput(self._config.throughput)
         return Announcer(offer, publishers, on_report=self._judge)
 
     def _judge(self, report: AnnounceReport) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.client.directory import Span
 from kwaainet_bridge.hivemind.experts.records import ServerState
 
@@ -17,14 +18,20 @@ from kwaainet_bridge.hivemind.experts.records import ServerState
 def throughputs(spans: Iterable[Span], num_blocks: int) -> tuple[float, ...]:
     """For each block of a model what its servers announce together, in requests (tokens) per second.
 
-    Servers that are JOINING count: they will have their blocks before a new one has any. Spans lie within the model.
+    Servers that are JOINING count: they will have their blocks before a new one has any. One that has not measured its
+    throughput yet announces 0 and counts as ``defaults.UNMEASURED_THROUGHPUT``: little, and more than no server. Spans
+    lie within the model.
     """
     sums = [0.0] * num_blocks
     # always in one order, that of the printed ids: sums of floating-point numbers depend on it
     for span in sorted(spans, key=lambda span: str(span.peer)):
-        if span.info.state >= ServerState.JOINING:
-            for block in span.blocks:
-                sums[block] += span.info.throughput
+        if span.info.state is ServerState.OFFLINE:
+            continue
+        throughput = span.info.throughput
+        if span.info.state is ServerState.JOINING:
+            throughput = throughput or defaults.UNMEASURED_THROUGHPUT
+        for block in span.blocks:
+            sums[block] += throughput
     return tuple(sums)
 
 
