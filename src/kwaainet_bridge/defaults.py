@@ -942,6 +942,13 @@ AVERAGING_HELP_RETRY_SECONDS: Final = 30.0
 """Pause after which a node looks again for a peer of a run that it helps. Records of who shares a state live as
 long."""
 
+AVERAGING_REMEMBERED_BANS: Final = 16
+"""So many members that were left out are told in a node's status, the latest ones: a screen of them."""
+
+AVERAGING_SECONDS_BOUNDS: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Bounds in seconds between which all-reduces are counted by how long they took: small groups on a fast network need
+some tenths, the limit is AVERAGING_ALLREDUCE_SECONDS."""
+
 
 # --- training ---------------------------------------------------------------------------------------------
 

@@ -3,11 +3,24 @@
 from kwaainet_bridge.hivemind.averaging.averager import Averager
 from kwaainet_bridge.hivemind.averaging.dialect import Dialect, Protocol, dialect_of
 from kwaainet_bridge.hivemind.averaging.state import State, download_state
-from kwaainet_bridge.hivemind.averaging.step import Phase, Status, Step, StepResult
+from kwaainet_bridge.hivemind.averaging.step import (
+    Ban,
+    Counts,
+    FailureKind,
+    Outcome,
+    Phase,
+    Status,
+    Step,
+    StepResult,
+)
 
 __all__ = [
     "Averager",
+    "Ban",
+    "Counts",
     "Dialect",
+    "FailureKind",
+    "Outcome",
     "Phase",
     "Protocol",
     "State",

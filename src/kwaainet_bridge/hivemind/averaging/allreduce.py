@@ -26,6 +26,7 @@ from kwaainet_bridge.hivemind.averaging.coding import coded
 from kwaainet_bridge.hivemind.averaging.group import Group
 from kwaainet_bridge.hivemind.averaging.reducer import Reducer, check_values
 from kwaainet_bridge.hivemind.averaging.split import Part, partition
+from kwaainet_bridge.hivemind.averaging.step import FailureKind
 from kwaainet_bridge.rpc import ClientStream, RpcClient, ServerStream, StreamMethod
 from kwaainet_bridge.wire.averaging import AveragingData, MessageCode, code_name
 from kwaainet_bridge.wire.fields import total
@@ -35,6 +36,9 @@ from kwaainet_bridge.wire.tensors import TensorMessage, decode_tensor, encode_te
 log = logging.getLogger(__name__)
 
 Exchange = StreamMethod[AveragingData, AveragingData]
+
+_Failure = tuple[FailureKind, str]
+"""Why a member's share is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class AllReduce:
     ) -> None:
         self.group = group
         self.failed_reducers: dict[PeerId, str] = {}
+        self.failures: list[tuple[PeerId, FailureKind, str]] = []  # of senders and reducers, as they came
         self.sent_bytes = 0  # of tensors as they travel
         self.received_bytes = 0
         self._tensors = tensors
@@ -169,13 +174,16 @@ class AllReduce:
                 await trio.sleep_until(self._reducer.deadline())
                 for peer in self._reducer.late(trio.current_time()):
                     if peer != self._own:
-                        self._fail(peer, "late")
+                        self._fail(peer, FailureKind.LATE, "late")
 
-    def _fail(self, sender: PeerId, why: str) -> None:
+    def _fail(self, sender: PeerId, kind: FailureKind, why: str) -> None:
         if sender in self._reducer.failed:
             return
         log.info("averaging: %s is left out from part %d on: %s", sender, self._reducer.received(sender), why)
-        if self._reducer.fail(sender, why, now=trio.current_time()):
+        completed = self._reducer.fail(sender, why, now=trio.current_time())
+        if sender in self._reducer.failed:
+            self.failures.append((sender, kind, why))
+        if completed:
             self._wake()
         if scope := self._serving.get(sender):
             scope.cancel()
@@ -199,7 +207,7 @@ class AllReduce:
     async def _exchange(self, client: RpcClient, method: Exchange, peer: PeerId, parts: list[Part]) -> None:
         """Have one member average its share."""
         patience = trio.CancelScope(deadline=trio.current_time() + self._options.result_seconds)
-        why = None
+        failure: _Failure | None = None
         try:
             async with client.stream(
                 peer,
@@ -210,16 +218,19 @@ class AllReduce:
                 with patience:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._send, stream, parts, patience)
-                        why = await self._receive(stream, parts, patience)
-                        if why is not None:
+                        failure = await self._receive(stream, parts, patience)
+                        if failure is not None:
                             nursery.cancel_scope.cancel()
                 if patience.cancelled_caught:
                     why = f"no answer within {self._options.result_seconds:g} s"
+                    failure = FailureKind.SILENT, why
         except NetworkError as e:
-            why = str(e)
-        if why is not None:
+            failure = FailureKind.UNREACHABLE, str(e)
+        if failure is not None:
+            kind, why = failure
             log.info("averaging: the rest of the share of %s stays as it is: %.200s", peer, why)
             self.failed_reducers[peer] = why
+            self.failures.append((peer, kind, why))
 
     async def _send(
         self,
@@ -250,14 +261,14 @@ class AllReduce:
         stream: ClientStream[AveragingData, AveragingData],
         parts: list[Part],
         patience: trio.CancelScope,
-    ) -> str | None:
+    ) -> _Failure | None:
         """Take in the differences of a share. Returns what went wrong."""
         try:
             for part in parts:
                 message = await stream.receive()
                 patience.deadline = trio.current_time() + self._options.result_seconds
                 if message.code != MessageCode.AVERAGED_PART:
-                    return f"it answers {code_name(message.code)}"
+                    return FailureKind.REFUSED, f"it answers {code_name(message.code)}"
                 tensor = _checked(message, part.length)
                 self.received_bytes += len(tensor.buffer)
 
@@ -265,14 +276,16 @@ class AllReduce:
                 await coded(decode, len(tensor.buffer), self._options.compression)
                 self._averaged.add(part)
         except trio.EndOfChannel:
-            return "it answered fewer parts than it got"
-        except (NetworkError, RemoteError) as e:
-            return str(e)
+            return FailureKind.INCOMPLETE, "it answered fewer parts than it got"
+        except NetworkError as e:
+            return FailureKind.LEFT, str(e)
+        except RemoteError as e:
+            return FailureKind.INVALID, str(e)
         return await self._surplus(stream, parts)
 
     async def _surplus(
         self, stream: ClientStream[AveragingData, AveragingData], parts: list[Part]
-    ) -> str | None:
+    ) -> _Failure | None:
         """Make sure that a share's stream ends: nothing numbers answers, so one too many puts all in doubt."""
         with (
             trio.move_on_after(self._options.part_seconds),
@@ -280,7 +293,7 @@ class AllReduce:
         ):
             await stream.receive()
             self._averaged.difference_update(parts)
-            return "it answered more parts than it got"
+            return FailureKind.SURPLUS, "it answered more parts than it got"
         return None
 
     def _decode(self, tensor: TensorMessage, part: Part) -> None:
@@ -300,16 +313,16 @@ class AllReduce:
         if self._cancelled:
             await stream.send(AveragingData(code=MessageCode.CANCELLED))
             return
-        why = "it left, or sent what cannot be read"
+        kind, why = FailureKind.LEFT, "it left, or sent what cannot be read"
         try:
             with trio.CancelScope() as self._serving[sender]:
                 await self._serve(stream, first, sender)
-                why = "it sent fewer parts than its share has"
+                kind, why = FailureKind.INCOMPLETE, "it sent fewer parts than its share has"
         except (RemoteError, CompressionError) as e:
-            why = str(e)
+            kind, why = FailureKind.INVALID, str(e)
         finally:
             if self._reducer.received(sender) < len(self._reducer.lengths):
-                self._fail(sender, why)
+                self._fail(sender, kind, why)
         if sender in self._reducer.failed:
             await stream.send(AveragingData(code=MessageCode.INTERNAL_ERROR))
         elif not self._reducer.done:

@@ -30,7 +30,7 @@ from kwaainet_bridge.hivemind.averaging.methods import first_request
 from kwaainet_bridge.hivemind.averaging.reducer import all_finite
 from kwaainet_bridge.hivemind.averaging.split import share_elements
 from kwaainet_bridge.hivemind.averaging.state import State, StateSharing, download_state
-from kwaainet_bridge.hivemind.averaging.step import Phase, Status, Step, StepResult
+from kwaainet_bridge.hivemind.averaging.step import Ban, Counts, Outcome, Phase, Status, Step, StepResult
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.rpc import ServerStream
 from kwaainet_bridge.rpc.method import Method
@@ -159,6 +159,7 @@ class Averager:
         self._step: Step | None = None
         self._rounds = self._sent_bytes = self._received_bytes = 0
         self._last: StepResult | None = None
+        self._counts = Counts()
         self._nursery: trio.Nursery | None = None
         self._life = self._living()
 
@@ -173,6 +174,7 @@ class Averager:
             self._sent_bytes,
             self._received_bytes,
             self._last,
+            self._counts,
         )
 
     @property
@@ -285,6 +287,7 @@ class Averager:
         finally:
             if self._step is step:
                 self._step = None
+            self._counts.steps[_outcome(outcome)] += 1
             step.end(outcome)
 
     async def _look_and_average(self, step: Step, timeout: float) -> StepResult:
@@ -348,13 +351,22 @@ class Averager:
             )
             self._groups[group.group_id] = reduction
             self._notify()
+            began = trio.current_time()
             try:
                 await reduction.run(self._peer.client, self._methods.aggregate_part)
             finally:
+                self._counts.allreduce_seconds.observe(trio.current_time() - began)
+                self._note_failures(reduction)
                 self._sent_bytes += reduction.sent_bytes
                 self._received_bytes += reduction.received_bytes
             reduction.apply(self._alpha)
         return reduction
+
+    def _note_failures(self, reduction: AllReduce) -> None:
+        now = self._clock()
+        for peer, kind, why in reduction.failures:
+            self._counts.failures[kind] += 1
+            self._counts.bans.append(Ban(peer, kind, why, now))
 
     def _notify(self) -> None:
         self._groups_changed.set()
@@ -411,3 +423,15 @@ class Averager:
             check=check or self._check_tensors,
             max_bytes=defaults.AVERAGING_STATE_FACTOR * own_bytes + 64 * defaults.MIB,
         )
+
+
+def _outcome(outcome: StepResult | Exception | None) -> Outcome:
+    match outcome:
+        case StepResult():
+            failed = outcome.failed_senders or outcome.failed_reducers or outcome.missing_elements
+            return Outcome.PARTIAL if failed else Outcome.WHOLE
+        case DeadlineExceeded():
+            return Outcome.NO_GROUP
+        case None:
+            return Outcome.CANCELLED
+    return Outcome.FAILED

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 
+from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import Histogram
 from kwaainet_bridge.errors import AveragingCancelled
 from kwaainet_bridge.hivemind.averaging.group import Group
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -21,6 +24,59 @@ class Phase(enum.StrEnum):
     WAITING = "waiting for the trigger"
     AVERAGING = "averaging"
     DONE = "done"
+
+
+class Outcome(enum.StrEnum):
+    """How a step ended."""
+
+    WHOLE = "whole"
+    """Everybody's values are in the average, and all of it came back."""
+    PARTIAL = "partial"
+    """It averaged, but somebody was left out or a share did not come back."""
+    NO_GROUP = "no_group"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class FailureKind(enum.StrEnum):
+    """Why a member was left out of an all-reduce, or its share was given up."""
+
+    LATE = "late"
+    """A part did not come in time."""
+    SILENT = "silent"
+    """No average came in time."""
+    LEFT = "left"
+    """Its stream ended before its time."""
+    UNREACHABLE = "unreachable"
+    """It could not be called."""
+    REFUSED = "refused"
+    """It answered that it does not take part."""
+    INCOMPLETE = "incomplete"
+    """It sent or answered too few parts."""
+    SURPLUS = "surplus"
+    """It answered too many."""
+    INVALID = "invalid"
+    """It sent values or messages that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """A member that was left out of one all-reduce, or whose share was given up; ``at`` is unix time."""
+
+    peer: PeerId
+    kind: FailureKind
+    reason: str
+    at: float
+
+
+@dataclass(slots=True)
+class Counts:
+    """What an averager did since it began. ``bans`` are the latest, oldest first."""
+
+    steps: Counter[Outcome] = field(default_factory=Counter)
+    failures: Counter[FailureKind] = field(default_factory=Counter)
+    bans: deque[Ban] = field(default_factory=lambda: deque(maxlen=defaults.AVERAGING_REMEMBERED_BANS))
+    allreduce_seconds: Histogram = field(default_factory=lambda: Histogram(defaults.AVERAGING_SECONDS_BOUNDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +101,7 @@ class Status:
     """What an averager does, and what it did since it began.
 
     ``phase`` is that of the step under way, None if there is none; ``members`` are those of its group, if it has one.
-    ``rounds`` are steps that averaged; ``last`` is the result of the latest.
+    ``rounds`` are steps that averaged; ``last`` is the result of the latest. ``counts`` go on changing.
     """
 
     phase: Phase | None
@@ -54,6 +110,7 @@ class Status:
     sent_bytes: int
     received_bytes: int
     last: StepResult | None
+    counts: Counts = field(default_factory=Counts, compare=False)
 
 
 class Step:

@@ -1,0 +1,62 @@
+"""Plain counts, kept where things happen and read by whoever wants to know. Nothing here knows who that is."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+class Histogram:
+    """How often values up to each of some bounds were seen, and their sum.
+
+    ``bounds`` rise; values above the last one are counted, too.
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = (*bounds, math.inf)
+        self.sum = 0.0
+        self.largest = 0.0
+        self._counts = [0] * len(self.bounds)
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+        self.largest = max(self.largest, value)
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """Each bound, the last one infinite, and how many values were not above it."""
+        seen, rows = 0, []
+        for bound, count in zip(self.bounds, self._counts, strict=True):
+            seen += count
+            rows.append((bound, seen))
+        return rows
+
+    def quantile(self, share: float) -> float:
+        """The bound below which ``share`` (0 to 1) of the values are, at most the largest value; 0 without values."""
+        wanted = share * self.count
+        bound = next((bound for bound, seen in self.cumulative() if seen >= wanted), math.inf)
+        return min(bound, self.largest)
+
+
+@dataclass(slots=True)
+class ServingCounts:
+    """What was computed for callers of one network since the start.
+
+    ``steps`` are those of inference sessions, ``passes`` forward and backward requests; tokens count each sequence of a
+    batch. Bytes are those of tensors as they travelled, by the name of their compression.
+    """
+
+    steps: int = 0
+    step_tokens: int = 0
+    passes: int = 0
+    pass_tokens: int = 0
+    refused: int = 0
+    received_bytes: Counter[str] = field(default_factory=Counter)
+    sent_bytes: Counter[str] = field(default_factory=Counter)
