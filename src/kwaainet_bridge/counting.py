@@ -46,6 +46,17 @@ class Histogram:
 
 
 @dataclass(slots=True)
+class Refusals:
+    """What a host has turned away since it began: connections beyond its limits or those of an address, streams
+    beyond its limits or those of a protocol."""
+
+    connections: int = 0
+    address: int = 0
+    streams: int = 0
+    protocol: int = 0
+
+
+@dataclass(slots=True)
 class ServingCounts:
     """What was computed for callers of one network since the start.
 

@@ -15,6 +15,8 @@ import torch
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.errors import (
     AllocationFailed,
     BridgeError,
@@ -46,8 +48,15 @@ class InferenceService:
     """Serves the blocks of one model. Answers with the text of an error where KwaaiNet's servers do."""
 
     def __init__(
-        self, model: ServedModel, places: Places, nursery: trio.Nursery, *, clock: Callable[[], float]
+        self,
+        model: ServedModel,
+        places: Places,
+        nursery: trio.Nursery,
+        counts: ServingCounts,
+        *,
+        clock: Callable[[], float],
     ) -> None:
+        self._counts = counts
         self.model = model
         self.sessions = Sessions(model.engine, places, nursery, clock=clock)
         self._places = places
@@ -58,12 +67,14 @@ class InferenceService:
         self._places.renew(context.peer)
         try:
             kind, values = await self._step(request, context.peer)
+            self._counts.sent_bytes[CompressionType.FLOAT16.name] += values.numel() * 2
             return await _off_loop(
                 values.nbytes, lambda: InferenceResponse.of_values(request.session_id, kind, values)
             )
         except WarmingUp:
             return warming_up()
         except (InvalidRequest, AllocationFailed, Refusal) as e:
+            self._counts.refused += 1
             log.debug("session %d of %s: %.200s", request.session_id, context.peer, e)
             return InferenceResponse.of_error(request.session_id, str(e))
         except EngineError:
@@ -82,6 +93,12 @@ class InferenceService:
         hidden = await self._inputs(request)
         async with self.sessions.step(peer, request.session_id, request.seq_pos, request.tokens) as session:
             output = await session.step(hidden)
+            self._counts.steps += 1
+            self._counts.step_tokens += output.shape[1]
+            coding = (
+                CompressionType.NONE if model.first else CompressionType.FLOAT16
+            )  # ids travel as they are
+            self._counts.received_bytes[coding.name] += len(request.data)
             if not model.last:
                 return ResponseType.HIDDEN_STATES, output
             return ResponseType.LOGITS, await model.logits(output[:, -1:])

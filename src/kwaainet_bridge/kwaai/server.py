@@ -11,6 +11,7 @@ from functools import cached_property
 
 import trio
 
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.kwaai import methods
 from kwaainet_bridge.kwaai.hello import greet
 from kwaainet_bridge.kwaai.inference import InferenceService, warming_up
@@ -51,6 +52,7 @@ class KwaaiServer:
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
+        self.counts = ServingCounts()
         self._protocols = protocols
         self._nursery = nursery
         self._clock = clock
@@ -122,7 +124,9 @@ class KwaaiServer:
 
     def _service(self) -> InferenceService | None:
         if self._inference is None and self._model is not None:
-            self._inference = InferenceService(self._model, self._places, self._nursery, clock=self._clock)
+            self._inference = InferenceService(
+                self._model, self._places, self._nursery, self.counts, clock=self._clock
+            )
             self._inference.sessions.accepting = self._places.accepting
         return self._inference
 

@@ -6,34 +6,66 @@ that arrived, one write sends all that is queued. Nobody but the connection's wr
 task is only cancelled when the connection ends, so a cancelled caller never leaves half a message on the
 wire.
 
-All connections receive into one buffer, which is decrypted before anybody else runs: large reads then cost idle
-connections no memory, and small ones no allocation.
+All connections receive into one buffer, which is decrypted before anybody else runs, and encrypt into another, of
+which nothing but what the system does not take at once is kept: large reads and writes then cost idle connections no
+memory, and small ones no allocation.
 """
 
 from __future__ import annotations
 
 import abc
 import socket
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import trio
 from libp2p.abc import ConnectionType, IRawConnection, ISecureConn, ISecureTransport
-from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH, NoiseTransportReadWriter
+from libp2p.security.noise.io import MAX_PLAINTEXT_LENGTH
 from multiaddr import Multiaddr
 
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
 from kwaainet_bridge.net.addresses import Address
+from kwaainet_bridge.net.cipher import TAG_BYTES
+from kwaainet_bridge.net.library import session_ciphers
 from kwaainet_bridge.wire.peer_id import PeerId
 
 NOISE = "/noise"
 
-_HANDSHAKE_READ_BYTES = 64 * 1024
-_RECEIVE_BYTES = 256 * 1024  # what fits the processor's cache: four messages of the largest size
-_LENGTH_BYTES = 2
-_TAG_BYTES = 16
+_HANDSHAKE_READ_BYTES: Final = 64 * 1024
+_BUFFER_BYTES: Final = 256 * 1024  # what fits the processor's cache: four messages of the largest size
+_LENGTH_BYTES: Final = 2
+_LARGEST_MESSAGE: Final = _LENGTH_BYTES + MAX_PLAINTEXT_LENGTH + TAG_BYTES
 
-_receive_buffer: trio.lowlevel.RunVar[memoryview] = trio.lowlevel.RunVar("receive buffer")
+
+class _Buffers(NamedTuple):
+    """Memory that all connections of a run share, each between two points where others may run."""
+
+    received: memoryview
+    plaintext: memoryview  # of one message
+    sealed: memoryview
+
+
+_shared_buffers: trio.lowlevel.RunVar[_Buffers] = trio.lowlevel.RunVar("buffers of secured connections")
+
+
+def _buffers() -> _Buffers:
+    try:
+        return _shared_buffers.get()
+    except LookupError:
+        sizes = (_BUFFER_BYTES, MAX_PLAINTEXT_LENGTH, _BUFFER_BYTES)
+        buffers = _Buffers(*(memoryview(bytearray(size)) for size in sizes))
+        _shared_buffers.set(buffers)
+        return buffers
+
+
+class Cipher(Protocol):
+    """See :class:`kwaainet_bridge.net.cipher.MessageCipher`."""
+
+    def seal(self, plaintext: bytes | memoryview, into: memoryview) -> None: ...
+
+    def open(self, ciphertext: memoryview) -> bytes: ...
 
 
 class ConnectionLost(NetworkError):
@@ -83,6 +115,10 @@ class RawChannel(IRawConnection):  # type: ignore[misc]  # libp2p is not followe
     @abc.abstractmethod
     def receive_into(self, buffer: memoryview) -> int | None:
         """Fill ``buffer`` as far as bytes have arrived; their number, 0 at the end, None if there are none."""
+
+    def send_now(self, data: memoryview) -> int:  # noqa: ARG002 - for those who can
+        """Send as much of ``data`` as is taken without waiting; the number of bytes, which may be 0."""
+        return 0
 
     @abc.abstractmethod
     async def send_all(self, data: bytes) -> None:
@@ -168,13 +204,17 @@ class TcpSocket(RawChannel):
         Cancelled: an unknown part was sent.
         """
         view = memoryview(data)
-        while view:
-            try:
-                view = view[self._socket.send(view) :]
-            except BlockingIOError:
-                await self._wait(trio.lowlevel.wait_writable)
-            except OSError as e:
-                raise self._lost(e) from e
+        while view := view[self.send_now(view) :]:
+            await self._wait(trio.lowlevel.wait_writable)
+
+    def send_now(self, data: memoryview) -> int:
+        """Send as much of ``data`` as the kernel takes without waiting; the number of bytes, which may be 0."""
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as e:
+            raise self._lost(e) from e
 
     def _lost(self, error: OSError | None = None) -> ConnectionLost:
         return ConnectionLost(f"TCP: {error}" if error and self._socket.fileno() >= 0 else "TCP: closed here")
@@ -199,21 +239,14 @@ class TcpSocket(RawChannel):
 class SecureChannel:
     """An authenticated peer and an encrypted byte stream to it."""
 
-    def __init__(self, socket: RawChannel, remote: PeerId, session: NoiseTransportReadWriter) -> None:
+    def __init__(self, socket: RawChannel, remote: PeerId, *, outbound: Cipher, inbound: Cipher) -> None:
         self.remote = remote
         self.socket = socket
-        noise = session.noise_state.noise_protocol
-        self._encrypt = (
-            noise.cipher_state_encrypt.encrypt_with_ad
-        )  # the session's own take only bytes, at a copy
-        self._decrypt = noise.cipher_state_decrypt.decrypt_with_ad
+        self._seal = outbound.seal
+        self._open = inbound.open
         self._ciphertext = socket.take_unread()  # an incomplete message
         self._plaintext: list[bytes] = []
-        try:
-            self._buffer = _receive_buffer.get()
-        except LookupError:
-            self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
-            _receive_buffer.set(self._buffer)
+        self._buffers = _buffers()
 
     async def receive_chunks(self) -> list[bytes]:
         """Return the payloads of all messages that have arrived, at least one; ``[]`` at the end of the
@@ -221,19 +254,20 @@ class SecureChannel:
 
         Raises ConnectionLost. Cancelled: nothing is lost.
         """
+        buffer = self._buffers.received
         while not self._plaintext:
             await self.socket.wait_readable()
             # From here to the end of the loop nobody else runs: the buffer is everybody's.
             held = len(self._ciphertext)
-            received = self.socket.receive_into(self._buffer[held:])
+            received = self.socket.receive_into(buffer[held:])
             if received is None:
                 continue
             if not received:
                 if held:
                     raise ConnectionLost("TCP ended within a noise message")
                 return []
-            self._buffer[:held] = self._ciphertext
-            self._plaintext = self._decrypt_messages(self._buffer[: held + received])
+            buffer[:held] = self._ciphertext
+            self._plaintext = self._decrypt_messages(buffer[: held + received])
         chunks, self._plaintext = self._plaintext, []
         return chunks
 
@@ -246,7 +280,7 @@ class SecureChannel:
             if next_start > end:
                 break
             try:
-                plaintext = self._decrypt(None, received[body:next_start])
+                plaintext = self._open(received[body:next_start])
             except (
                 Exception
             ) as e:  # each cipher backend fails in its own way; the session is over in any case
@@ -274,17 +308,51 @@ class SecureChannel:
         self.socket.abort()
 
     async def send_all(self, data: bytes) -> None:
-        """Encrypt and send ``data``. One caller at a time. Raises ConnectionLost.
+        """:meth:`send_pieces` of one, under the name that protocol negotiation uses."""
+        await self.send_pieces([data])
+
+    async def send_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Encrypt and send ``pieces``, one after the other. One caller at a time. Raises ConnectionLost.
 
         Cancelled: the connection is of no further use, as part of a message may have been sent.
         """
-        view = memoryview(data)
-        parts = []
-        for start in range(0, len(data), MAX_PLAINTEXT_LENGTH):
-            piece = view[start : start + MAX_PLAINTEXT_LENGTH]
-            parts.append((len(piece) + _TAG_BYTES).to_bytes(_LENGTH_BYTES, "big"))
-            parts.append(self._encrypt(None, piece))
-        await self.socket.send_all(b"".join(parts))
+        waiting = deque(pieces)
+        sealed = self._buffers.sealed
+        while waiting:
+            # From here to the end of the loop nobody else runs, unless the socket is full: the buffer is everybody's.
+            end = 0
+            while waiting and end + _LARGEST_MESSAGE <= len(sealed):
+                plaintext = self._next_plaintext(waiting)
+                start, size = end + _LENGTH_BYTES, len(plaintext) + TAG_BYTES
+                end = start + size
+                sealed[start - _LENGTH_BYTES : start] = size.to_bytes(_LENGTH_BYTES, "big")
+                self._seal(plaintext, sealed[start:end])
+            sent = self.socket.send_now(sealed[:end])
+            if sent < end:
+                await self.socket.send_all(bytes(sealed[sent:end]))
+
+    def _next_plaintext(self, waiting: deque[bytes | memoryview]) -> bytes | memoryview:
+        """Take a message's worth from the front of ``waiting``: in its own memory if it is one piece."""
+        first = waiting.popleft()
+        if len(first) >= MAX_PLAINTEXT_LENGTH or not waiting:
+            if len(first) > MAX_PLAINTEXT_LENGTH:
+                view = memoryview(first)
+                waiting.appendleft(view[MAX_PLAINTEXT_LENGTH:])
+                first = view[:MAX_PLAINTEXT_LENGTH]
+            return first
+        gathered = self._buffers.plaintext
+        gathered[: len(first)] = first
+        used = len(first)
+        while waiting and used < MAX_PLAINTEXT_LENGTH:
+            piece = waiting.popleft()
+            room = MAX_PLAINTEXT_LENGTH - used
+            if len(piece) > room:
+                view = memoryview(piece)
+                waiting.appendleft(view[room:])
+                piece = view[:room]
+            gathered[used : used + len(piece)] = piece
+            used += len(piece)
+        return gathered[:used]
 
 
 async def secure_outbound(socket: RawChannel, transport: ISecureTransport, peer: PeerId) -> SecureChannel:
@@ -315,7 +383,9 @@ async def _handshake(
         raise
     except Exception as e:  # protobuf, cipher and library errors alike: the peer did not prove who it is
         raise RemoteError(f"noise handshake failed: {type(e).__name__} {e}".rstrip()) from e
-    channel = SecureChannel(socket, PeerId(session.get_remote_peer().to_bytes()), session.conn)
+    outbound, inbound = session_ciphers(session)
+    remote = PeerId(session.get_remote_peer().to_bytes())
+    channel = SecureChannel(socket, remote, outbound=outbound, inbound=inbound)
     if expected is not None and channel.remote != expected:
         raise WrongPeer(channel.remote)
     return channel

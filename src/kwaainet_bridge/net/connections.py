@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import Refusals
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
 from kwaainet_bridge.net.channel import (
@@ -58,7 +59,9 @@ class Connections:
         memory: FairPool,
         membership: Membership,
         housekeeping: AbstractSet[str] = frozenset(),
+        refused: Refusals | None = None,
     ) -> None:
+        self._refused = refused or Refusals()
         self._nursery = nursery
         self._own = own
         self._noise = noise
@@ -83,6 +86,11 @@ class Connections:
     def count(self) -> int:
         """Live connections and handshakes under way."""
         return self._count + self._handshakes
+
+    @property
+    def limit(self) -> int:
+        """How many there may be at one time."""
+        return self._limits.connections
 
     def peers(self) -> list[PeerId]:
         """Peers with a connection that can open streams."""
@@ -171,11 +179,13 @@ class Connections:
             self._handshakes >= defaults.MAX_HANDSHAKES
             or self.count >= self._limits.connections + defaults.OVERFLOW_HANDSHAKES
         ):
+            self._refused.connections += 1
             log.debug("refused a connection: %d are open, %d of them unproven", self.count, self._handshakes)
             return
         # a relay answers for those whom it brings: nobody else knows where they are
         origin = origin_of(channel.remote_host) if channel.relay is None else str(channel.relay)
         if not self._origins.begin(origin, free=self._limits.connections - self.count):
+            self._refused.address += 1
             log.debug("refused a connection: %s has too many", origin)
             return
         self._handshakes += 1
@@ -211,6 +221,7 @@ class Connections:
         elif self._make_room():
             return connection
         else:
+            self._refused.connections += 1
             connection.stop("this host is full")
         log.debug("refused %s: %s; %d connections", connection.remote, connection.close_reason, self._count)
         await connection.run()  # says so to the peer, and ends

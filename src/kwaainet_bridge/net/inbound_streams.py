@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import Refusals
 from kwaainet_bridge.net.connection import Connection
 from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.host import StreamHandler
@@ -18,7 +19,9 @@ class InboundStreams:
     stream started here may take a while to end.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, refused: Refusals | None = None) -> None:
+        self.limit = limits.streams
+        self._refused = refused or Refusals()
         self._places = FairPool(limits.streams, per_peer=limits.streams_per_peer)
 
     @property
@@ -28,11 +31,11 @@ class InboundStreams:
 
     def begin(self, connection: Connection, stream: YamuxStream) -> bool:
         """Count a new stream of ``connection``, until :meth:`end`; False to refuse it."""
-        if not self._places.reserve(stream.remote, 1):
-            return False
-        if connection.promise_window(stream):
-            return True
-        self._places.release(stream.remote, 1)
+        if self._places.reserve(stream.remote, 1):
+            if connection.promise_window(stream):
+                return True
+            self._places.release(stream.remote, 1)
+        self._refused.streams += 1
         return False
 
     def end(self, connection: Connection, stream: YamuxStream) -> None:
@@ -41,12 +44,13 @@ class InboundStreams:
         self._places.release(stream.remote, 1)
 
 
-def limited(handler: StreamHandler) -> StreamHandler:
-    """``handler``, which resets streams beyond the limits of one protocol."""
+def limited(handler: StreamHandler, refused: Refusals) -> StreamHandler:
+    """``handler``, which resets, and counts as ``refused``, streams beyond the limits of one protocol."""
     pool = FairPool(defaults.MAX_STREAMS_PER_PROTOCOL, per_peer=defaults.MAX_STREAMS_PER_PROTOCOL_AND_PEER)
 
     async def serve(stream: Stream) -> None:
         if not pool.reserve(stream.remote, 1):
+            refused.protocol += 1
             await stream.reset()
             return
         try:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import Refusals
 from kwaainet_bridge.errors import (
     NetworkError,
     PeerUnreachable,
@@ -149,6 +150,7 @@ class Libp2pHost(Host):
         self.peer_id = config.identity.peer_id
         self._memory = FairPool(config.limits.buffer_bytes)
         self._membership = Membership(config.networks)
+        self.refused = Refusals()
         self.connections = Connections(
             nursery,
             config.identity.peer_id,
@@ -160,6 +162,7 @@ class Libp2pHost(Host):
             memory=self._memory,
             membership=self._membership,
             housekeeping=HOUSEKEEPING | {config.kad_protocol},
+            refused=self.refused,
         )
         self._nursery = nursery
         self._book = AddressBook()
@@ -181,7 +184,7 @@ class Libp2pHost(Host):
             described=self._described,
         )
         self.own = OwnAddresses(listening, announced, self.introductions.changed)
-        self._inbound = InboundStreams(config.limits)
+        self._inbound = InboundStreams(config.limits, self.refused)
         self.kademlia = Kademlia(self, config.kad_protocol)
         self._handlers: dict[str, StreamHandler] = {}
         self.serve(IDENTIFY, self.introductions.answer)
@@ -317,12 +320,17 @@ class Libp2pHost(Host):
         described = self.introductions.of(connection.remote)
         return protocol in connection.agreed or (described is not None and protocol in described.protocols)
 
+    @property
+    def inbound(self) -> InboundStreams:
+        """The streams that peers have opened and that are served now."""
+        return self._inbound
+
     # --- protocols
 
     def serve(self, protocol: str, handler: StreamHandler) -> None:
         if protocol in self._handlers:
             raise ValueError(f"{protocol} is served already")
-        self._handlers[protocol] = limited(handler)
+        self._handlers[protocol] = limited(handler, self.refused)
         self.introductions.changed()
 
     def unserve(self, protocol: str) -> None:

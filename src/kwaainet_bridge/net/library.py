@@ -27,6 +27,7 @@ from noise.connection import NoiseConnection
 from noise.state import CipherState
 
 from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.net.cipher import MessageCipher
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.wire.pb import keys_pb2
 
@@ -50,12 +51,20 @@ def check_library() -> None:
         hasattr(noise.noise_protocol, name) for name in ("cipher_state_encrypt", "cipher_state_decrypt")
     ):
         missing.append("NoiseProtocol.cipher_state_*")
-    if not all(hasattr(CipherState, name) for name in ("encrypt_with_ad", "decrypt_with_ad")):
-        missing.append("CipherState.*_with_ad")
+    if not {"k", "n"} <= vars(CipherState(noise.noise_protocol)).keys():
+        missing.append("CipherState.k and .n")
     if missing:
         raise ConfigError(
             f"libp2p {libp2p.__version__} has no {' and no '.join(missing)}: install the pinned version (0.8.1)"
         )
+
+
+def session_ciphers(session: SecureSession) -> tuple[MessageCipher, MessageCipher]:
+    """What encrypts and what decrypts the messages that follow a finished handshake; the session's own is over."""
+    protocol = session.conn.noise_state.noise_protocol
+    states = protocol.cipher_state_encrypt, protocol.cipher_state_decrypt
+    outbound, inbound = (MessageCipher(state.k, state.n) for state in states)
+    return outbound, inbound
 
 
 def _read_rsa_public_key(data: bytes) -> RSAPublicKey:

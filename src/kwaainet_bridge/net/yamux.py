@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -49,8 +49,8 @@ class Channel(Protocol):
     async def receive_chunks(self) -> list[bytes]:
         """Return what has arrived, or ``[]`` at the end."""
 
-    async def send_all(self, data: bytes) -> None:
-        """Send ``data``."""
+    async def send_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Send ``pieces`` one after the other."""
 
     def abort(self) -> None:
         """Close at once."""
@@ -296,8 +296,7 @@ class YamuxConnection:
                     self._idle.set()
                     self._queue_filled = trio.Event()
                     await self._queue_filled.wait()
-                data = b"".join(self._queue)
-                self._queue.clear()
+                pieces, self._queue = self._queue, []
                 self._queued = 0
                 self.write_round += 1
                 waiting = max(1, self._room.statistics().tasks_waiting)
@@ -305,7 +304,7 @@ class YamuxConnection:
                 self.write_share = min(fair, defaults.STREAM_SHARE_BYTES)
                 self._room.set()
                 self._room = trio.Event()
-                await self._channel.send_all(data)
+                await self._channel.send_pieces(pieces)
         except NetworkError as e:
             self.stop(str(e))
             scope.cancel()

@@ -15,10 +15,17 @@ from dataclasses import dataclass, field
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import Session
 from kwaainet_bridge.errors import AllocationFailed, BridgeError, InvalidRequest, Refusal
 from kwaainet_bridge.hivemind.experts.push import Pusher, PushLimit
-from kwaainet_bridge.hivemind.experts.requests import Metadata, decode_tensors, encode_tensors, optional
+from kwaainet_bridge.hivemind.experts.requests import (
+    Metadata,
+    count_bytes,
+    decode_tensors,
+    encode_tensors,
+    optional,
+)
 from kwaainet_bridge.hivemind.experts.span import ServedSpan, as_refusal
 from kwaainet_bridge.rpc import CallContext, ServerStream
 from kwaainet_bridge.wire import msgpack
@@ -58,8 +65,11 @@ class LiveSession:
 class InferenceService:
     """Runs inference sessions, one per streaming call, and feeds them the steps that other servers push."""
 
-    def __init__(self, span: ServedSpan, pusher: Pusher, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, span: ServedSpan, pusher: Pusher, counts: ServingCounts, *, clock: Callable[[], float]
+    ) -> None:
         self._span = span
+        self._counts = counts
         self._pusher = pusher
         self._by_id: dict[str, list[LiveSession]] = defaultdict(list)
         self._by_peer: dict[PeerId, int] = defaultdict(int)
@@ -79,6 +89,13 @@ class InferenceService:
 
     async def inference(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
         """Serve one session until its client ends it, leaves, or is silent for too long."""
+        try:
+            await self._serve(call)
+        except Refusal:
+            self._counts.refused += 1
+            raise
+
+    async def _serve(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
         first = await _next_request(call)
         if first is None:
             return
@@ -158,9 +175,14 @@ class InferenceService:
             log.debug("session %.40r: a pushed step is left out: %.200s", live.session_id, e)
             return  # the client's own copy of the step decides
         live.remember(step_id)
+        counts = self._counts
+        counts.steps += 1
+        counts.step_tokens += output.shape[0] * output.shape[1]
         response = ExpertResponse(tensors=await encode_tensors([output], [self._span.compression]))
         if optional(prompts) is None:
             self._pusher.push(self._span.prefix, request, metadata, response.tensors[0])
+        count_bytes(counts.received_bytes, request.tensors)
+        count_bytes(counts.sent_bytes, response.tensors)
         await live.call.send(response)
 
     async def push(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:

@@ -7,6 +7,7 @@ Source: Petals main ``server/handler.py``, ``utils/packaging.py``; hivemind 1.1.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from kwaainet_bridge.errors import Refusal, RemoteError
 from kwaainet_bridge.rpc import ServerStream
 from kwaainet_bridge.wire import msgpack
 from kwaainet_bridge.wire.expert import ExpertRequest, ExpertResponse
+from kwaainet_bridge.wire.fields import total
 from kwaainet_bridge.wire.peer_id import PeerId
 from kwaainet_bridge.wire.tensors import (
     TensorJoiner,
@@ -199,6 +201,12 @@ async def encode_tensors(
     if sum(t.nbytes for t in tensors) <= _inline_bytes(compression):
         return encode()
     return await trio.to_thread.run_sync(encode)
+
+
+def count_bytes(counts: Counter[str], tensors: Iterable[TensorMessage]) -> None:
+    """Add the bytes of tensors that were encoded, or could be decoded, by the name of their compression."""
+    for tensor in tensors:
+        counts[CompressionType(tensor.compression).name] += total(tensor.values)
 
 
 def _inline_bytes(compression: Iterable[int]) -> int:

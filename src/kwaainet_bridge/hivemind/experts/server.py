@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.inference import InferenceService
 from kwaainet_bridge.hivemind.experts.push import Pusher
@@ -21,9 +22,15 @@ class ExpertServer:
     """Serves one span of blocks to Petals clients while :func:`serve_span` runs."""
 
     def __init__(
-        self, span: ServedSpan, rpc: RpcServer, stateless: StatelessService, inference: InferenceService
+        self,
+        span: ServedSpan,
+        rpc: RpcServer,
+        stateless: StatelessService,
+        inference: InferenceService,
+        counts: ServingCounts,
     ) -> None:
         self.span = span
+        self.counts = counts
         self._rpc = rpc
         self._stateless = stateless
         self._inference = inference
@@ -61,8 +68,9 @@ async def serve_span(
     ones belong to the host and end with it. Outgoing pushes are cancelled.
     """
     async with trio.open_nursery() as nursery:
-        stateless = StatelessService(span)
-        inference = InferenceService(span, Pusher(client, nursery), clock=clock)
+        counts = ServingCounts()
+        stateless = StatelessService(span, counts)
+        inference = InferenceService(span, Pusher(client, nursery), counts, clock=clock)
         server.mount(methods.RPC_INFO, stateless.info)
         server.mount(methods.RPC_FORWARD, stateless.forward)
         server.mount(methods.RPC_BACKWARD, stateless.backward)
@@ -74,7 +82,7 @@ async def serve_span(
         ):
             server.mount_stream(method, handler, max_message_bytes=part)
         try:
-            yield ExpertServer(span, server, stateless, inference)
+            yield ExpertServer(span, server, stateless, inference, counts)
         finally:
             for mounted in methods.ALL:
                 server.unmount(mounted)

@@ -13,9 +13,11 @@ import torch
 import trio
 
 from kwaainet_bridge import __version__, defaults
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.errors import AllocationFailed, InvalidRequest, Refusal
 from kwaainet_bridge.hivemind.experts.requests import (
     Metadata,
+    count_bytes,
     decode_tensors,
     encode_tensors,
     is_dummy,
@@ -37,8 +39,9 @@ _SCHEMA_TOKENS = 2048  # stock servers describe inputs of this length; clients i
 class StatelessService:
     """Describes the span, runs forward and backward over it."""
 
-    def __init__(self, span: ServedSpan) -> None:
+    def __init__(self, span: ServedSpan, counts: ServingCounts) -> None:
         self._span = span
+        self._counts = counts
         self._places = trio.CapacityLimiter(defaults.MAX_TRAINING_REQUESTS)
         self._shares: dict[PeerId, trio.CapacityLimiter] = {}
         self._under_way = 0
@@ -139,7 +142,11 @@ class StatelessService:
                 f"the request took longer than {defaults.REQUEST_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
             ) from None
         except (InvalidRequest, AllocationFailed) as e:
+            self._counts.refused += 1
             raise as_refusal(e) from e
+        except Refusal:
+            self._counts.refused += 1
+            raise
         finally:
             if not share.borrowed_tokens and not share.statistics().tasks_waiting:
                 self._shares.pop(peer, None)
@@ -156,7 +163,7 @@ class StatelessService:
         hidden, prompts = _arguments(metadata, await decode_tensors(messages), 2)
         compression = metadata.output_compression(self._span.compression, 1)
         output = await self._span.engine.forward(hidden, blocks, optional(prompts))
-        return await encode_tensors([output], compression)
+        return self._counted(hidden, messages, await encode_tensors([output], compression))
 
     async def _backward(
         self, uid: str, metadata: Metadata, messages: Sequence[TensorMessage]
@@ -171,7 +178,17 @@ class StatelessService:
             hidden, gradients, blocks, optional(prompts)
         )
         grads = [grad_inputs] if grad_prompts is None else [grad_inputs, grad_prompts]
-        return await encode_tensors(grads, compression)
+        return self._counted(hidden, messages, await encode_tensors(grads, compression))
+
+    def _counted(
+        self, hidden: torch.Tensor, received: Sequence[TensorMessage], sent: list[TensorMessage]
+    ) -> list[TensorMessage]:
+        """``sent``, after counting a request that is done."""
+        self._counts.passes += 1
+        self._counts.pass_tokens += hidden.shape[0] * hidden.shape[1]
+        count_bytes(self._counts.received_bytes, received)
+        count_bytes(self._counts.sent_bytes, sent)
+        return sent
 
 
 def _arguments(metadata: Metadata, tensors: list[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
