@@ -182,6 +182,13 @@ class Engine:
             self._span, self._compute, hidden.detach(), grad_output.detach(), blocks=blocks, prompts=prompts
         )
 
+    async def check(self) -> None:
+        """Return once the compute thread has had a turn for this, which takes no time: it lives and gets on.
+
+        Raises EngineError if it is closed. Cancelled: nothing remains.
+        """
+        await self._compute.run(lambda: None)
+
     async def aclose(self) -> None:
         """Stop computing: waiting work fails with EngineError, the running piece ends, the thread is joined.
 
