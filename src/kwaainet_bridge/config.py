@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.admin_address import UNIX_PREFIX, TcpAddress, UnixAddress, parse_admin_address
 from kwaainet_bridge.errors import ConfigError, RemoteError
 from kwaainet_bridge.hivemind.experts.records import check_prefix
 from kwaainet_bridge.net.addresses import parse_announce_address, parse_listen_address
@@ -354,6 +355,31 @@ class LimitsConfig(_Section):
         return self
 
 
+class AdminConfig(_Section):
+    """HTTP for the operator: is the node well, what does it do; see docs/monitoring.md."""
+
+    listen: Annotated[str, _checked(parse_admin_address)] = "unix"
+    """``unix``: a socket beside the identity file, for its owner only; ``unix:<path>``: one there;
+    ``<IP address>:<port>``; or ``off``."""
+    token_file: Path | None = None
+    """File with a token that HTTP clients must send. Required to listen on an address that is not loopback."""
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _check_listen(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads off so
+
+    @model_validator(mode="after")
+    def _check_strangers_need_a_token(self) -> AdminConfig:
+        address = parse_admin_address(self.listen)
+        if isinstance(address, TcpAddress) and not address.is_loopback and self.token_file is None:
+            raise ValueError(
+                f"listen: others can reach {self.listen}, so it needs token_file: name a file that holds a long random "
+                "text, or listen on 127.0.0.1 or unix"
+            )
+        return self
+
+
 class LogConfig(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "text", "json"] = "auto"
@@ -378,7 +404,17 @@ class NodeConfig(_Section):
     """How long running sessions may go on after SIGTERM."""
     reachability: ReachabilityConfig = ReachabilityConfig()
     limits: LimitsConfig = LimitsConfig()
+    admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def admin_address(self) -> UnixAddress | TcpAddress | None:
+        """Where the admin side is; None if it is off."""
+        address = parse_admin_address(self.admin.listen)
+        if isinstance(address, UnixAddress) and address.path is None:
+            identity = self.identity.path
+            return UnixAddress(identity.with_name(f"{identity.name}.sock"))
+        return address
 
     @model_validator(mode="after")
     def _check_averaging_has_a_network(self) -> NodeConfig:
@@ -459,7 +495,15 @@ def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
             model = model.model_copy(update={"name": str(path)})
         elif model.name.startswith(("/", "./", "../", "~")):
             raise ConfigError(f"model.name: there is no folder {path}")
-    return config.model_copy(update={"identity": identity, "model": model})
+    admin = config.admin
+    address = parse_admin_address(admin.listen)
+    if isinstance(address, UnixAddress) and address.path is not None:
+        listen = f"{UNIX_PREFIX}{_absolute('admin.listen', address.path, folder)}"
+        admin = admin.model_copy(update={"listen": listen})
+    if admin.token_file is not None:
+        token_file = _absolute("admin.token_file", admin.token_file, folder)
+        admin = admin.model_copy(update={"token_file": token_file})
+    return config.model_copy(update={"identity": identity, "model": model, "admin": admin})
 
 
 def _absolute(key: str, path: Path, folder: Path) -> Path:

@@ -761,6 +761,37 @@ RPC_CHECK_SECONDS: Final = 10.0
 """Longest wait for Petals' reachability check at a peer (stock: 10 s)."""
 
 # --- client ---------------------------------------------------------------------------------------------
+LAG_PERIOD_SECONDS: Final = 0.5
+"""How often the event loop's lag is measured: often enough for a tail within minutes, 20 us of CPU each."""
+
+LAG_BOUNDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
+"""Bounds in seconds between which lags are counted: an idle loop is below the first, and peers notice from a tenth of a
+second on."""
+
+ENGINE_CHECK_SECONDS: Final = 10.0
+"""Pause between two checks whether the engine gives a turn."""
+
+ENGINE_PATIENCE_SECONDS: Final = 30.0
+"""Longest wait for a turn: many times the longest piece of work of a large model on a slow machine."""
+
+ADMIN_CONNECTIONS: Final = 32
+"""Connections to the admin side at one time; a scraper and a few people need one each. Further ones are closed."""
+
+ADMIN_IDLE_SECONDS: Final = 15
+"""A connection to the admin side without a request is closed after that; scrapers ask every 5 to 60 s."""
+
+ADMIN_SEND_SECONDS: Final = 10.0
+"""How long a client of the admin side may take to read what the system's buffers do not hold of an answer."""
+
+ADMIN_TOKEN_CHARACTERS: Final = 16
+"""Shortest token that is accepted: about as many bits as nobody guesses over a network."""
+
+STATUS_SECONDS: Final = 5.0
+"""How long `kwaainet-bridge status` waits for the node; a healthy one answers in milliseconds."""
+
+STATUS_WATCH_SECONDS: Final = 2.0
+"""Pause between two looks with `--watch`."""
+
 
 DIRECTORY_SECONDS: Final = 60.0
 """Block records older than this are read again before a route is chosen (stock clients: 60 s)."""

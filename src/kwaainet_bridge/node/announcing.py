@@ -57,6 +57,8 @@ class AnnounceReport:
     acknowledged: int
     by_others: int
     peers: dict[PeerId, int | str]
+    lifetime: float
+    """Seconds until the records expire."""
 
     @property
     def ok(self) -> bool:
@@ -261,4 +263,5 @@ def _report(publisher: Publisher, state: ServerState, results: Sequence[StoreRes
         acknowledged=sum(result.ok for result in results),
         by_others=sum(any(peer != publisher.own for peer in result.accepted) for result in results),
         peers=peers,
+        lifetime=publisher.lifetime,
     )

@@ -8,7 +8,7 @@ import structlog
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import NetworkError
+from kwaainet_bridge.errors import ClockSkew, NetworkError
 from kwaainet_bridge.hivemind.dht import BootstrapResult
 from kwaainet_bridge.net import Host
 from kwaainet_bridge.net.bootstrap import BootstrapEvent, keep_bootstrapped, parse_bootstrap_addresses
@@ -97,7 +97,10 @@ class BootstrapWatch:
         while self._join is not None:
             error = (await self._join([peer]))[0].error
             if error is None:
+                self._state.hear_clock(peer, 0.0)
                 break
+            if isinstance(error, ClockSkew):
+                self._state.hear_clock(peer, error.seconds)
             self._failed(peer, "dht", str(error), defaults.DHT_JOIN_RETRY_SECONDS)
             await trio.sleep(defaults.DHT_JOIN_RETRY_SECONDS)
         self.reached.add(peer)

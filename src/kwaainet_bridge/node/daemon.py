@@ -17,10 +17,12 @@ from kwaainet_bridge.config import LimitsConfig, NodeConfig
 from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
+from kwaainet_bridge.node.admin import open_admin
 from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.serving import ModelService
 from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.node.watching import measure_lag, watch_engine
 from kwaainet_bridge.wire.peer_id import PeerId
 
 if TYPE_CHECKING:
@@ -121,14 +123,21 @@ async def _run_host(
         networks=network_protocols(config.networks),
         relays=config.reachability.relays,
     )
-    async with open_host(host_config) as host, trio.open_nursery() as services:
+    async with (
+        open_admin(config.admin_address, config.admin.token_file, state),
+        open_host(host_config) as host,
+        trio.open_nursery() as services,
+    ):
+        state.host = host
         contact = Contact(host.peer_id, host.addresses())
         log.info("listening", peer_id=str(host.peer_id), addresses=list(contact.addresses))
         on_started(contact)
         reachability = ReachabilityWatch(host, state, relay_service=config.reachability.relay_service)
         services.start_soon(reachability.run)
+        services.start_soon(measure_lag, state.lag)
         # the networks' DHTs outlive the work, or the records could not be withdrawn
         async with _networks(config, host, state, reachability) as networks:
+            state.bootstrap = {network.name: network.watch for network in networks}
             with work:
                 await _work(config, networks, state, stop, reachability)
         services.cancel_scope.cancel()
@@ -159,6 +168,8 @@ async def _work(
     stop: trio.Event,
     reachability: ReachabilityWatch,
 ) -> None:
+    serving = [] if config.model is None else [network for network in networks if network.serves_blocks]
+    state.announces = tuple(network.name for network in serving)
     async with trio.open_nursery() as nursery:
         for network in networks:
             nursery.start_soon(network.run)
@@ -173,7 +184,6 @@ async def _work(
             if config.model is None:
                 await _serve_until(stop, state)
             else:
-                serving = [network for network in networks if network.serves_blocks]
                 model = ModelService(config.model, serving, state, reachability=reachability)
                 await _serve_blocks(model, state, stop, config.drain_seconds)
         nursery.cancel_scope.cancel()
@@ -189,8 +199,9 @@ async def _serve_until(stop: trio.Event, state: NodeState) -> None:
 async def _serve_blocks(
     model: ModelService, state: NodeState, stop: trio.Event, drain_seconds: float
 ) -> None:
-    async with model.running() as served:
-        engine = served.engine
+    async with model.running() as served, trio.open_nursery() as watching:
+        state.served, engine = served, served.engine
+        watching.start_soon(watch_engine, engine.check, state)
         state.enter(
             Phase.SERVING,
             blocks=f"{engine.blocks.start}:{engine.blocks.stop}",
@@ -200,6 +211,8 @@ async def _serve_blocks(
         await stop.wait()
         state.enter(Phase.DRAINING, sessions=served.open_sessions)
         await served.drain(drain_seconds)
+        watching.cancel_scope.cancel()
+    state.served = None
 
 
 async def _import_engine() -> None:

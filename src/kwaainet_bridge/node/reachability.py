@@ -16,12 +16,12 @@ from kwaainet_bridge.net.autonat import AUTONAT, AutoNatService
 from kwaainet_bridge.net.probe import dial_anew
 from kwaainet_bridge.net.reachability import Check, Reachability, Verdict
 from kwaainet_bridge.node.probe import DialledBack, ask_to_dial
+from kwaainet_bridge.node.readiness import REACHABLE
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-_CONDITION = "reachable"
 _REMEDY = (
     "forward its TCP port in the router and open it in the firewall, set announce if the port outside is another, "
     "or name relays under reachability.relays"
@@ -156,9 +156,9 @@ class ReachabilityWatch:
         self._host.traversal.offer(self._relay_service and not private)
         self._state.judge(verdict, evidence)
         if verdict is Verdict.UNREACHABLE:
-            self._state.degrade(_CONDITION, f"{evidence}; {_REMEDY}")
+            self._state.degrade(REACHABLE, f"{evidence}; {_REMEDY}")
         else:
-            self._state.recover(_CONDITION)
+            self._state.recover(REACHABLE)
         if verdict is not self._verdict or relays != self._relays:
             self._verdict = verdict
             self._changed.set()

@@ -14,6 +14,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
@@ -22,6 +23,7 @@ from kwaainet_bridge.node.announcing import Announcer, AnnounceReport, Offer, Pu
 from kwaainet_bridge.node.choosing import ReadableNetwork, choose_blocks
 from kwaainet_bridge.node.models import model_source
 from kwaainet_bridge.node.reachability import ReachabilityWatch
+from kwaainet_bridge.node.readiness import announced_in
 from kwaainet_bridge.node.state import NodeState, Phase
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -29,6 +31,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 class BlockServer(Protocol):
     """Serves loaded blocks in one network."""
+
+    counts: ServingCounts
 
     @property
     def open_sessions(self) -> int: ...
@@ -61,6 +65,18 @@ class ServedBlocks:
     """What the blocks are called, by network."""
     servers: Sequence[BlockServer]
     announcer: Announcer
+
+    @property
+    def cache_tokens(self) -> tuple[int, int]:
+        """Room of the KV cache, and what is left of it, in tokens of one sequence through all of these blocks."""
+        engine = self.engine
+        each = engine.cache_bytes_per_token * len(engine.blocks)
+        return engine.cache_bytes_total // each, engine.cache_bytes_left // each
+
+    @property
+    def by_network(self) -> dict[str, BlockServer]:
+        """The servers by their networks."""
+        return dict(zip(self.prefixes, self.servers, strict=True))
 
     @property
     def open_sessions(self) -> int:
@@ -215,7 +231,8 @@ class ModelService:
 
     def _judge(self, report: AnnounceReport) -> None:
         """A swarm of which no other node keeps the records does not know of these blocks."""
-        condition = f"announced {report.network}"
+        self._state.note_announced(report)
+        condition = announced_in(report.network)
         if not report.peers or report.by_others or report.state is ServerState.OFFLINE:
             self._state.recover(condition)
         else:

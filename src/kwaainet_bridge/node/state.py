@@ -1,17 +1,31 @@
-"""What a node is doing: one truth, told to the log and to whoever waits."""
+"""What a node is doing: one truth, told to the log, to whoever waits, and to the node's admin side."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
 
+from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import Histogram
 from kwaainet_bridge.hivemind.averaging import Status
 from kwaainet_bridge.net.reachability import Verdict
+from kwaainet_bridge.wire.peer_id import PeerId
+
+if TYPE_CHECKING:
+    from kwaainet_bridge.net import Libp2pHost
+    from kwaainet_bridge.node.announcing import AnnounceReport
+    from kwaainet_bridge.node.bootstrap import BootstrapWatch
+    from kwaainet_bridge.node.serving import ServedBlocks
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+CLOCK: Final = "clock"
+"""The condition that this machine's clock is that of most bootstrap peers."""
 
 
 class Phase(enum.StrEnum):
@@ -23,23 +37,49 @@ class Phase(enum.StrEnum):
     STOPPED = "stopped"
 
 
+@dataclass(slots=True)
+class Announced:
+    """The rounds of announcements in one network: the latest, when it ended, and sums over all."""
+
+    last: AnnounceReport
+    at: float
+    rounds: int = 0
+    records: int = 0
+    acknowledged: int = 0
+    by_others: int = 0
+
+
 class NodeState:
     """The node's phase and what is wrong with it, if anything.
 
     ``degraded`` maps a condition's name to its reason; the node serves on beside it. ``reachability`` is the verdict on
     whether others can dial it, and the evidence for that. ``averaging`` tells of each run that it helps, by its
-    name.
+    name. ``host``, ``served`` and the watches of ``bootstrap``, by network, are there as long as they live; they are
+    asked, not copied, when somebody wants to know. ``announces`` are the networks in which blocks are to be announced,
+    and ``announced`` how that went; ``lag`` how late the event loop was.
     """
 
     def __init__(self, *, clock: Callable[[], float] = trio.current_time) -> None:
         self._clock = clock
         self._changed = trio.Event()
         self.phase = Phase.STARTING
-        self.since = clock()
+        self.began = self.since = clock()
         self.facts: dict[str, object] = {}
         self.degraded: dict[str, str] = {}
         self.averaging: dict[str, Callable[[], Status]] = {}
         self.reachability = (Verdict.UNKNOWN, "no peer has tried to dial it yet")
+        self.host: Libp2pHost | None = None
+        self.bootstrap: dict[str, BootstrapWatch] = {}
+        self.announces: tuple[str, ...] = ()
+        self.announced: dict[str, Announced] = {}
+        self.served: ServedBlocks | None = None
+        self.lag = Histogram(defaults.LAG_BOUNDS)
+        self._skews: dict[PeerId, float] = {}
+
+    @property
+    def now(self) -> float:
+        """The time by which ``began``, ``since`` and that of announcements are told, in seconds."""
+        return self._clock()
 
     def enter(self, phase: Phase, **facts: object) -> None:
         """Move to ``phase`` and log it, with how long the last one took."""
@@ -60,6 +100,31 @@ class NodeState:
         if verdict is not before:
             log.info("reachability", verdict=verdict.value, before=before.value, evidence=evidence)
             self._notify()
+
+    def note_announced(self, report: AnnounceReport) -> None:
+        """Note how a round of announcements went."""
+        known = self.announced.setdefault(report.network, Announced(report, self._clock()))
+        known.last, known.at = report, self._clock()
+        known.rounds += 1
+        known.records += report.records
+        known.acknowledged += report.acknowledged
+        known.by_others += report.by_others
+
+    def hear_clock(self, peer: PeerId, ahead: float) -> None:
+        """Note how many seconds a bootstrap peer's clock is ahead, 0 if near enough, and judge this machine's by all.
+
+        One that is alone with its time is taken to be wrong itself, unless nobody else was heard.
+        """
+        self._skews[peer] = ahead
+        off = [seconds for seconds in self._skews.values() if seconds]
+        if 2 * len(off) <= len(self._skews):
+            self.recover(CLOCK)
+        else:
+            self.degrade(
+                CLOCK,
+                f"{len(off)} of {len(self._skews)} bootstrap peers have another time, one is {off[-1]:+.1f} s ahead: "
+                "set this machine's clock by NTP",
+            )
 
     def degrade(self, condition: str, reason: str) -> None:
         """Note that ``condition`` is not met. Logged when the reason is new."""

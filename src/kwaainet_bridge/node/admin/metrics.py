@@ -1,0 +1,226 @@
+"""A node's state as Prometheus reads it. Counts are kept where things happen, and only read here, when asked.
+
+Every label has few values that the node or its configuration decides; none holds a peer or what a peer said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from kwaainet_bridge import __version__
+from kwaainet_bridge.counting import Histogram, ServingCounts
+from kwaainet_bridge.hivemind.averaging import FailureKind, Outcome
+from kwaainet_bridge.net.reachability import Verdict
+from kwaainet_bridge.node.readiness import conditions
+from kwaainet_bridge.node.state import NodeState, Phase
+
+CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
+
+_PREFIX: Final = "kwaainet_bridge_"
+
+_Rows = Iterable[tuple[tuple[str, ...], float]]
+"""Values of labels, and the sample that has them."""
+
+
+def exposition(state: NodeState) -> bytes:
+    """All metrics in the text format."""
+    registry = CollectorRegistry()
+    registry.register(_StateCollector(state))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+def _gauge(name: str, about: str, rows: _Rows, labels: tuple[str, ...] = ()) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(_PREFIX + name, about, labels=labels)
+    for values, value in rows:
+        family.add_metric(values, value)
+    return family
+
+
+def _counter(name: str, about: str, rows: _Rows, labels: tuple[str, ...] = ()) -> CounterMetricFamily:
+    family = CounterMetricFamily(_PREFIX + name, about, labels=labels)
+    for values, value in rows:
+        family.add_metric(values, value)
+    return family
+
+
+def _histogram(
+    name: str, about: str, rows: Iterable[tuple[tuple[str, ...], Histogram]], labels: tuple[str, ...] = ()
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(_PREFIX + name, about, labels=labels)
+    for values, histogram in rows:
+        buckets = [
+            ("+Inf" if bound == float("inf") else str(bound), float(seen))
+            for bound, seen in histogram.cumulative()
+        ]
+        family.add_metric(values, buckets, histogram.sum)
+    return family
+
+
+class _StateCollector(Collector):
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        yield from _node(self._state)
+        yield from _host(self._state)
+        yield from _networks(self._state)
+        yield from _serving(self._state)
+        yield from _averaging(self._state)
+
+
+def _node(state: NodeState) -> Iterator[Metric]:
+    yield InfoMetricFamily(f"{_PREFIX}build", "The program.", value={"version": __version__})
+    yield _gauge("uptime_seconds", "Since the start.", [((), state.now - state.began)])
+    phases = [((phase.value,), float(phase is state.phase)) for phase in Phase]
+    yield _gauge("phase", "1 for the phase that the node is in.", phases, ("phase",))
+    judged = conditions(state)
+    yield _gauge("ready", "1 while all conditions are met.", [((), float(all(c.met for c in judged)))])
+    met = [((c.name,), float(c.met)) for c in judged]
+    yield _gauge("condition", "1 for each condition of readiness that is met.", met, ("condition",))
+    degraded = [((name,), 1.0) for name in state.degraded]
+    yield _gauge("degraded", "1 for each condition that degrades the node.", degraded, ("condition",))
+    verdicts = [((verdict.value,), float(verdict is state.reachability[0])) for verdict in Verdict]
+    yield _gauge("reachability", "1 for the verdict on whether others can dial it.", verdicts, ("verdict",))
+    yield _histogram(
+        "event_loop_lag_seconds", "How late the event loop wakes a task that slept.", [((), state.lag)]
+    )
+
+
+def _host(state: NodeState) -> Iterator[Metric]:
+    host = state.host
+    if host is None:
+        return
+    connections = list(host.connections)
+    inbound = sum(not c.initiator for c in connections)
+    directions = [(("inbound",), float(inbound)), (("outbound",), float(len(connections) - inbound))]
+    yield _gauge("connections", "Open connections.", directions, ("direction",))
+    yield _gauge("connections_limit", "Most connections at one time.", [((), host.connections.limit)])
+    yield _gauge("streams", "Streams of peers that are served.", [((), host.inbound.running)])
+    yield _gauge("streams_limit", "Most such streams at one time.", [((), host.inbound.limit)])
+    refused = host.refused
+    scopes = [
+        (("connections",), refused.connections),
+        (("address",), refused.address),
+        (("streams",), refused.streams),
+        (("protocol",), refused.protocol),
+    ]
+    yield _counter(
+        "refusals", "Connections and streams turned away, by whose limit it was.", scopes, ("scope",)
+    )
+
+
+def _networks(state: NodeState) -> Iterator[Metric]:
+    watches, announced = state.bootstrap, state.announced
+    network = ("network",)
+    reached = [((name,), len(watch.reached)) for name, watch in watches.items()]
+    yield _gauge("bootstrap_peers_reached", "Bootstrap peers in touch.", reached, network)
+    total = [((name,), watch.total) for name, watch in watches.items()]
+    yield _gauge("bootstrap_peers", "Bootstrap peers there should be.", total, network)
+    yield _counter(
+        "announce_rounds",
+        "Rounds in which records were written.",
+        [((name,), known.rounds) for name, known in announced.items()],
+        network,
+    )
+    kept = [
+        row
+        for name, known in announced.items()
+        for row in (
+            ((name, "sent"), known.records),
+            ((name, "acknowledged"), known.acknowledged),
+            ((name, "by_others"), known.by_others),
+        )
+    ]
+    yield _counter(
+        "dht_records", "Records written, kept by some node, and by another one.", kept, ("network", "outcome")
+    )
+    age = [((name,), state.now - known.at) for name, known in announced.items()]
+    yield _gauge("announce_age_seconds", "Since the latest round of announcements ended.", age, network)
+    by_others = [((name,), known.last.by_others) for name, known in announced.items()]
+    yield _gauge("announced_records", "Records of the latest round that others keep.", by_others, network)
+
+
+def _serving(state: NodeState) -> Iterator[Metric]:
+    served = state.served
+    if served is None:
+        return
+    engine, network = served.engine, ("network",)
+    yield _gauge("blocks", "Blocks that are served.", [((), len(engine.blocks))])
+    total, left = served.cache_tokens
+    yield _gauge(
+        "cache_tokens",
+        "Room of the KV cache in tokens of one sequence through all served blocks.",
+        [(("used",), total - left), (("left",), left)],
+        ("state",),
+    )
+    servers = served.by_network
+    sessions = [((name,), server.open_sessions) for name, server in servers.items()]
+    yield _gauge("sessions", "Open inference sessions.", sessions, network)
+    counts = {name: server.counts for name, server in servers.items()}
+    steps = [((name,), count.steps) for name, count in counts.items()]
+    yield _counter("steps", "Steps of sessions that were computed.", steps, network)
+    tokens = [
+        row
+        for name, count in counts.items()
+        for row in (((name, "step"), count.step_tokens), ((name, "pass"), count.pass_tokens))
+    ]
+    yield _counter("tokens", "Tokens that were computed.", tokens, ("network", "kind"))
+    passes = [((name,), count.passes) for name, count in counts.items()]
+    yield _counter("passes", "Forward and backward requests that were computed.", passes, network)
+    refused = [((name,), count.refused) for name, count in counts.items()]
+    yield _counter("requests_refused", "Sessions and requests that were refused.", refused, network)
+    yield _counter(
+        "tensor_bytes",
+        "Bytes of tensors as they travelled.",
+        [row for name, count in counts.items() for row in _tensor_bytes(name, count)],
+        ("network", "direction", "compression"),
+    )
+
+
+def _tensor_bytes(network: str, counts: ServingCounts) -> Iterator[tuple[tuple[str, ...], float]]:
+    for compression, count in counts.received_bytes.items():
+        yield (network, "received", compression), count
+    for compression, count in counts.sent_bytes.items():
+        yield (network, "sent", compression), count
+
+
+def _averaging(state: NodeState) -> Iterator[Metric]:
+    runs = {name: status() for name, status in state.averaging.items()}
+    steps = [((name, o.value), run.counts.steps[o]) for name, run in runs.items() for o in Outcome]
+    yield _counter("averaging_steps", "Steps of averaging by how they ended.", steps, ("run", "outcome"))
+    moved = [
+        row
+        for name, run in runs.items()
+        for row in (((name, "sent"), run.sent_bytes), ((name, "received"), run.received_bytes))
+    ]
+    yield _counter("averaging_bytes", "Bytes of tensors that were averaged.", moved, ("run", "direction"))
+    sizes = [((name,), len(run.members)) for name, run in runs.items()]
+    yield _gauge(
+        "averaging_group_size", "Members of the group that averages now, 0 without.", sizes, ("run",)
+    )
+    bans = [((name, k.value), run.counts.failures[k]) for name, run in runs.items() for k in FailureKind]
+    yield _counter(
+        "averaging_bans", "Members that were left out, or lost their share.", bans, ("run", "reason")
+    )
+    yield _histogram(
+        "averaging_allreduce_seconds",
+        "How long groups averaged.",
+        [((name,), run.counts.allreduce_seconds) for name, run in runs.items()],
+        ("run",),
+    )
