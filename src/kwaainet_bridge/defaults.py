@@ -783,6 +783,10 @@ ADMIN_IDLE_SECONDS: Final = 15
 ADMIN_SEND_SECONDS: Final = 10.0
 """How long a client of the admin side may take to read what the system's buffers do not hold of an answer."""
 
+ADMIN_LINGER_SECONDS: Final = 0.25
+"""How long a client of the admin side that has closed its end may still be answered. Hypercorn would keep its place for
+ADMIN_IDLE_SECONDS."""
+
 ADMIN_TOKEN_CHARACTERS: Final = 16
 """Shortest token that is accepted: about as many bits as nobody guesses over a network."""
 

@@ -45,6 +45,7 @@ WORDS = {
     "averaging.runs.bandwidth": "none",
     "averaging.runs.max_rms": "none",
     "averaging.peers": "none",
+    "admin.token_file": "none",
 }
 VALUES_OF_WORDS = {"none": (None, ()), "off": (None,), "all": (None,), "derived": (None,)} | {
     "torch's choice": (None,),

@@ -295,6 +295,20 @@ def doctor(
 
 
 @app.command()
+def status(
+    config: ConfigOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every 2 seconds, until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the node of this configuration, which runs on this machine, does and whether it is well."""
+    node_config = _load(config, {})
+
+    from kwaainet_bridge.cli.status import show_status
+
+    show_status(node_config, watch=watch, as_json=as_json)
+
+
+@app.command()
 def swarm(
     bootstrap: BootstrapOption = None,
     kwaainet_peers: KwaaiOption = None,

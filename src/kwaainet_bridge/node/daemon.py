@@ -17,7 +17,7 @@ from kwaainet_bridge.config import LimitsConfig, NodeConfig
 from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
-from kwaainet_bridge.node.admin import open_admin
+from kwaainet_bridge.node.admin.server import open_admin
 from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.serving import ModelService

@@ -1,7 +1,4 @@
-"""The node's admin side: HTTP for the operator. It costs next to nothing until somebody asks."""
+"""The node's admin side: HTTP for the operator. It costs next to nothing until somebody asks.
 
-from __future__ import annotations
-
-from kwaainet_bridge.node.admin.server import AdminServer, open_admin
-
-__all__ = ["AdminServer", "open_admin"]
+Clients use :mod:`.sockets` and :mod:`.tokens`, which import nothing large.
+"""

@@ -95,7 +95,8 @@ class AdminServer:
         bounded = BoundedStream(stream)
         self._open.add(bounded)
         try:
-            await handler(bounded)
+            with bounded.scope:
+                await handler(bounded)
         except Exception:  # whatever is wrong with one connection, the node goes on
             log.exception("a connection to the admin side failed")
         finally:
@@ -104,14 +105,24 @@ class AdminServer:
 
 
 class BoundedStream:
-    """A client's stream as Hypercorn uses it; sending fails for one that does not read."""
+    """A client's stream as Hypercorn uses it; sending fails for one that does not read.
+
+    ``scope`` is for who serves it: that ends soon after the client has closed its end.
+    """
 
     def __init__(self, stream: trio.SocketStream) -> None:
+        self.scope = trio.CancelScope()
         self._stream = stream
         self.socket = stream.socket
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        return await self._stream.receive_some(max_bytes)
+        received: bytes | bytearray = b""
+        try:
+            received = await self._stream.receive_some(max_bytes)
+        finally:
+            if not received:
+                self.scope.deadline = trio.current_time() + defaults.ADMIN_LINGER_SECONDS
+        return received
 
     async def send_all(self, data: bytes) -> None:
         with trio.move_on_after(defaults.ADMIN_SEND_SECONDS) as limit:

@@ -1,0 +1,266 @@
+"""``kwaainet-bridge status``: what a running node tells of itself, on one screen."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import typer
+from rich.console import Console
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.admin_address import UnixAddress
+from kwaainet_bridge.cli.printing import console, counted, print_table, printable
+from kwaainet_bridge.config import NodeConfig
+from kwaainet_bridge.errors import ConfigError, NetworkError, RemoteError
+from kwaainet_bridge.node.admin.sockets import reachable
+from kwaainet_bridge.node.admin.tokens import bearer, read_token
+
+Fetch = Callable[[], Any]
+
+_SCHEMA: Final = 1  # of the status that is understood here
+
+
+def show_status(config: NodeConfig, *, watch: bool, as_json: bool) -> None:
+    """Print the status of the node with this configuration, again and again if it is to be watched, until Ctrl-C.
+
+    Raises ConfigError if the node has no admin side; NetworkError if none answers; RemoteError if it answers something
+    else than a status.
+    """
+    out = console()
+    with _asking(config) as fetch:
+        while True:
+            status = fetch()
+            if as_json:
+                typer.echo(json.dumps(status))
+            else:
+                if watch and out.is_terminal:
+                    out.clear()
+                try:
+                    draw(status, out)
+                except (KeyError, TypeError, AttributeError, ValueError) as e:
+                    raise RemoteError(f"what answered sent no status of a node: {e!r:.200}") from e
+            if not watch:
+                return
+            try:
+                time.sleep(defaults.STATUS_WATCH_SECONDS)
+            except KeyboardInterrupt:
+                return
+
+
+@contextmanager
+def _asking(config: NodeConfig) -> Iterator[Fetch]:
+    address = config.admin_address
+    if address is None:
+        raise ConfigError("admin.listen is off in this configuration: nobody can be asked for a status")
+    headers = {}
+    if config.admin.token_file is not None:
+        headers["Authorization"] = bearer(read_token(config.admin.token_file))
+    if isinstance(address, UnixAddress):
+        assert address.path is not None
+        with _name_of(address.path, str(address)) as name:
+            transport = httpx.HTTPTransport(uds=name)
+            with httpx.Client(transport=transport, base_url="http://localhost", headers=headers) as client:
+                yield lambda: _fetch(client, str(address))
+    else:
+        with httpx.Client(base_url=address.url, headers=headers, trust_env=False) as client:
+            yield lambda: _fetch(client, str(address))
+
+
+@contextmanager
+def _name_of(path: Path, where: str) -> Iterator[str]:
+    """A short enough name of the socket at ``path``, if somebody listens there."""
+    with ExitStack() as stack:
+        try:
+            name = stack.enter_context(reachable(path))
+            # httpx forgets to close a socket with which it could not connect
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(defaults.STATUS_SECONDS)
+                probe.connect(name)
+        except OSError as e:
+            raise NetworkError(_nobody(where, e)) from e
+        yield name
+
+
+def _nobody(where: str, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return (
+        f"no node answers at {where} ({reason}): start one with `kwaainet-bridge run`, or name with -c the "
+        "configuration of the one that runs; a socket is for the user who runs the node"
+    )
+
+
+def _fetch(client: httpx.Client, where: str) -> Any:
+    try:
+        answer = client.get("/api/status", timeout=defaults.STATUS_SECONDS)
+    except httpx.ConnectError as e:
+        raise NetworkError(_nobody(where, e)) from e
+    except httpx.TimeoutException as e:
+        raise NetworkError(
+            f"the node at {where} does not answer within {defaults.STATUS_SECONDS:g} s: it is overloaded or hangs; "
+            "its log may tell why"
+        ) from e
+    except httpx.HTTPError as e:
+        raise NetworkError(f"the node at {where} broke off: {e}; it may just have stopped") from e
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        raise ConfigError(
+            f"the node at {where} wants another token: give the configuration with which it runs, with its token_file"
+        )
+    try:
+        status = answer.json()
+    except ValueError as e:
+        raise RemoteError(f"what answers at {where} is no node: {answer.text[:100]!r}") from e
+    if answer.status_code != httpx.codes.OK or not isinstance(status, dict):
+        raise RemoteError(f"what answers at {where} is no node: HTTP {answer.status_code}")
+    if status.get("schema") != _SCHEMA:
+        raise RemoteError(
+            f"the node at {where} is of another version ({status.get('version')!r:.40}): use its own "
+            "kwaainet-bridge, or --json"
+        )
+    return status
+
+
+def draw(status: dict[str, Any], out: Console) -> None:
+    """Print a status for people. KeyError and its kin for an object that is none."""
+    phase, verdict = status["phase"], status["reachability"]
+    ready = "ready" if status["ready"] else "NOT READY"
+    _line(
+        out,
+        "node",
+        f"{status['peer_id']} kwaainet-bridge {status['version']}, up for {_span(status['uptime_seconds'])}",
+    )
+    _line(out, "phase", f"{phase['name']} for {_span(phase['seconds'])}, {ready}")
+    for address in status["addresses"]:
+        _line(out, "address", address)
+    _line(out, "reachable", f"{verdict['verdict']}: {verdict['evidence']}")
+    _draw_serving(status, out)
+    _draw_host(status, out)
+    unmet = [[c["name"], c["reason"]] for c in status["conditions"] if not c["met"]]
+    named = {name for name, _ in unmet}
+    unmet += [[name, why] for name, why in status["degraded"].items() if name not in named]
+    if unmet:
+        out.print()
+        print_table(out, ["not met", "reason"], unmet, fixed=["not met"])
+    _draw_networks(status["networks"], out)
+    _draw_averaging(status["averaging"], out)
+
+
+def _line(out: Console, label: str, text: str) -> None:
+    out.print(f"{label:<12}{printable(text)}", soft_wrap=True)
+
+
+def _draw_serving(status: dict[str, Any], out: Console) -> None:
+    blocks, cache = status["blocks"], status["cache"]
+    if blocks is None:
+        _line(out, "blocks", "none")
+        return
+    _line(out, "blocks", f"{blocks['first']}:{blocks['end']} of {blocks['of']}, {blocks['model']}")
+    total, left = cache["tokens_total"], cache["tokens_left"]
+    _line(out, "cache", f"{total - left} of {total} tokens in use")
+
+
+def _draw_host(status: dict[str, Any], out: Console) -> None:
+    host, lag = status["host"], status["event_loop"]
+    if host is not None:
+        c, streams = host["connections"], host["streams"]
+        _line(
+            out,
+            "connections",
+            f"{c['inbound']} in, {c['outbound']} out, {c['relayed']} of them relayed; limit {c['limit']}; "
+            f"{counted(streams['open'], 'stream')} of peers",
+        )
+        refused = {scope: count for scope, count in host["refused"].items() if count}
+        if refused:
+            _line(out, "refused", ", ".join(f"{scope} {count}" for scope, count in refused.items()))
+    _line(
+        out,
+        "event loop",
+        f"late by {_ms(lag['lag_p50_seconds'])} (half), {_ms(lag['lag_p99_seconds'])} (99 %), "
+        f"{_ms(lag['lag_max_seconds'])} at most",
+    )
+
+
+def _draw_networks(networks: dict[str, Any], out: Console) -> None:
+    rows = []
+    for name, network in networks.items():
+        known, served, bootstrap = network["announced"], network["served"], network["bootstrap"]
+        told = (
+            ""
+            if known is None
+            else (
+                f"{known['state']}, {known['by_others']} of {known['records']} kept by others, "
+                f"{_span(known['age_seconds'])} ago"
+            )
+        )
+        rows.append(
+            [
+                name,
+                f"{len(bootstrap['reached'])} of {bootstrap['total']}",
+                network["prefix"] or "",
+                told,
+                str(network["sessions"]),
+                str(served["steps"]),
+                str(served["step_tokens"] + served["pass_tokens"]),
+                _mb(sum(served["received_bytes"].values())),
+                _mb(sum(served["sent_bytes"].values())),
+            ]
+        )
+    if rows:
+        out.print()
+        columns = [
+            "network",
+            "bootstrap",
+            "prefix",
+            "announced",
+            "sessions",
+            "steps",
+            "tokens",
+            "received",
+            "sent",
+        ]
+        print_table(out, columns, rows, fixed=["network", "bootstrap"])
+
+
+def _draw_averaging(runs: dict[str, Any], out: Console) -> None:
+    rows, bans = [], []
+    for name, run in runs.items():
+        rows.append(
+            [
+                name,
+                run["phase"] or "idle",
+                str(len(run["group"])),
+                str(run["rounds"]),
+                _mb(run["received_bytes"]),
+                _mb(run["sent_bytes"]),
+                ", ".join(peer[-6:] for peer in run["group"] or run["last_group"]),
+            ]
+        )
+        bans += [[name, ban["peer"], ban["kind"], ban["reason"]] for ban in run["banned"]]
+    if rows:
+        out.print()
+        columns = ["averaging", "phase", "group", "rounds", "received", "sent", "partners"]
+        print_table(out, columns, rows, fixed=["averaging", "phase"])
+    if bans:
+        out.print()
+        print_table(out, ["averaging", "left out", "why", "reason"], bans, fixed=["averaging", "why"])
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms"
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
