@@ -250,7 +250,8 @@ SEND_QUEUE_BYTES: Final = MIB
 
 STREAM_SHARE_BYTES: Final = 128 * KIB
 """A stream that has put this much into one write of its connection waits for the next, so that a step of another
-stream is behind two shares of a transfer at most. Also the longest data frame. Larger shares gain no speed."""
+stream is behind two shares of a transfer at most. Also the longest data frame. Larger shares gain no speed, and
+windows are multiples of it: others would leave a small frame at the end of each."""
 
 MIN_STREAM_SHARE_BYTES: Final = 4 * KIB
 """Where that share stops shrinking as more streams wait than SEND_QUEUE_BYTES has room for: 256 of these fill it."""
@@ -760,7 +761,6 @@ REACHABILITY_START_SECONDS: Final = 25.0
 RPC_CHECK_SECONDS: Final = 10.0
 """Longest wait for Petals' reachability check at a peer (stock: 10 s)."""
 
-# --- client ---------------------------------------------------------------------------------------------
 LAG_PERIOD_SECONDS: Final = 0.5
 """How often the event loop's lag is measured: often enough for a tail within minutes, 20 us of CPU each."""
 
@@ -796,6 +796,7 @@ STATUS_SECONDS: Final = 5.0
 STATUS_WATCH_SECONDS: Final = 2.0
 """Pause between two looks with `--watch`."""
 
+# --- client ---------------------------------------------------------------------------------------------
 
 DIRECTORY_SECONDS: Final = 60.0
 """Block records older than this are read again before a route is chosen (stock clients: 60 s)."""

@@ -292,10 +292,10 @@ async def test_a_peer_that_reads_nothing_is_dropped(autojump_clock, monkeypatch)
     async with against_script(initiator=False) as (connection, peer, _):
         await peer.expect(PING, SYN)
 
-        async def block(data: bytes) -> None:  # trio's streams in memory do not push back
+        async def block(pieces: object) -> None:  # trio's streams in memory do not push back
             await trio.sleep_forever()
 
-        connection._channel.send_all = block
+        connection._channel.send_pieces = block
         pings = encode_header(PING, SYN, 0, 1) * 5000
         while not connection.close_reason:
             await peer.stream.send_all(pings)

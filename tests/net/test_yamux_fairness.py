@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -41,9 +41,9 @@ class GatedChannel:
         await trio.sleep_forever()
         raise AssertionError
 
-    async def send_all(self, data: bytes) -> None:
+    async def send_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
         await self._go.acquire()
-        self.writes.append(data)
+        self.writes.append(b"".join(pieces))
 
     def abort(self) -> None: ...
 

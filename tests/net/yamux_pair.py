@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -30,9 +30,9 @@ class MemoryChannel:
             raise ConnectionLost("closed") from e
         return [bytes(data)] if data else []
 
-    async def send_all(self, data: bytes) -> None:
+    async def send_pieces(self, pieces: Sequence[bytes | memoryview]) -> None:
         try:
-            await self.stream.send_all(data)
+            await self.stream.send_all(b"".join(pieces))
         except (trio.ClosedResourceError, trio.BrokenResourceError) as e:
             raise ConnectionLost("closed") from e
 
