@@ -97,8 +97,8 @@ class Reduction:
             refuse(self._peer, self.group, sender)
             return
         self._parts[sender] = part
-        weighted = self._reducer.contribution(part, 1.0)
-        self._reducer.add(sender, weighted, 1.0, now=self._network.now)
+        self._reducer.check(part, 1.0)
+        self._reducer.add(sender, part, 1.0, now=self._network.now)
         self._answer_if_ready()
 
     def ends(self) -> None:

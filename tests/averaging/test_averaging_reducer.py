@@ -18,8 +18,9 @@ A, B, C = PEERS = [PeerId(bytes([0, 2, n, n])) for n in range(3)]
 def give(
     reducer: Reducer, sender: PeerId, values: list[float], weight: float = 1.0, now: float = 0.0
 ) -> list[int]:
-    weighted = reducer.contribution(torch.tensor(values, dtype=torch.float32), weight)
-    return reducer.add(sender, weighted, weight, now=now)
+    part = torch.tensor(values, dtype=torch.float32)
+    reducer.check(part, weight)
+    return reducer.add(sender, part, weight, now=now)
 
 
 def average(reducer: Reducer, number: int) -> list[float]:
@@ -149,14 +150,15 @@ def test_values_that_are_not_finite_are_found_wherever_they_are(dtype: torch.dty
 
 def test_only_floats_are_averaged() -> None:
     with pytest.raises(RemoteError, match=r"dtype torch\.bool"):
-        Reducer([1], [A], now=0).contribution(torch.tensor([True]), 1.0)
+        Reducer([1], [A], now=0).check(torch.tensor([True]), 1.0)
 
 
 def test_half_precision_is_summed_in_single() -> None:
     reducer = Reducer([1], [A, B], now=0)
     for sender in (A, B):
         part = torch.tensor([60000.0], dtype=torch.float16)
-        reducer.add(sender, reducer.contribution(part, 1.0), 1.0, now=0)
+        reducer.check(part, 1.0)
+        reducer.add(sender, part, 1.0, now=0)
     assert average(reducer, 0) == [60000.0]
 
 

@@ -25,6 +25,11 @@ class Stream(abc.ABC):
         ``close``. Cancelled: nothing is lost, the next read returns the data.
         """
 
+    async def read_pieces(self, max_bytes: int) -> list[bytes | memoryview]:
+        """:meth:`read`, in the pieces that came: for whoever puts them together himself. None at the end."""
+        data = await self.read(max_bytes)
+        return [data] if data else []
+
     @abc.abstractmethod
     async def write(self, data: bytes) -> None:
         """Send ``data``; returns when it is queued within the peer's window, not when it was received.

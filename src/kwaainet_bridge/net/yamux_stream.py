@@ -147,18 +147,27 @@ class YamuxStream(Stream):
             await self.agreed()
         return await self._read(max_bytes)
 
+    async def read_pieces(self, max_bytes: int) -> list[bytes | memoryview]:
+        if self._proposal is not None:
+            await self.agreed()
+        return await self._read_pieces(max_bytes)
+
     async def _read(self, max_bytes: int) -> bytes:
+        pieces = await self._read_pieces(max_bytes)
+        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+
+    async def _read_pieces(self, max_bytes: int) -> list[bytes | memoryview]:
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             if self.closed_at is not None:
                 raise StreamClosed("read after close")
             if self._unread:
                 data, self._unread = self._unread[:max_bytes], self._unread[max_bytes:]
-                return data
+                return [data]
             if self._chunks:
                 return self._take(max_bytes)
             if self._peer_finished:
-                return b""
+                return []
             if self._was_reset:
                 raise StreamReset(f"{self.remote} or the connection to it reset the stream")
             self._readable = trio.Event()
@@ -168,21 +177,23 @@ class YamuxStream(Stream):
         """Put ``data`` back: the next read returns it first."""
         self._unread = data + self._unread
 
-    def _take(self, max_bytes: int) -> bytes:
-        parts: list[bytes | memoryview] = []
-        wanted = max_bytes
-        while self._chunks and wanted:
-            chunk = self._chunks.popleft()
-            if len(chunk) > wanted:
-                view = memoryview(chunk)
-                self._chunks.appendleft(view[wanted:])
-                chunk = view[:wanted]
-            parts.append(chunk)
-            wanted -= len(chunk)
-        data = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
-        self._buffered -= len(data)
+    def _take(self, max_bytes: int) -> list[bytes | memoryview]:
+        if self._buffered <= max_bytes:
+            pieces, taken = list(self._chunks), self._buffered
+            self._chunks.clear()
+        else:
+            pieces, taken = [], 0
+            while taken < max_bytes:
+                chunk = self._chunks.popleft()
+                if len(chunk) > max_bytes - taken:
+                    view = memoryview(chunk)
+                    self._chunks.appendleft(view[max_bytes - taken :])
+                    chunk = view[: max_bytes - taken]
+                pieces.append(chunk)
+                taken += len(chunk)
+        self._buffered -= taken
         self._grant()
-        return data
+        return pieces
 
     def _grant(self) -> None:
         """Let the peer send on once half of the window has been read."""

@@ -14,7 +14,7 @@ from kwaainet_bridge.net.stream import Stream
 from kwaainet_bridge.rpc.method import AnyMessage
 from kwaainet_bridge.wire import frames
 from kwaainet_bridge.wire.envelope import DelimitedDecoder
-from kwaainet_bridge.wire.fields import Buffer
+from kwaainet_bridge.wire.fields import Buffer, total
 from kwaainet_bridge.wire.frames import FrameOrder
 
 M = TypeVar("M", bound=AnyMessage)
@@ -82,12 +82,12 @@ class FrameReader(Generic[M]):
         """
         while not self._ready:
             self._decoder.feed(b"")  # raises what was wrong behind the last good frame
-            data = await self._stream.read(_READ_BYTES)
-            if not data:
+            pieces = await self._stream.read_pieces(_READ_BYTES)
+            if not pieces:
                 self._decoder.finish()
                 return None
-            self._on_read(len(data))
-            self._ready.extend(self._decoder.feed(data))
+            self._on_read(total(pieces))
+            self._ready.extend(self._decoder.feed_pieces(pieces))
         return self._ready.popleft()
 
     def parse(self, frame: frames.Frame) -> M:

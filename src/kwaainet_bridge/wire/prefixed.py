@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from typing import Final, Generic, TypeVar
 
 from kwaainet_bridge.errors import RemoteError
@@ -11,6 +12,9 @@ T = TypeVar("T")
 
 _PIECE_BYTES: Final = 4096
 """Shorter pieces of a body are put together as they come: a byte in a piece of its own takes forty."""
+
+_SPARED_BYTES: Final = 1024
+"""Bytes before a body that are kept with it rather than copying the body: of a header, or of a short message."""
 
 
 class PrefixedDecoder(abc.ABC, Generic[T]):
@@ -31,7 +35,7 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         self._header = bytearray()
         self._tag = 0
         self._length: int | None = None  # of the body in progress; None while the header is
-        self._pieces: list[bytes | bytearray] = []  # of the body in progress
+        self._pieces: list[bytes | bytearray | memoryview] = []  # of the body in progress
         self._arrived = 0  # bytes in them
         self._failure: str | None = None
 
@@ -54,10 +58,15 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
         are returned first and the error is raised by the call after, so the outcome does not depend on how
         the stream was cut. After an error every call raises it again.
         """
+        return self.feed_pieces([data])
+
+    def feed_pieces(self, pieces: Iterable[bytes | bytearray | memoryview]) -> list[T]:
+        """:meth:`feed` for several pieces that follow each other. Nobody may change them afterwards."""
         self._raise_failure()
         done: list[T] = []
         try:
-            self._consume(data, done)
+            for piece in pieces:
+                self._consume(piece, done)
         except RemoteError as e:
             self._failure = str(e)
             self._pieces.clear()
@@ -91,23 +100,26 @@ class PrefixedDecoder(abc.ABC, Generic[T]):
                 continue
             missing = self._length - self._arrived
             if missing > len(view) - at:
-                # a piece that is all body is kept as it came; pages of memory are dearer than the rest of the work
-                self._keep(data if not at and isinstance(data, bytes) else bytes(view[at:]))
+                # a piece that is nearly all body is kept as it came; memory is dearer than the rest of the work
+                self._keep(
+                    view[at:] if at <= _SPARED_BYTES and not isinstance(data, bytearray) else bytes(view[at:])
+                )
                 return
-            body = bytes(view[at : at + missing])
             if self._arrived:
-                body = b"".join((*self._pieces, body))
+                body = b"".join((*self._pieces, view[at : at + missing]))
                 self._pieces, self._arrived = [], 0
+            else:
+                body = bytes(view[at : at + missing])
             at += missing
             self._length = None
             done.append(self._build(self._tag, body))
 
-    def _keep(self, piece: bytes) -> None:
+    def _keep(self, piece: bytes | memoryview) -> None:
         self._arrived += len(piece)
         if len(piece) >= _PIECE_BYTES:
             self._pieces.append(piece)
-        elif self._pieces and isinstance(self._pieces[-1], bytearray):
-            self._pieces[-1] += piece
+        elif self._pieces and isinstance(last := self._pieces[-1], bytearray):
+            last += piece
         elif piece:
             self._pieces.append(bytearray(piece))
 

@@ -21,6 +21,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.compression.codec import new_values
 from kwaainet_bridge.errors import CompressionError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.averaging.coding import coded
 from kwaainet_bridge.hivemind.averaging.group import Group
@@ -90,7 +91,7 @@ class AllReduce:
         self.received_bytes = 0
         self._tensors = tensors
         # in one piece for each tensor: parts that stay until the end, among others that do not, would tear up memory
-        self._deltas = [torch.empty(t.shape, dtype=_precise(t.dtype)) for t in tensors]
+        self._deltas = [new_values(t.numel(), _precise(t.dtype)).reshape(t.shape) for t in tensors]
         self._averaged: set[Part] = set()  # those whose deltas have come
         self._own = own
         self._weight = weight
@@ -151,12 +152,7 @@ class AllReduce:
     async def _average_own(self, watching: trio.CancelScope) -> None:
         for number, part in enumerate(self._parts[self._own]):
             values = part.of(self._tensors).cpu()
-
-            def weigh(values: torch.Tensor = values) -> torch.Tensor:
-                return values.to(torch.float32) * self._weight
-
-            weighted = await coded(weigh, values.nbytes, CompressionType.NONE)
-            self._add_to_average(self._own, weighted, self._weight)
+            self._add_to_average(self._own, values, self._weight)
             await self._until_ready(number)
             average = self._reducer.average(number)
             if average is None:
@@ -188,8 +184,8 @@ class AllReduce:
         if scope := self._serving.get(sender):
             scope.cancel()
 
-    def _add_to_average(self, sender: PeerId, weighted: torch.Tensor, weight: float) -> None:
-        if self._reducer.add(sender, weighted, weight, now=trio.current_time()):
+    def _add_to_average(self, sender: PeerId, part: torch.Tensor, weight: float) -> None:
+        if self._reducer.add(sender, part, weight, now=trio.current_time()):
             self._wake()
 
     def _wake(self) -> None:
@@ -269,12 +265,7 @@ class AllReduce:
                 patience.deadline = trio.current_time() + self._options.result_seconds
                 if message.code != MessageCode.AVERAGED_PART:
                     return FailureKind.REFUSED, f"it answers {code_name(message.code)}"
-                tensor = _checked(message, part.length)
-                self.received_bytes += len(tensor.buffer)
-
-                decode = partial(self._decode, tensor, part)
-                await coded(decode, len(tensor.buffer), self._options.compression)
-                self._averaged.add(part)
+                await self._take_difference(message, part)
         except trio.EndOfChannel:
             return FailureKind.INCOMPLETE, "it answered fewer parts than it got"
         except NetworkError as e:
@@ -296,8 +287,14 @@ class AllReduce:
             return FailureKind.SURPLUS, "it answered more parts than it got"
         return None
 
-    def _decode(self, tensor: TensorMessage, part: Part) -> None:
+    async def _take_difference(self, message: AveragingData, part: Part) -> None:
         """Put a difference in its place. Raises RemoteError."""
+        tensor = _taken(message, part.length)
+        self.received_bytes += len(tensor.buffer)
+        await coded(partial(self._decode, tensor, part), len(tensor.buffer), self._options.compression)
+        self._averaged.add(part)
+
+    def _decode(self, tensor: TensorMessage, part: Part) -> None:
         delta = decode_tensor(tensor, name="difference").detach().reshape(-1)
         check_values(delta, self._options.max_rms)
         part.of(self._deltas).copy_(delta)
@@ -337,15 +334,14 @@ class AllReduce:
         answers: list[AveragingData] | None = None if self._share[sender] else []
         number = 0
         while True:
-            part = await self._add(message, sender)
-            await self._until_ready(number)
-            if not self._reducer.is_ready(number):
+            answer = await self._average_part(number, message, sender)
+            if answer is None:
                 return
-            answer = await self._difference(number, part, message)
             if answers is None:
                 await stream.send(answer)
             else:
                 answers.append(answer)
+            del answer  # all members wait for each other here, and need not hold a part meanwhile
             number += 1
             try:
                 message = await stream.receive()
@@ -354,22 +350,27 @@ class AllReduce:
         for answer in answers or ():
             await stream.send(answer)
 
-    async def _add(self, message: AveragingData, sender: PeerId) -> torch.Tensor:
-        tensor = _checked(message, self._reducer.expected(sender))
+    async def _average_part(
+        self, number: int, message: AveragingData, sender: PeerId
+    ) -> AveragingData | None:
+        """Add a part to the average, wait for that of all, and return the difference; None if there will be none."""
+        tensor = _taken(message, self._reducer.expected(sender))
+        compression, weight = tensor.compression, message.weight
         self.received_bytes += len(tensor.buffer)
+        decode = partial(self._decode_part, tensor, weight)
+        part = await coded(decode, len(tensor.buffer), self._options.compression)
+        del tensor, decode
+        self._add_to_average(sender, part, weight)
+        await self._until_ready(number)
+        return await self._difference(number, part, compression) if self._reducer.is_ready(number) else None
 
-        def decode() -> tuple[torch.Tensor, torch.Tensor]:
-            part = decode_tensor(tensor, name="part").detach().reshape(-1)
-            return part, self._reducer.contribution(part, message.weight)
-
-        part, weighted = await coded(decode, len(tensor.buffer), self._options.compression)
-        self._add_to_average(sender, weighted, message.weight)
+    def _decode_part(self, tensor: TensorMessage, weight: float) -> torch.Tensor:
+        part = decode_tensor(tensor, name="part").detach().reshape(-1)
+        self._reducer.check(part, weight)
         return part
 
-    async def _difference(self, number: int, part: torch.Tensor, message: AveragingData) -> AveragingData:
+    async def _difference(self, number: int, part: torch.Tensor, compression: int) -> AveragingData:
         average = self._reducer.average(number)
-        assert message.tensor_part is not None
-        compression = message.tensor_part.compression
 
         def encode() -> TensorMessage:
             delta = torch.zeros_like(part) if average is None else _difference(average, part)
@@ -390,9 +391,12 @@ def _difference(average: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return torch.sub(average, part, out=part) if part.dtype == torch.float32 else average - part
 
 
-def _checked(message: AveragingData, length: int) -> TensorMessage:
-    """The tensor of a message, known to have ``length`` elements. Raises RemoteError before anything is decoded."""
-    tensor = message.tensor_part
+def _taken(message: AveragingData, length: int) -> TensorMessage:
+    """The tensor of a message, known to have ``length`` elements. Raises RemoteError before anything is decoded.
+
+    It is taken out of the message: whoever holds on to that holds no memory.
+    """
+    tensor, message.tensor_part = message.tensor_part, None
     if tensor is None:
         raise RemoteError("a message has no tensor")
     if math.prod(tensor.size) != length:

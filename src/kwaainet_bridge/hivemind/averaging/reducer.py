@@ -85,35 +85,30 @@ class Reducer:
             raise RemoteError(f"{sender} sent part {number} before part {self._current} was averaged")
         return self.lengths[number]
 
-    def contribution(self, part: torch.Tensor, weight: float) -> torch.Tensor:
-        """``part`` times ``weight`` in float32. Raises RemoteError for values that would spoil a sum.
+    def check(self, part: torch.Tensor, weight: float) -> None:
+        """Raise RemoteError for values that would spoil a sum.
 
         Changes nothing here: it may run in another thread.
         """
         if not part.is_floating_point():
             raise RemoteError(f"a part has dtype {part.dtype}: only floats are averaged")
-        weighted = part.detach().to(torch.float32) * weight
         if not part.numel():
-            return weighted
-        largest = _largest(weighted)
+            return
+        largest = _largest(part) * weight
         if not largest <= defaults.AVERAGING_MAX_VALUE:
             raise RemoteError(f"a value times its weight {weight:g} is {largest:g}")
         check_values(part, self._max_rms)
-        return weighted
 
-    def add(self, sender: PeerId, weighted: torch.Tensor, weight: float, *, now: float) -> list[int]:
-        """Take in a sender's next part, as ``contribution`` gave it. Raises RemoteError if it is not the next.
-
-        ``weighted`` is the reducer's from then on, which changes it.
-        """
+    def add(self, sender: PeerId, part: torch.Tensor, weight: float, *, now: float) -> list[int]:
+        """Take in a sender's next part, which ``check`` has found good. Raises RemoteError if it is not the next."""
         length = self.expected(sender)
-        if weighted.numel() != length:
-            raise RemoteError(f"a part of {sender} has {weighted.numel()} elements, not {length}")
+        if part.numel() != length:
+            raise RemoteError(f"a part of {sender} has {part.numel()} elements, not {length}")
         self._received[sender] += 1
         if self._sum is None:
-            self._sum = weighted
+            self._sum = part.to(torch.float32) * weight
         else:
-            self._sum += weighted
+            self._sum.add_(part, alpha=weight)
         self._weight += weight
         return self._advance(now)
 
