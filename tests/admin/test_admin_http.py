@@ -8,6 +8,7 @@ import stat
 import struct
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress, parse_admin_address
 from kwaainet_bridge.config import anchored, parse_config
 from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.node.admin import http, server
 from kwaainet_bridge.node.admin.tokens import admits, read_token
 from kwaainet_bridge.node.state import NodeState, Phase
 
@@ -335,6 +337,34 @@ async def test_a_defect_in_a_route_is_an_answer_of_500_and_the_node_goes_on(tmp_
         monkeypatch.undo()
         assert (await client.get("/livez")).status_code == 200
     assert "TypeError" in caplog.text
+
+
+async def test_what_goes_wrong_on_one_connection_ends_that_one_alone(tmp_path, monkeypatch):
+    make, told = http.make_handler, []
+    quiet = SimpleNamespace(info=lambda *_args, **_more: None, exception=told.append)
+    monkeypatch.setattr(server, "log", quiet)
+
+    def make_failing(*arguments, **options):
+        handler, calls = make(*arguments, **options), []
+
+        async def handle(stream):
+            calls.append(stream)
+            if len(calls) == 1:
+                raise KeyError("a defect of the HTTP library")
+            await handler(stream)
+
+        return handle
+
+    monkeypatch.setattr(http, "make_handler", make_failing)
+    address = UnixAddress(tmp_path / "node.sock")
+    async with served(address):
+        first = await connected(address)
+        with trio.fail_after(5):
+            assert await is_cut_off(first, REQUEST)
+        await first.aclose()
+        async with asking(address) as client:
+            assert (await client.get("/livez")).status_code == 200
+    assert told == ["a connection to the admin side failed"]
 
 
 async def test_it_is_there_while_a_node_starts(tmp_path):

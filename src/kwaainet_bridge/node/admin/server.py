@@ -70,7 +70,7 @@ class AdminServer:
     async def run(self) -> None:
         """Serve until cancelled; then all connections are closed at once."""
         await trio.lowlevel.wait_readable(self._bound.fileno())
-        # only now, since most nodes are never asked: a fifth of a second of imports and 9 MB
+        # only now, since most nodes are never asked: a tenth or two of a second of imports
         await trio.to_thread.run_sync(importlib.import_module, "kwaainet_bridge.node.admin.http")
         from kwaainet_bridge.node.admin.http import make_handler
 
