@@ -7,6 +7,10 @@ from typing import Final
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
+KEPT_FREE_BYTES: Final = 64 * MIB
+"""Freed memory that a process keeps for what it needs next instead of giving it back. The most that glibc would come to by
+itself, after it has seen blocks of half this size."""
+
 # --- rpc ------------------------------------------------------------------------------------------------
 
 MAX_UNARY_BYTES: Final = 4 * MIB
@@ -548,11 +552,38 @@ MAX_LENGTH: Final = 8192
 MAX_BATCH_TOKENS: Final = 8192
 """Batch times tokens of one forward or backward request (stock servers of grouped-query models: 8192)."""
 
-MERGED_STEP_TOKENS: Final = 128
-"""Steps of at most this many batch times tokens run through all blocks as one piece of work, as in stock servers."""
+MERGED_STEP_TOKENS: Final = 64
+"""Batch times tokens that all steps of one ragged batch may have together; a longer step is cut into pieces. On two
+cores a block computes 64 tokens in two to three times as long as one."""
 
-PIECE_TOKENS: Final = 1024
-"""Batch times tokens that one block processes at once: bounds activation memory and how long others wait."""
+PIECE_TOKENS: Final = 512
+"""Batch times tokens that one block processes at once: bounds activation memory and how long others wait. On CPUs 256
+take a tenth longer for each token, 1024 are no quicker."""
+
+SHARED_PIECE_TOKENS_PER_BLOCK: Final = 32
+"""The same for each block of the span while sessions step beside a long prompt: a piece is one block's work, and takes
+about as long as one token of them in all blocks."""
+
+MIN_SHARED_PIECE_TOKENS: Final = 32
+"""Where that stops shrinking on short spans."""
+
+BACKWARD_GRAPH_BYTES: Final = 256 * MIB
+"""What a piece of a backward pass may keep of its forward pass so that blocks need not run twice."""
+
+SCHEDULER_PATIENCE_SECONDS: Final = 0.5
+"""After so long in the queue a piece of a forward or backward pass runs although sessions step, and a request although
+its peer had more than its share. Two pieces a second leave most of the time to sessions."""
+
+PAGE_TOKENS: Final = 16
+"""Tokens of one page of the KV cache: half of it is what a sequence wastes on average."""
+
+CACHE_PROMISE_TOKENS: Final = 128
+"""What a session is promised of the KV cache beyond what it uses, up to its maximum length: as soon as it needs more
+than was promised, it is promised as much again. Most sessions end long before the length that their clients ask for."""
+
+CACHE_GROWTH_SECONDS: Final = 20.0
+"""How long a step waits for room in the KV cache that its session was not promised yet, while others may end. Well
+below the 180 s after which stock clients give up on an answer."""
 
 # --- experts --------------------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
             }
             assert status["blocks"]["first"] == 0
             assert status["blocks"]["end"] == 2
-            assert status["cache"] == {"tokens_total": 16384, "tokens_left": 16384 - 8}
+            assert status["cache"] == {"tokens_total": 16384, "tokens_left": 16384 - 16}  # a page
             assert status["host"]["connections"]["inbound"] >= 1
 
             answer = await client.get("/metrics")
@@ -100,7 +100,7 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
             assert sample(found, "steps", network="petals") == 2
             assert sample(found, "tokens", network="petals", kind="step") == 4
             assert sample(found, "sessions", network="petals") == 1
-            assert sample(found, "cache_tokens", state="used") == 8
+            assert sample(found, "cache_tokens", state="used") == 16
             assert sample(found, "condition", condition="announced kwaainet") == 1
             assert sample(found, "dht_records", network="petals", outcome="by_others") >= 3
             assert sample(found, "bootstrap_peers_reached", network="kwaainet") == 1

@@ -1,7 +1,10 @@
-"""Admission of sessions by bytes."""
+"""Admission of sessions by pages."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,54 +15,85 @@ from engine_support import BLOCKS, HIDDEN
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, EngineConfig
-from kwaainet_bridge.engine.budget import CacheBudget
+from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.errors import AllocationFailed
+
+ONE = range(1)
+PAGE = defaults.PAGE_TOKENS
+
+
+@asynccontextmanager
+async def reserve(
+    budget: PageBudget, pages: int, timeout: float, *, growing: bool = False, blocks: range = ONE
+) -> AsyncIterator[None]:
+    await budget.take(
+        blocks, pages, timeout=timeout, refusal=lambda when: f"no {pages} {when}", growing=growing
+    )
+    try:
+        yield
+    finally:
+        budget.give_back(blocks, pages)
 
 
 async def hold(
-    budget: CacheBudget, num_bytes: int, timeout: float, log: list[Any], release: trio.Event
+    budget: PageBudget,
+    pages: int,
+    timeout: float,
+    log: list[Any],
+    release: trio.Event,
+    *,
+    growing: bool = False,
 ) -> None:
     try:
-        async with budget.reserve(num_bytes, timeout=timeout):
-            log.append(num_bytes)
+        async with reserve(budget, pages, timeout, growing=growing):
+            log.append(pages)
             await release.wait()
     except AllocationFailed as error:
         log.append(str(error))
 
 
-async def test_bytes_are_counted_and_returned() -> None:
-    budget = CacheBudget(100)
-    async with budget.reserve(60, timeout=0), budget.reserve(40, timeout=0):
+async def test_pages_are_counted_and_returned() -> None:
+    budget = PageBudget(100, 1)
+    async with reserve(budget, 60, 0), reserve(budget, 40, 0):
         assert budget.left == 0
         with pytest.raises(AllocationFailed) as refused:
-            async with budget.reserve(1, timeout=0):
+            async with reserve(budget, 1, 0):
                 raise AssertionError
-        assert str(refused.value) == "Could not allocate 1 bytes immediately: out of memory"
+        assert str(refused.value) == "no 1 immediately"
     assert budget.left == 100
-    with pytest.raises(RuntimeError, match="of the caller"):
-        async with budget.reserve(60, timeout=0):
-            raise RuntimeError("of the caller")
-    assert budget.left == 100
+
+
+async def test_each_block_has_its_own() -> None:
+    budget = PageBudget(100, 4)
+    async with reserve(budget, 80, 0, blocks=range(2)), reserve(budget, 100, 0, blocks=range(2, 4)):
+        assert budget.left == 2 * 20
+        with pytest.raises(AllocationFailed):
+            async with reserve(budget, 1, 0, blocks=range(1, 3)):
+                raise AssertionError
+        assert budget.take_now(range(2), 20)
+        assert not budget.take_now(range(1), 1)
+        budget.give_back(range(2), 20)
+    assert budget.left == 400
 
 
 async def test_what_never_fits_fails_at_once() -> None:
-    with pytest.raises(AllocationFailed, match=r"^Could not allocate 101 bytes immediately: out of memory$"):
-        async with CacheBudget(100).reserve(101, timeout=60):
+    with pytest.raises(AllocationFailed, match=r"^no 101 immediately$"):
+        async with reserve(PageBudget(100, 1), 101, 60):
             raise AssertionError
 
 
 async def test_first_come_first_served(autojump_clock: trio.testing.MockClock) -> None:
     """Of those who wait, a small one does not overtake a big one. Who does not wait takes what is free."""
-    budget, log, release = CacheBudget(100), [], trio.Event()
+    budget, log, release = PageBudget(100, 1), [], trio.Event()
     async with trio.open_nursery() as nursery:
         first = trio.Event()
-        for num_bytes, event in [(80, first), (90, release), (10, release)]:
-            nursery.start_soon(hold, budget, num_bytes, 60, log, event)
+        for pages, event in [(80, first), (90, release), (10, release)]:
+            nursery.start_soon(hold, budget, pages, 60, log, event)
             await trio.testing.wait_all_tasks_blocked()
         assert log == [80]
-        async with budget.reserve(20, timeout=0):
+        async with reserve(budget, 20, 0):
             with pytest.raises(AllocationFailed, match="immediately"):
-                async with budget.reserve(5, timeout=0):
+                async with reserve(budget, 5, 0):
                     raise AssertionError
         assert log == [80]
         first.set()
@@ -69,24 +103,46 @@ async def test_first_come_first_served(autojump_clock: trio.testing.MockClock) -
     assert budget.left == 100
 
 
+async def test_what_lives_and_grows_goes_before_what_begins(autojump_clock: trio.testing.MockClock) -> None:
+    budget, log, release = PageBudget(100, 1), [], trio.Event()
+    async with trio.open_nursery() as nursery:
+        first = trio.Event()
+        for pages, event, growing in [
+            (90, first, False),
+            (60, release, False),
+            (50, release, True),
+            (30, release, True),
+        ]:
+            nursery.start_soon(partial(hold, growing=growing), budget, pages, 60, log, event)
+            await trio.testing.wait_all_tasks_blocked()
+        assert budget.growing
+        first.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (log[0], set(log[1:])) == (90, {50, 30})
+        assert not budget.growing
+        release.set()
+    assert budget.left == 100
+    assert 60 in log
+
+
 async def test_waiting_ends(autojump_clock: trio.testing.MockClock) -> None:
     """After its time, the next in the queue gets its chance."""
-    budget, log, release = CacheBudget(100), [], trio.Event()
+    budget, log, release = PageBudget(100, 1), [], trio.Event()
     async with trio.open_nursery() as nursery:
-        for num_bytes, timeout in [(80, 0), (90, 3), (20, 60)]:
-            nursery.start_soon(hold, budget, num_bytes, timeout, log, release)
+        for pages, timeout in [(80, 0), (90, 3), (20, 60)]:
+            nursery.start_soon(hold, budget, pages, timeout, log, release)
             await trio.testing.wait_all_tasks_blocked()
         await trio.sleep(2.9)
         assert log == [80]
         await trio.sleep(0.2)
         assert log[0] == 80
-        assert set(log[1:]) == {20, "Could not allocate 90 bytes within 3 s: out of memory"}
+        assert set(log[1:]) == {20, "no 90 within 3 s"}
         release.set()
     assert budget.left == 100
 
 
 async def test_cancelled_in_the_queue_others_move_up() -> None:
-    budget, log, release = CacheBudget(100), [], trio.Event()
+    budget, log, release = PageBudget(100, 1), [], trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(hold, budget, 80, 0, log, release)
         await trio.testing.wait_all_tasks_blocked()
@@ -103,13 +159,19 @@ async def test_cancelled_in_the_queue_others_move_up() -> None:
 
 
 async def test_cancelled_in_the_moment_of_being_granted() -> None:
-    budget, log, release = CacheBudget(100), [], trio.Event()
+    budget, log, release = PageBudget(100, 1), [], trio.Event()
     async with trio.open_nursery() as nursery:
-        async with budget.reserve(100, timeout=0):
+        async with reserve(budget, 100, 0):
             nursery.start_soon(hold, budget, 70, 60, log, release)
             await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert budget.left == 100
+
+
+def promised(engine: Engine, blocks: int = BLOCKS) -> float:
+    """Pages that are promised in each of so many blocks."""
+    taken = engine.cache_bytes_total - engine.cache_bytes_left
+    return taken / (blocks * PAGE * engine.cache_bytes_per_token)
 
 
 async def test_sessions_cost_what_their_cache_takes(engine: Engine) -> None:
@@ -117,10 +179,64 @@ async def test_sessions_cost_what_their_cache_takes(engine: Engine) -> None:
     assert engine.cache_bytes_per_token == 2 * 2 * 16 * 4
     assert engine.cache_bytes_total == defaults.CACHE_TOKENS * BLOCKS * engine.cache_bytes_per_token
     async with engine.open_session(range(1, 4), 2, 100):
-        assert (
-            engine.cache_bytes_total - engine.cache_bytes_left == 3 * 2 * 100 * engine.cache_bytes_per_token
-        )
+        assert promised(engine, 3) == 2 * 7  # 100 tokens begin seven pages
     assert engine.cache_bytes_left == engine.cache_bytes_total
+
+
+async def test_a_long_session_costs_what_it_uses(engine: Engine) -> None:
+    """And what it is promised beyond that; going back gives nothing away that was promised."""
+    ample = defaults.CACHE_PROMISE_TOKENS // PAGE
+    async with engine.open_session(range(BLOCKS), 1, 256) as session:
+        assert promised(engine) == ample
+        await session.step(torch.zeros(1, 128, HIDDEN))
+        assert promised(engine) == ample
+        await session.step(torch.zeros(1, 1, HIDDEN))
+        assert promised(engine) == min(256 // PAGE, 128 // PAGE + 1 + ample)
+        await session.step(torch.zeros(1, 127, HIDDEN))
+        assert promised(engine) == 256 // PAGE
+        assert engine._room.allocator.free(0) == engine._room.budget.pages - 256 // PAGE
+        await session.step(torch.zeros(1, 1, HIDDEN), start_from_position=16)
+        assert engine._room.allocator.free(0) == engine._room.budget.pages - 2
+    assert engine.cache_bytes_left == engine.cache_bytes_total
+    assert engine._room.allocator.free(0) == engine._room.budget.pages
+
+
+async def test_a_session_that_outgrows_the_cache_waits_and_is_refused(
+    llama_folder: Any, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own state stays: once others have ended it goes on."""
+    monkeypatch.setattr(defaults, "CACHE_PROMISE_TOKENS", PAGE)
+    engine = await Engine.load(EngineConfig(str(llama_folder), cache_tokens=4 * PAGE))
+    all_of_it = 4 * PAGE
+    tokens = torch.randn(1, all_of_it, HIDDEN)
+    async with engine.open_session(range(BLOCKS), 1, all_of_it, peer="12D3KooWsomeone") as session:
+        first = await session.step(tokens[:, : 2 * PAGE])
+        async with engine.open_session(range(BLOCKS), 1, all_of_it) as other:
+            await other.step(tokens[:, :PAGE])
+            began = trio.current_time()
+            with pytest.raises(AllocationFailed) as refused:
+                await session.step(tokens[:, 2 * PAGE :])
+            waited = trio.current_time() - began
+            num_bytes = BLOCKS * PAGE * engine.cache_bytes_per_token
+            assert str(refused.value) == (
+                f"Could not allocate {num_bytes} bytes within 20 s: out of memory. The session of 12D3KooWsomeone is at "
+                f"token 32 and needs room for 64: go on with another server, or later with a new session"
+            )
+            assert waited == pytest.approx(defaults.CACHE_GROWTH_SECONDS)
+            assert session.position == 2 * PAGE
+            async with trio.open_nursery() as nursery:
+                outputs = []
+
+                async def rest() -> None:
+                    outputs.append(await session.step(tokens[:, 2 * PAGE :]))
+
+                nursery.start_soon(rest)
+                await trio.sleep(1)
+                other.close()
+        whole = await engine.forward(tokens, range(BLOCKS))
+        assert torch.allclose(torch.cat([first, *outputs], 1), whole, atol=1e-4)
+    assert engine.cache_bytes_left == engine.cache_bytes_total
+    await engine.aclose()
 
 
 async def test_a_small_cache_under_many_opens_and_cancellations(llama_folder: Any) -> None:

@@ -38,6 +38,7 @@ async def test_forward_adds_prompts(
     assert torch.equal(hidden, untouched)
 
 
+@pytest.mark.parametrize("graph_bytes", [defaults.BACKWARD_GRAPH_BYTES, 400_000, 0])
 @pytest.mark.parametrize("piece_tokens", [defaults.PIECE_TOKENS, 24, 1])
 @pytest.mark.parametrize("batch", [None, 1, 3])
 async def test_backward_is_autograds(
@@ -47,9 +48,12 @@ async def test_backward_is_autograds(
     *,
     batch: int | None,
     piece_tokens: int,
+    graph_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whether the graphs of all blocks are kept, of some or of none."""
     monkeypatch.setattr(defaults, "PIECE_TOKENS", piece_tokens)
+    monkeypatch.setattr(defaults, "BACKWARD_GRAPH_BYTES", graph_bytes)
     grad_output = random(*hidden.shape, seed=3)
     prompts = None if batch is None else random(BLOCKS, batch, 4, HIDDEN)
     inputs = hidden.clone().requires_grad_()

@@ -240,6 +240,7 @@ async def test_a_step_waits_for_one_block_of_a_batch_at_most(
         return run(block, hidden, **kwargs)
 
     monkeypatch.setattr(engine._span, "run", run_and_note)
+    monkeypatch.setattr(defaults, "BACKWARD_GRAPH_BYTES", 0)
     async with engine.open_session(ALL, 3, 12) as session, trio.open_nursery() as nursery:
         if backward:
             nursery.start_soon(engine.backward, hidden, hidden, ALL)

@@ -360,7 +360,7 @@ async def test_client_that_left_waits_for_no_cache(world):
 
 
 async def test_engine_trouble_is_told_and_logged(world, caplog):
-    async def broken(*_args):
+    async def broken(*_args, **_more):
         raise EngineError("CUDA error: out of memory")
 
     engine = world.servers[world.holder(0)].span.engine

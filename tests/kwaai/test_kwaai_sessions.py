@@ -48,8 +48,9 @@ class ToyEngine:
         self.open = 0
 
     @asynccontextmanager
-    async def open_session(self, blocks, batch_size, max_length):
+    async def open_session(self, blocks, batch_size, max_length, *, peer):
         assert (blocks, batch_size) == (self.blocks, 1)
+        assert peer is not None
         self.cache_bytes_left -= max_length
         assert self.cache_bytes_left >= 0
         self.open += 1

@@ -1,15 +1,15 @@
-"""Attention over a session's KV cache, through the contracts that transformers' decoder layers follow.
+"""Attention over the paged KV cache, through the contracts that transformers' decoder layers follow.
 
-A layer hands new keys and values to ``past_key_values.update`` and what comes back, with its queries, to the
-attention function named in its configuration. Here ``update`` writes in place and returns views, and the
-function derives the causal mask from the two lengths alone: the queries are the last ones of the keys'
-positions.
+A layer hands new keys and values to ``past_key_values.update``, and its queries with what comes back to the attention
+function named in its configuration. Here ``update`` writes into the pages, and the function reads them: the plan of
+the batch, which says whose tokens are where, reaches it as the keyword ``ragged``. Without one it is plain causal
+attention.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,22 +18,18 @@ from transformers.cache_utils import Cache
 
 from kwaainet_bridge.errors import EngineError
 
+if TYPE_CHECKING:
+    from kwaainet_bridge.engine.ragged import RaggedBatch
+
 NAME = "kwaainet"
 
 
-class SpanCache(Cache):  # type: ignore[misc]  # transformers has no types
-    """Keys and values of one session for consecutive blocks, allocated whole.
+class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no types
+    """What layers take for their cache while they run a ragged batch."""
 
-    ``storage`` is [blocks, 2, batch, kv_heads, max_length, head_dim]. What lies from ``position`` on is not
-    yet written or no longer valid, and never read.
-    """
-
-    def __init__(self, storage: torch.Tensor, first_block: int) -> None:
+    def __init__(self, batch: RaggedBatch) -> None:
         super().__init__(layers=[])
-        self._storage = storage
-        self._blocks = [(pair[0], pair[1]) for pair in storage]
-        self._first = first_block
-        self.position = 0
+        self.batch = batch
 
     def update(
         self,
@@ -43,25 +39,15 @@ class SpanCache(Cache):  # type: ignore[misc]  # transformers has no types
         *_args: Any,
         **_kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write [batch, kv_heads, T, head_dim] at ``position``; return views of everything up to their
-        end."""
-        keys, values = self._blocks[layer_idx - self._first]
-        start, end = self.position, self.position + key_states.shape[2]
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
+        """Write [1, kv_heads, N, head_dim] into the pages of the batch's tokens; :func:`attend` reads them."""
+        self.batch.write(layer_idx, key_states, value_states)
+        return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # the same for all blocks
-        return self.position
-
-    def reorder(self, rows: torch.Tensor, length: int) -> None:
-        """Make row i what row ``rows[i]`` was, for the first ``length`` positions of every block."""
-        for block in self._storage:
-            written = block[:, :, :, :length]
-            written.copy_(written.index_select(1, rows))
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # of no one sequence
+        return 0
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
     """[queries, keys], True where a query may look: not ahead of itself, and at most ``window`` positions
     back."""
@@ -74,7 +60,7 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
 
 
 def attend(
-    module: torch.nn.Module,  # noqa: ARG001  # the interface's signature
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -83,39 +69,51 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,  # noqa: ARG001  # blocks are served in evaluation mode
     sliding_window: int | None = None,
+    ragged: RaggedBatch | None = None,
     **unsupported: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of the last queries [B, heads, T, D] over keys and values [B, kv_heads, L, D], T <= L.
+    """Causal attention of queries [B, heads, T, D]: over keys and values [B, kv_heads, T, D], or over the pages.
 
     Returns [B, T, heads, D] and None for the weights. EngineError if the layer asks for what this cannot do.
     """
     asked = [name for name in ("softcap", "s_aux", "position_bias") if unsupported.get(name) is not None]
     if attention_mask is not None or asked:
         raise EngineError(f"attention with {', '.join(asked) or 'a mask of its own'} is not supported")
+    if ragged is not None:
+        return ragged.attend(module.layer_idx, query, scaling, sliding_window), None
+    return causal(query, key, value, scaling, sliding_window).transpose(1, 2), None
+
+
+def causal(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """[B, heads, T, D] of the last T queries over keys and values [B, kv_heads, L, D], T <= L."""
     batch, heads, queries, _ = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
+    windowed = window is not None and keys > window
     if queries == 1:
-        if sliding_window is not None and keys > sliding_window:
-            key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
+        if windowed:
+            assert window is not None
+            key, value = key[:, :, -window:], value[:, :, -window:]
         # One position sees all keys, so the heads that share keys can stand as the queries of one head:
         # several times quicker than enable_gqa on the CPU, and nothing is copied.
         packed = query.reshape(batch, kv_heads, heads // kv_heads, query.shape[3])
         attended = scaled_dot_product_attention(packed, key, value, scale=scaling)
-        return attended.reshape(batch, 1, heads, value.shape[3]), None
-    windowed = sliding_window is not None and keys > sliding_window
+        return attended.reshape(batch, heads, 1, value.shape[3])
     full = queries == keys and not windowed
-    attended = scaled_dot_product_attention(
+    return scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None
-        if full
-        else causal_mask(queries, keys, sliding_window if windowed else None, query.device),
+        attn_mask=None if full else causal_mask(queries, keys, window if windowed else None, query.device),
         is_causal=full,
         scale=scaling,
         enable_gqa=heads != kv_heads,
     )
-    return attended.transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, attend)

@@ -1,10 +1,9 @@
-"""How many bytes of KV cache are promised to sessions, and who waits for more."""
+"""How many pages of the KV cache are promised to sessions, and who waits for more."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -12,65 +11,95 @@ import trio
 from kwaainet_bridge.errors import AllocationFailed
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiter:
-    num_bytes: int
+    blocks: range
+    pages: int
     granted: trio.Event = field(default_factory=trio.Event)
 
 
-class CacheBudget:
-    """Counts bytes exactly; those who wait are admitted in the order of arrival. It allocates nothing itself."""
+class PageBudget:
+    """Counts promised pages of each block exactly. It allocates nothing itself.
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.left = total
-        self._waiting: deque[_Waiter] = deque()
+    Those who wait are admitted in the order of arrival, but sessions that live and grow before those that are to begin.
+    ``blocks`` are numbered from 0.
+    """
 
-    @asynccontextmanager
-    async def reserve(self, num_bytes: int, *, timeout: float) -> AsyncIterator[None]:
-        """Hold ``num_bytes`` for the duration of the block.
+    def __init__(self, pages: int, blocks: int) -> None:
+        self.pages = pages
+        self._left = [pages] * blocks
+        self._growing: deque[_Waiter] = deque()
+        self._beginning: deque[_Waiter] = deque()
 
-        ``timeout`` in seconds; 0 takes what is free now, past those who wait, or fails at once. Raises
-        AllocationFailed when there is no room in time, at once if there never could be. Cancelled while
-        waiting: the place in the queue is given up. The bytes are returned on every way out.
+    @property
+    def left(self) -> int:
+        """Pages that are promised to nobody, those of all blocks together."""
+        return sum(self._left)
+
+    @property
+    def growing(self) -> bool:
+        """Whether sessions that live wait for more."""
+        return bool(self._growing)
+
+    def _fits(self, blocks: range, pages: int) -> bool:
+        return min(self._left[blocks.start : blocks.stop]) >= pages
+
+    def take_now(self, blocks: range, pages: int) -> bool:
+        """Promise ``pages`` of each of ``blocks`` if they are left, past those who wait; whether they were."""
+        if not self._fits(blocks, pages):
+            return False
+        for block in blocks:
+            self._left[block] -= pages
+        return True
+
+    async def take(
+        self,
+        blocks: range,
+        pages: int,
+        *,
+        timeout: float,
+        refusal: Callable[[str], str],
+        growing: bool = False,
+    ) -> None:
+        """Promise ``pages`` of each of ``blocks``, for a session that grows or for one that begins.
+
+        ``timeout`` in seconds; 0 takes what is left now, past those who wait, or fails at once. Raises
+        AllocationFailed when they are not left in time, at once if they never could be; its text is
+        ``refusal("immediately")`` or ``refusal("within 5 s")``. Cancelled while waiting: the place in the queue is
+        given up and nothing is promised.
         """
-        await self._take(num_bytes, timeout)
-        try:
-            yield
-        finally:
-            self._give_back(num_bytes)
-
-    async def _take(self, num_bytes: int, timeout: float) -> None:
+        queue = self._growing if growing else self._beginning
+        waiting = bool(self._growing or (self._beginning and not growing))
         # who does not wait takes no turn from those who do: nearly all clients ask this way
-        if num_bytes <= self.left and (timeout <= 0 or not self._waiting):
-            self.left -= num_bytes
+        if (timeout <= 0 or not waiting) and self.take_now(blocks, pages):
             return
-        if timeout <= 0 or num_bytes > self.total:
-            raise AllocationFailed(f"Could not allocate {num_bytes} bytes immediately: out of memory")
-        waiter = _Waiter(num_bytes)
-        self._waiting.append(waiter)
+        if timeout <= 0 or pages > self.pages:
+            raise AllocationFailed(refusal("immediately"))
+        waiter = _Waiter(blocks, pages)
+        queue.append(waiter)
         try:
             with trio.move_on_after(timeout):
                 await waiter.granted.wait()
         except trio.Cancelled:
             if waiter.granted.is_set():
-                self._give_back(num_bytes)
+                self.give_back(blocks, pages)
             raise
         finally:
             if not waiter.granted.is_set():
-                self._waiting.remove(waiter)
+                queue.remove(waiter)
                 self._admit()  # it may have stood before a smaller one
         if not waiter.granted.is_set():
-            raise AllocationFailed(
-                f"Could not allocate {num_bytes} bytes within {timeout:g} s: out of memory"
-            )
+            raise AllocationFailed(refusal(f"within {timeout:g} s"))
 
-    def _give_back(self, num_bytes: int) -> None:
-        self.left += num_bytes
+    def give_back(self, blocks: range, pages: int) -> None:
+        """Take back a promise, or a part of one."""
+        for block in blocks:
+            self._left[block] += pages
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and self._waiting[0].num_bytes <= self.left:
-            waiter = self._waiting.popleft()
-            self.left -= waiter.num_bytes
-            waiter.granted.set()
+        for queue in (self._growing, self._beginning):
+            while queue and self.take_now(queue[0].blocks, queue[0].pages):
+                queue.popleft().granted.set()
+            if queue:
+                return

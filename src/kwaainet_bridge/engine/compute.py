@@ -1,96 +1,143 @@
-"""The one thread that owns torch: a priority queue of short pieces of work, awaited from trio tasks."""
+"""The one thread that owns torch: it runs what the scheduler says, and trio tasks await the results."""
 
 from __future__ import annotations
 
-import enum
-import heapq
 import itertools
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Hashable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, TypeVar, cast
 
 import outcome
 import torch
 import trio
 
+from kwaainet_bridge import defaults
+from kwaainet_bridge.engine.scheduler import Priority, Scheduler
 from kwaainet_bridge.errors import BridgeError, EngineError
 
+__all__ = ["ComputeThread", "Merged", "Pieces", "Priority"]
+
 T = TypeVar("T")
+RunMerged = Callable[[Sequence[Any]], Sequence["outcome.Outcome[Any]"]]
 
 
-class Priority(enum.IntEnum):
-    """Lower runs first; equal ones run in the order of arrival."""
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Work that is done piece by piece, so that others come between.
 
-    INFERENCE = 0
-    BATCH = 1
+    ``make`` is called in the thread; the generator that it gives runs one piece between two yields, and what it returns
+    is the result. ``make`` gets a function that says whether sessions step beside the work: pieces should be small
+    then. The generator is closed, in the thread, when its caller is cancelled.
+    """
+
+    make: Callable[[Callable[[], bool]], Generator[None, None, Any]]
+    peer: Hashable = None
 
 
-@dataclass(order=True, slots=True)
-class _Piece:
-    priority: int
-    serial: int
-    work: Callable[[], Any] = field(compare=False)
-    task: trio.lowlevel.Task = field(compare=False)
-    started: bool = field(default=False, compare=False)
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A step: whatever steps are ready run together, by the function that the thread was given for them.
+
+    ``tokens`` is batch times tokens, at most what the scheduler puts into one batch.
+    """
+
+    step: Any
+    tokens: int
+    peer: Hashable = None
+
+
+Work = Callable[[], Any] | Pieces | Merged
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    work: Work
+    task: trio.lowlevel.Task
+    generator: Generator[None, None, Any] | None = None
+    started: bool = False
+    running: bool = False
+    raise_cancel: Callable[[], Any] | None = None
 
 
 class ComputeThread:
-    """Runs pieces of work one at a time, outside the event loop, with gradients switched off.
+    """Runs work in batches and pieces, one at a time, outside the event loop, with gradients switched off.
 
-    Make it inside a trio run and close it there. A piece is never interrupted, so callers cut long work into
-    pieces: whoever is more urgent waits for at most one.
+    Make it inside a trio run and close it there. A piece is never interrupted, so long work is cut into pieces.
     """
 
-    def __init__(self, name: str = "compute") -> None:
+    def __init__(
+        self,
+        name: str = "compute",
+        *,
+        merged: RunMerged | None = None,
+        batch_tokens: int = defaults.MERGED_STEP_TOKENS,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self.merged = merged
         self._token = trio.lowlevel.current_trio_token()
         self._finished = trio.Event()
         self._changed = threading.Condition()
-        self._queue: list[_Piece] = []
+        self._scheduler = Scheduler(batch_tokens, defaults.SCHEDULER_PATIENCE_SECONDS)
+        self._requests: dict[int, _Request] = {}
         self._serial = itertools.count()
+        self._clock = clock
         self._closing = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, work: Callable[[], T], priority: Priority = Priority.INFERENCE) -> T:
-        """Return what ``work()`` returns, computed in the thread.
+    async def run(self, work: Work, priority: Priority = Priority.INFERENCE) -> Any:
+        """Return what ``work`` gives, computed in the thread. ``priority`` does not matter for a step.
 
         Raises what it raises: errors of this package as they are, any other exception as EngineError with
-        that one as its cause. EngineError if the thread is closed or gets closed while the piece waits.
+        that one as its cause. EngineError if the thread is closed or gets closed while the work waits.
 
-        Cancelled while the piece waits: it never runs. Cancelled while it runs: it runs to its end, its
-        result is returned, and the cancellation arrives at the caller's next checkpoint; so nothing runs on
-        behalf of a task that has left.
+        Cancelled while it waits: it never runs. Cancelled while a piece runs: that piece runs to its end. If it was the
+        last one, its result is returned and the cancellation arrives at the caller's next checkpoint; else the rest
+        never runs. So nothing runs on behalf of a task that has left.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        piece = _Piece(priority, next(self._serial), work, trio.lowlevel.current_task())
+        key, request = next(self._serial), _Request(work, trio.lowlevel.current_task())
+        tokens, peer = 1, None
+        if isinstance(work, Merged):
+            priority, tokens, peer = Priority.STEP, work.tokens, work.peer
+        elif isinstance(work, Pieces):
+            peer = work.peer
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closed")
-            heapq.heappush(self._queue, piece)
+            self._requests[key] = request
+            self._scheduler.submit(key, priority, self._clock(), peer=peer, tokens=tokens)
             self._changed.notify()
 
-        def abort(_raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
+        def abort(raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
             with self._changed:
-                if piece.started:
+                if request.started:
+                    request.raise_cancel = raise_cancel
+                    if not request.running and not self._closing:
+                        self._changed.notify()
                     return trio.lowlevel.Abort.FAILED
-                self._queue.remove(piece)
-                heapq.heapify(self._queue)
+                self._scheduler.cancel(key)
+                self._requests.pop(key, None)
             return trio.lowlevel.Abort.SUCCEEDED
 
-        return cast("T", await trio.lowlevel.wait_task_rescheduled(abort))
+        return await trio.lowlevel.wait_task_rescheduled(abort)
 
     async def aclose(self) -> None:
-        """Fail the waiting pieces with EngineError, let the running one end, and join the thread.
+        """Fail what waits with EngineError, let the running piece end, and join the thread.
 
         Not cancellable: it takes as long as the running piece. Closing again does nothing.
         """
         with self._changed:
             self._closing = True
-            waiting, self._queue = self._queue, []
+            waiting = [(key, request) for key, request in self._requests.items() if not request.started]
+            for key, _ in waiting:
+                self._scheduler.cancel(key)
+                del self._requests[key]
             self._changed.notify()
-        for piece in waiting:
-            trio.lowlevel.reschedule(piece.task, outcome.Error(EngineError("the engine was closed")))
+        for _, request in waiting:
+            trio.lowlevel.reschedule(request.task, outcome.Error(EngineError("the engine was closed")))
         with trio.CancelScope(shield=True):
             await self._finished.wait()
         self._thread.join()  # it has left its loop: this takes microseconds
@@ -98,29 +145,94 @@ class ComputeThread:
     def _main(self) -> None:
         torch.set_grad_enabled(False)  # a setting of this thread
         try:
-            while (piece := self._next()) is not None:
-                result = outcome.capture(_mapped, piece.work)
-                self._token.run_sync_soon(trio.lowlevel.reschedule, piece.task, result)
-                del piece, result  # an idle thread must not keep tensors alive
+            while batch := self._next():
+                began = self._clock()
+                results = self._run(batch)
+                self._end(batch, results, began)
+                del batch, results  # an idle thread must not keep tensors alive
             self._token.run_sync_soon(self._finished.set)
         except trio.RunFinishedError:
             return  # the event loop is gone, and everyone who could wait with it
 
-    def _next(self) -> _Piece | None:
+    def _next(self) -> dict[int, _Request]:
+        """What runs now; waits for something. Empty when the thread is to end."""
         with self._changed:
-            while not self._queue and not self._closing:
+            while True:
+                self._drop_abandoned()
+                keys = self._scheduler.next(self._clock())
+                if keys:
+                    break
+                if self._closing:
+                    return {}
                 self._changed.wait()
-            if not self._queue:
-                return None
-            piece = heapq.heappop(self._queue)
-            piece.started = True
-            return piece
+            batch = {key: self._requests[key] for key in keys}
+            for request in batch.values():
+                request.started = request.running = True
+            return batch
+
+    def _drop_abandoned(self) -> None:
+        """End what has begun and whose caller was cancelled, or whose thread is being closed, between two pieces."""
+        for key, request in [(k, r) for k, r in self._requests.items() if r.started]:
+            if request.raise_cancel is not None:
+                result = outcome.capture(request.raise_cancel)
+            elif self._closing:
+                result = outcome.Error(EngineError("the engine was closed"))
+            else:
+                continue
+            if request.generator is not None:
+                request.generator.close()
+            self._scheduler.cancel(key)
+            del self._requests[key]
+            self._tell(request, result)
+
+    def _run(self, batch: dict[int, _Request]) -> list[outcome.Outcome[Any] | None]:
+        """The results; None for work that has more pieces."""
+        first = next(iter(batch.values()))
+        if isinstance(first.work, Merged):
+            assert self.merged is not None
+            steps = [cast("Merged", request.work).step for request in batch.values()]
+            return [_mapped(result) for result in self.merged(steps)]
+        if isinstance(first.work, Pieces):
+            if first.generator is None:
+                first.generator = first.work.make(self._contended)
+            return [_advance(first.generator)]
+        return [_mapped(outcome.capture(first.work))]
+
+    def _contended(self) -> bool:
+        with self._changed:
+            return self._scheduler.contended(self._clock())
+
+    def _end(
+        self, batch: dict[int, _Request], results: list[outcome.Outcome[Any] | None], began: float
+    ) -> None:
+        with self._changed:
+            now = self._clock()
+            self._scheduler.done(now, now - began, finished=results[0] is not None)
+            for (key, request), result in zip(batch.items(), results, strict=True):
+                request.running = False
+                if result is not None:
+                    del self._requests[key]
+                    self._tell(request, result)
+
+    def _tell(self, request: _Request, result: outcome.Outcome[Any]) -> None:
+        self._token.run_sync_soon(trio.lowlevel.reschedule, request.task, result)
 
 
-def _mapped(work: Callable[[], T]) -> T:
+def _advance(generator: Generator[None, None, Any]) -> outcome.Outcome[Any] | None:
     try:
-        return work()
-    except BridgeError:
-        raise
-    except Exception as error:  # the boundary where torch's errors become ours
-        raise EngineError(f"{type(error).__name__}: {error}") from error
+        next(generator)
+    except StopIteration as end:
+        return outcome.Value(end.value)
+    except BaseException as error:
+        return _mapped(outcome.Error(error))
+    return None
+
+
+def _mapped(result: outcome.Outcome[T]) -> outcome.Outcome[T]:
+    """The boundary where torch's errors become ours."""
+    error = result.error if isinstance(result, outcome.Error) else None
+    if error is None or isinstance(error, BridgeError) or not isinstance(error, Exception):
+        return result
+    mapped = EngineError(f"{type(error).__name__}: {error}")
+    mapped.__cause__ = error
+    return outcome.Error(mapped)

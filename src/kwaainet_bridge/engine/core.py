@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator, Hashable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,16 +13,18 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import passes
-from kwaainet_bridge.engine.budget import CacheBudget
+from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
-from kwaainet_bridge.engine.compute import ComputeThread
+from kwaainet_bridge.engine.compute import ComputeThread, Pieces, Priority
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
+from kwaainet_bridge.engine.pages import PageAllocator
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
-from kwaainet_bridge.engine.session import Session
+from kwaainet_bridge.engine.session import CacheRoom, Session, pages_for
 from kwaainet_bridge.errors import AllocationFailed, ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from kwaainet_bridge.engine.family import Family
+    from kwaainet_bridge.engine.runner import Runner
     from kwaainet_bridge.engine.span import Span
 
 log = logging.getLogger(__name__)
@@ -33,15 +35,24 @@ Progress = Callable[[LoadProgress], None]
 class Engine:
     """Serves a span of blocks to any number of tasks of one trio run. Made by :meth:`load`."""
 
-    def __init__(self, config: EngineConfig, model: ModelInfo, span: Span, compute: ComputeThread) -> None:
+    def __init__(
+        self, config: EngineConfig, model: ModelInfo, span: Span, runner: Runner, compute: ComputeThread
+    ) -> None:
         self.model = model
         self.blocks = span.blocks
         self.max_length = config.max_length
         self.max_batch_tokens = config.max_batch_tokens
         self.cache_bytes_per_token = 2 * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         """Bytes of keys and values of one block for one token of one sequence."""
-        self._budget = CacheBudget(config.cache_tokens * len(span.blocks) * self.cache_bytes_per_token)
+        pages = pages_for(config.cache_tokens)
+        self._room = CacheRoom(
+            PageAllocator(pages, len(span.blocks)),
+            PageBudget(pages, len(span.blocks)),
+            defaults.PAGE_TOKENS * self.cache_bytes_per_token,
+            span.blocks.start,
+        )
         self._span = span
+        self._runner = runner
         self._compute = compute
 
     @classmethod
@@ -94,7 +105,8 @@ class Engine:
             for done, block in enumerate(span.blocks, start=1):
                 await compute.run(partial(span.load, block))
                 tell(done, None)
-            await compute.run(span.check)
+            runner = await compute.run(partial(_complete, config, model, span))
+            compute.merged = runner.run_merged
         except BaseException:
             await compute.aclose()
             raise
@@ -106,28 +118,35 @@ class Engine:
             model.dtype,
             sum(sizes) // defaults.MIB,
         )
-        return cls(config, model, span, compute)
+        return cls(config, model, span, runner, compute)
 
     @property
     def cache_bytes_total(self) -> int:
         """Bytes of KV cache for all sessions together."""
-        return self._budget.total
+        return self._room.budget.pages * len(self.blocks) * self._room.page_bytes
 
     @property
     def cache_bytes_left(self) -> int:
-        """Bytes of KV cache that no session holds."""
-        return self._budget.left
+        """Bytes of KV cache that are promised to no session."""
+        return self._room.budget.left * self._room.page_bytes
 
     @asynccontextmanager
     async def open_session(
-        self, blocks: range, batch_size: int, max_length: int, *, timeout: float = 0.0
+        self,
+        blocks: range,
+        batch_size: int,
+        max_length: int,
+        *,
+        timeout: float = 0.0,
+        peer: Hashable = None,
     ) -> AsyncIterator[Session]:
         """An inference session of ``batch_size`` sequences of up to ``max_length`` tokens on ``blocks``.
 
-        Its whole KV cache is promised on entry: it waits up to ``timeout`` seconds for room, first come
-        first served; with 0 not at all. Raises AllocationFailed without room, InvalidRequest for blocks that
-        are not served or lengths that no session can have. On exit, however it comes about, the memory is
-        free.
+        It is promised room in the KV cache for its first ``defaults.CACHE_PROMISE_TOKENS`` tokens on entry: it waits up
+        to ``timeout`` seconds for them, first come first served; with 0 not at all. Further room is taken as its steps
+        need it. Raises AllocationFailed without room, InvalidRequest for blocks that are not served or lengths that no
+        session can have. On exit, however it comes about, the memory is free. ``peer`` is on whose behalf it is: all
+        sessions of one share in its turn, and errors name it.
         """
         check_blocks(blocks, self.blocks)
         if batch_size < 1:
@@ -135,15 +154,36 @@ class Engine:
         if not 0 <= max_length <= self.max_length:
             raise InvalidRequest(f"Cannot allocate KV cache for {max_length} tokens, max = {self.max_length}")
         num_bytes = len(blocks) * batch_size * max_length * self.cache_bytes_per_token
-        async with self._budget.reserve(num_bytes, timeout=timeout):
-            session = self._new_session(blocks, batch_size, max_length, num_bytes)
-            try:
-                yield session
-            finally:
-                session.close()
+
+        def refusal(when: str) -> str:
+            return f"Could not allocate {num_bytes} bytes {when}: out of memory"
+
+        room = self._room
+        if batch_size * pages_for(max(1, max_length)) > room.budget.pages:
+            raise AllocationFailed(refusal("immediately"))
+        promised = batch_size * pages_for(max(1, min(max_length, defaults.CACHE_PROMISE_TOKENS)))
+        await room.budget.take(room.inner(blocks), promised, timeout=timeout, refusal=refusal)
+        session = Session(
+            self._runner,
+            self._compute,
+            room,
+            blocks,
+            (batch_size, max_length),
+            promised=promised,
+            peer=peer,
+        )
+        try:
+            yield session
+        finally:
+            session.close()
 
     async def forward(
-        self, hidden: torch.Tensor, blocks: range, prompts: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        blocks: range,
+        prompts: torch.Tensor | None = None,
+        *,
+        peer: Hashable = None,
     ) -> torch.Tensor:
         """Run [B, T, H] through ``blocks`` at positions 0 … T-1, causally and without a cache; no gradients.
 
@@ -152,9 +192,12 @@ class Engine:
         never runs, the block that runs is finished first.
         """
         prompts = self._check_batch(hidden, blocks, prompts)
-        return await passes.forward(
-            self._span, self._compute, hidden.detach(), blocks=blocks, prompts=prompts
-        )
+
+        def pieces(_contended: object) -> Generator[None, None, torch.Tensor]:
+            return passes.forward(self._span, hidden.detach(), blocks=blocks, prompts=prompts)
+
+        output: torch.Tensor = await self._compute.run(Pieces(pieces, peer), Priority.BATCH)
+        return output
 
     async def backward(
         self,
@@ -162,6 +205,8 @@ class Engine:
         grad_output: torch.Tensor,
         blocks: range,
         prompts: torch.Tensor | None = None,
+        *,
+        peer: Hashable = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients of :meth:`forward` for ``grad_output`` [B, T, H]: with regard to ``hidden`` and to
         ``prompts``.
@@ -178,9 +223,16 @@ class Engine:
             raise InvalidRequest(
                 f"gradients of the outputs must be {list(hidden.shape)}, got {list(grad_output.shape)}"
             )
-        return await passes.backward(
-            self._span, self._compute, hidden.detach(), grad_output.detach(), blocks=blocks, prompts=prompts
+
+        def pieces(_contended: object) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
+            return passes.backward(
+                self._span, hidden.detach(), grad_output.detach(), blocks=blocks, prompts=prompts
+            )
+
+        grads: tuple[torch.Tensor, torch.Tensor | None] = await self._compute.run(
+            Pieces(pieces, peer), Priority.BATCH
         )
+        return grads
 
     async def check(self) -> None:
         """Return once the compute thread has had a turn for this, which takes no time: it lives and gets on.
@@ -203,20 +255,6 @@ class Engine:
         check_hidden(hidden, self.model.hidden_size)
         check_batch_tokens(hidden, self.max_batch_tokens)
         return check_prompts(prompts, blocks, hidden)
-
-    def _new_session(self, blocks: range, batch_size: int, max_length: int, num_bytes: int) -> Session:
-        from kwaainet_bridge.engine.attention import SpanCache
-
-        shape = (len(blocks), 2, batch_size, self.model.num_kv_heads, max_length, self.model.head_dim)
-        try:
-            storage = torch.empty(shape, dtype=self.model.dtype, device=self._span.device)
-        except (RuntimeError, MemoryError) as error:
-            raise AllocationFailed(
-                f"Could not allocate {num_bytes} bytes immediately: out of memory"
-            ) from error
-        return Session(
-            self._span, self._compute, blocks, SpanCache(storage, blocks.start), (batch_size, max_length)
-        )
 
 
 def _construct(config: EngineConfig, checkpoint: Checkpoint) -> Family:
@@ -258,3 +296,21 @@ def _prepare(
         head_dim=model.head_dim,
         vocab_size=model.config.vocab_size,
     )
+
+
+def _complete(config: EngineConfig, model: ModelInfo, span: Span) -> Runner:
+    """Check the loaded blocks and make their KV cache. Runs in the compute thread."""
+    from kwaainet_bridge.engine.ragged import PagedStore
+    from kwaainet_bridge.engine.runner import Runner
+
+    pages = pages_for(config.cache_tokens)
+    try:
+        store = PagedStore(span.blocks, pages, (model.num_kv_heads, model.head_dim), span.dtype, span.device)
+    except (RuntimeError, MemoryError) as error:
+        num_bytes = pages * defaults.PAGE_TOKENS * len(span.blocks) * 2 * model.num_kv_heads * model.head_dim
+        raise ConfigError(
+            f"the KV cache of {num_bytes * span.dtype.itemsize // defaults.MIB} MiB does not fit into the memory of "
+            f"{config.device}: lower cache_tokens ({config.cache_tokens}) or serve fewer blocks"
+        ) from error
+    span.check(store)
+    return Runner(span, store)

@@ -1,88 +1,115 @@
 """Forward and backward over a run of blocks without a cache, in pieces that leave room for inference steps.
 
-The semantics are those of Petals' servers (Petals 22afba6, server/block_functions.py and backend.py).
+The semantics are those of Petals' servers (Petals 22afba6, server/block_functions.py and backend.py). What runs here
+runs in the compute thread: a piece, between two yields, is one block's work on some of the sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.engine.compute import ComputeThread, Priority
+from kwaainet_bridge.engine.prompts import add_prompt
 
 if TYPE_CHECKING:
     from kwaainet_bridge.engine.span import Span
 
 
-def add_prompt(hidden: torch.Tensor, prompt: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
-    """``hidden`` with ``prompt`` [B or 1, P, H] added to sequence positions 0..P-1, as a new tensor.
-
-    ``offset`` is where in that sequence ``hidden`` begins.
-    """
-    if prompt is None or offset >= prompt.shape[1]:
-        return hidden
-    here = prompt[:, offset : offset + hidden.shape[1]]
-    result = hidden.clone()
-    result[:, : here.shape[1]] += here.to(hidden.device, hidden.dtype)
-    return result
-
-
-async def forward(
-    span: Span, compute: ComputeThread, hidden: torch.Tensor, *, blocks: range, prompts: torch.Tensor | None
-) -> torch.Tensor:
+def forward(
+    span: Span, hidden: torch.Tensor, *, blocks: range, prompts: torch.Tensor | None
+) -> Generator[None, None, torch.Tensor]:
     """[B, T, H] through ``blocks``; prompts [n, B or 1, P, H] are added before their block."""
-    outputs = []
+    outputs: list[torch.Tensor] = []
     for rows in _row_groups(hidden):
-        state = hidden[rows]
+        if outputs:
+            yield
+        state = hidden[rows].to(span.device, span.dtype)
         for index, block in enumerate(blocks):
-            prompt = _of_rows(prompts, index, rows)
-            state = await compute.run(partial(_forward_block, span, block, state, prompt), Priority.BATCH)
+            if index:
+                yield
+            state = span.run(block, add_prompt(state, _of_rows(prompts, index, rows)))
         outputs.append(state)
-    return await compute.run(partial(_collect, outputs), Priority.BATCH)
+    return _collect(outputs)
 
 
-async def backward(
+def backward(
     span: Span,
-    compute: ComputeThread,
     hidden: torch.Tensor,
     grad_output: torch.Tensor,
     *,
     blocks: range,
     prompts: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
     """Gradients with regard to [B, T, H] inputs and, if there are prompts, to them, as [n, B, P, H].
 
-    Only each block's input is kept of the forward pass; a block runs again when its gradient is due.
+    Of the forward pass only each block's input is kept, and as long as defaults.BACKWARD_GRAPH_BYTES allow what its
+    gradient needs; a block without that runs again when its gradient is due.
     """
-    grad_inputs, grad_prompts = [], []
+    grad_inputs: list[torch.Tensor] = []
+    grad_prompts: list[torch.Tensor] = []
     for rows in _row_groups(hidden):
-        inputs = []
-        state = hidden[rows]
+        if grad_inputs:
+            yield
+        kept: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        room = _Room(defaults.BACKWARD_GRAPH_BYTES)
+        state = hidden[rows].to(span.device, span.dtype)
         for index, block in enumerate(blocks):
-            prompt = _of_rows(prompts, index, rows)
-            state, kept = await compute.run(
-                partial(_forward_keeping, span, block, state, prompt), Priority.BATCH
-            )
-            inputs.append(kept)
-        grad = grad_output[rows]
+            state = add_prompt(state.detach(), _of_rows(prompts, index, rows))
+            output = room.run(span, block, state)
+            kept.append((state, output if output.requires_grad else None))
+            state = output
+            yield
+        grad = grad_output[rows].to(span.device, span.dtype)
         of_blocks: list[torch.Tensor] = []
-        for block in reversed(blocks):
-            grad = await compute.run(
-                partial(_backward_block, span, block, inputs.pop(), grad), Priority.BATCH
-            )
+        for index, block in reversed(list(enumerate(blocks))):
+            grad = _gradient(span, block, *kept.pop(), grad)
             if prompts is not None:
                 of_blocks.append(grad[:, : prompts.shape[2]])
+            if index:
+                yield
         grad_inputs.append(grad)
         if prompts is not None:
             grad_prompts.append(torch.stack(of_blocks[::-1]))
-    grad_input = await compute.run(partial(_collect, grad_inputs), Priority.BATCH)
-    if prompts is None:
-        return grad_input, None
-    return grad_input, await compute.run(partial(_collect, grad_prompts, dim=1), Priority.BATCH)
+    return _collect(grad_inputs), None if prompts is None else _collect(grad_prompts, dim=1)
+
+
+class _Room:
+    """Runs blocks and keeps what their gradients need, while there is room for as much as the first one took."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = num_bytes
+        self._each = 0
+
+    def run(self, span: Span, block: int, state: torch.Tensor) -> torch.Tensor:
+        if self._left < self._each or self._left <= 0:
+            return span.run(block, state)
+        taken: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if not isinstance(tensor, torch.nn.Parameter):
+                taken[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = span.run(block, state.requires_grad_())
+        self._each = max(self._each, sum(taken.values()))
+        self._left -= self._each
+        return output
+
+
+def _gradient(
+    span: Span, block: int, state: torch.Tensor, output: torch.Tensor | None, grad: torch.Tensor
+) -> torch.Tensor:
+    if output is None:
+        with torch.enable_grad():
+            state = state.detach().requires_grad_()
+            output = span.run(block, state)
+    (result,) = torch.autograd.grad(output, state, grad)
+    return result
 
 
 def _row_groups(hidden: torch.Tensor) -> Iterator[slice]:
@@ -99,26 +126,6 @@ def _of_rows(prompts: torch.Tensor | None, index: int, rows: slice) -> torch.Ten
     return prompt if prompt.shape[0] == 1 else prompt[rows]
 
 
-def _forward_block(span: Span, block: int, hidden: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
-    return _forward_keeping(span, block, hidden, prompt)[0]
-
-
-def _forward_keeping(
-    span: Span, block: int, hidden: torch.Tensor, prompt: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    state = add_prompt(hidden.to(span.device, span.dtype), prompt)
-    return span.run(block, state), state
-
-
-def _backward_block(span: Span, block: int, state: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        state = state.detach().requires_grad_()
-        output = span.run(block, state)
-        (grad,) = torch.autograd.grad(output, state, grad_output.to(span.device, span.dtype))
-    result: torch.Tensor = grad
-    return result
-
-
 def _collect(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    return whole.to("cpu")
+    return whole.detach().to("cpu").contiguous()

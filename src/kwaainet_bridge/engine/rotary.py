@@ -1,6 +1,8 @@
-"""Position embeddings of consecutive positions, computed by the model's own module and kept."""
+"""Position embeddings of runs of positions, computed by the model's own module and kept."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -8,6 +10,7 @@ from kwaainet_bridge.engine import family
 from kwaainet_bridge.engine.family import Family
 
 Embeddings = tuple[torch.Tensor, torch.Tensor]
+Places = Sequence[tuple[int, int]]
 
 FIRST_TABLE = 2048
 """Positions in a fresh table; it doubles when a session grows beyond it."""
@@ -24,27 +27,37 @@ class RotaryTable:
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._positions = torch.empty(1, 0, dtype=torch.int64, device=device)
         self._tables: dict[str, Embeddings] = {}
+        self._last: dict[str, tuple[Places, Embeddings]] = {}
 
-    def positions(self, start: int, count: int) -> torch.Tensor:
-        """int64 [1, count]: start, start + 1, …"""
-        end = start + count
+    def positions(self, places: Places) -> torch.Tensor:
+        """int64 [1, N]: for each place (start, count): start, start + 1, …"""
+        end = max(start + count for start, count in places)
         if end > self._positions.shape[1]:
             size = max(FIRST_TABLE, 1 << (end - 1).bit_length())
             self._positions = torch.arange(size, device=self._like.device)[None]
             self._tables.clear()
-        return self._positions[:, start:end]
+        return _joined([self._positions[:, start : start + count] for start, count in places])
 
-    def embeddings(self, start: int, count: int, layer_type: str) -> Embeddings:
-        """What a layer of this type takes as ``position_embeddings`` for ``count`` positions from ``start``
-        on."""
-        positions = self.positions(start, count)
-        if not self._keep:
-            return self._compute(positions, layer_type)
+    def embeddings(self, places: Places, layer_type: str) -> Embeddings:
+        """What a layer of this type takes as ``position_embeddings`` for the positions of ``places``.
+
+        The last answer is kept for each type: all layers ask the same of one batch.
+        """
         key = layer_type if self._per_type else ""
-        if key not in self._tables:
-            self._tables[key] = self._compute(self._positions, layer_type)
-        cos, sin = self._tables[key]
-        return cos[:, start : start + count], sin[:, start : start + count]
+        last = self._last.get(key)
+        if last is not None and last[0] == places:
+            return last[1]
+        if self._keep:
+            self.positions(places)
+            if key not in self._tables:
+                self._tables[key] = self._compute(self._positions, layer_type)
+            cos, sin = self._tables[key]
+            parts = [(cos[:, s : s + n], sin[:, s : s + n]) for s, n in places]
+        else:
+            parts = [self._compute(self.positions([place]), layer_type) for place in places]
+        found = _joined([cos for cos, _ in parts]), _joined([sin for _, sin in parts])
+        self._last[key] = places, found
+        return found
 
     def _compute(self, positions: torch.Tensor, layer_type: str) -> Embeddings:
         if self._per_type:
@@ -52,3 +65,7 @@ class RotaryTable:
         else:
             cos, sin = self._module(self._like, positions)
         return cos, sin
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

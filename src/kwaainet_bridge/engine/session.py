@@ -1,21 +1,46 @@
-"""An inference session: a KV cache for some blocks, and the steps that extend it."""
+"""An inference session: pages of the KV cache for some blocks, and the steps that extend it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.engine.compute import ComputeThread, Priority
-from kwaainet_bridge.engine.passes import add_prompt
+from kwaainet_bridge.engine.budget import PageBudget
+from kwaainet_bridge.engine.compute import ComputeThread, Merged, Pieces
+from kwaainet_bridge.engine.pages import OutOfPages, PageAllocator, PageTable
 from kwaainet_bridge.engine.requests import check_hidden, check_hypo_ids, check_prompts
-from kwaainet_bridge.errors import InvalidRequest
+from kwaainet_bridge.engine.step import Step
+from kwaainet_bridge.errors import AllocationFailed, InvalidRequest
 
 if TYPE_CHECKING:
-    from kwaainet_bridge.engine.attention import SpanCache
-    from kwaainet_bridge.engine.span import Span
+    from kwaainet_bridge.engine.runner import Runner
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRoom:
+    """The KV cache as sessions see it: which pages there are, and to whom they are promised.
+
+    ``page_bytes`` is what a page takes in one block. Blocks are numbered from ``first_block`` of the model.
+    """
+
+    allocator: PageAllocator
+    budget: PageBudget
+    page_bytes: int
+    first_block: int
+
+    def inner(self, blocks: range) -> range:
+        """Numbers from 0 on for blocks of the model."""
+        return range(blocks.start - self.first_block, blocks.stop - self.first_block)
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens of one sequence take in each block."""
+    return -(-tokens // defaults.PAGE_TOKENS)
 
 
 class Session:
@@ -25,13 +50,25 @@ class Session:
     """
 
     def __init__(
-        self, span: Span, compute: ComputeThread, blocks: range, cache: SpanCache, shape: tuple[int, int]
+        self,
+        runner: Runner,
+        compute: ComputeThread,
+        room: CacheRoom,
+        blocks: range,
+        shape: tuple[int, int],
+        *,
+        promised: int,
+        peer: Hashable,
     ) -> None:
         self.blocks = blocks
         self.batch_size, self.max_length = shape
-        self._span = span
+        self._runner = runner
         self._compute = compute
-        self._cache: SpanCache | None = cache
+        self._room = room
+        self._inner = room.inner(blocks)
+        self._promised = promised
+        self._peer = peer
+        self._table = PageTable(room.allocator, self._inner, *shape, page_tokens=defaults.PAGE_TOKENS)
         self._position = 0
         self._unusable: str | None = None
 
@@ -56,14 +93,15 @@ class Session:
         nothing is computed or reordered, and an empty tensor of the same shape comes back. Returns [B, T, H]
         in the engine's dtype, on the CPU.
 
-        Raises InvalidRequest, with the session unchanged, for what does not fit it. A step that is cancelled
-        or fails may leave blocks at different positions, so the session then refuses further steps with
-        InvalidRequest; closing it frees its memory as always. Where the cancellation comes too late to stop
-        the last piece of work, the step counts and its result is returned.
+        It may have to wait for room in the KV cache, at most ``defaults.CACHE_GROWTH_SECONDS``; then
+        AllocationFailed is raised. Raises that and InvalidRequest, for what does not fit it, with the session
+        unchanged. A step that is cancelled or fails may leave blocks at different positions, so the session then
+        refuses further steps with InvalidRequest; closing it frees its memory as always. Where the cancellation comes
+        too late to stop the last piece of work, the step counts and its result is returned.
         """
         if self._unusable is not None:
             raise InvalidRequest(self._unusable)
-        check_hidden(hidden, self._span.model.config.hidden_size, batch=self.batch_size)
+        check_hidden(hidden, self._runner.hidden_size, batch=self.batch_size)
         start = self._check_start(start_from_position)
         tokens = hidden.shape[1]
         if start + tokens > self.max_length:
@@ -72,17 +110,28 @@ class Session:
                 f"exceeds pre-allocated maximum {self.max_length}"
             )
         prompts = check_prompts(prompts, self.blocks, hidden)
-        rows = check_hypo_ids(hypo_ids, self.batch_size)
+        order = check_hypo_ids(hypo_ids, self.batch_size)
         if hidden.numel() == 0:
+            self._table.prepare(start, start=start)
             self._position = start
-            return hidden.detach().to(self._span.dtype)
-        output = await self._run(hidden, prompts, rows, start)
+            return hidden.detach().to(self._runner.dtype)
+        self._unusable = "a step of this session is running"
+        try:
+            copies = await self._take_pages(start, tokens, None if order is None else order.tolist())
+        finally:
+            self._unusable = None
+        rows = [list(row) for row in self._table.rows]
+        step = Step(self.blocks, hidden.detach(), start, rows, copies, prompts)
+        output = await self._run(step)
         self._position = start + tokens
         return output
 
     def close(self) -> None:
-        """Drop the cache. No step may be running."""
-        self._cache = None
+        """Free the cache. No step may be running."""
+        if self._promised:
+            self._table.close()
+            self._room.budget.give_back(self._inner, self._promised)
+            self._promised = 0
         self._unusable = "the session is closed"
 
     def _check_start(self, start: int | None) -> int:
@@ -95,67 +144,56 @@ class Session:
             )
         return start
 
-    async def _run(
-        self, hidden: torch.Tensor, prompts: torch.Tensor | None, rows: torch.Tensor | None, start: int
-    ) -> torch.Tensor:
-        self._unusable = "a step of this session is running"
+    async def _take_pages(self, start: int, tokens: int, order: list[int] | None) -> list[tuple[int, int]]:
+        """Have room for ``tokens`` from ``start`` on, after going back and reordering; pages that must be copied."""
+        end = start + tokens
+        needed = self._table.needed(end, start=start, order=order)
+        if needed > self._promised:
+            await self._grow(needed, end)
         try:
-            if self.batch_size * hidden.shape[1] <= defaults.MERGED_STEP_TOKENS:
-                work = partial(self._whole_step, hidden, prompts, rows, start)
-                output = await self._compute.run(work, Priority.INFERENCE)
-            else:
-                output = await self._long_step(hidden, prompts, rows, start)
+            return self._table.prepare(end, start=start, order=order)
+        except OutOfPages:  # sessions on other blocks have left no page that is free on all of these
+            raise AllocationFailed(self._refusal(needed, end)("immediately")) from None
+
+    async def _grow(self, needed: int, length: int) -> None:
+        most = self.batch_size * pages_for(self.max_length)
+        ample = min(most, needed + self.batch_size * pages_for(defaults.CACHE_PROMISE_TOKENS))
+        budget = self._room.budget
+        if not budget.growing and budget.take_now(self._inner, ample - self._promised):
+            self._promised = ample
+            return
+        await budget.take(
+            self._inner,
+            needed - self._promised,
+            timeout=defaults.CACHE_GROWTH_SECONDS,
+            refusal=self._refusal(needed, length),
+            growing=True,
+        )
+        self._promised = needed
+
+    def _refusal(self, needed: int, length: int) -> Callable[[str], str]:
+        num_bytes = max(1, needed - self._promised) * len(self.blocks) * self._room.page_bytes
+        owner = "The session" if self._peer is None else f"The session of {self._peer}"
+
+        def text(when: str) -> str:
+            return (
+                f"Could not allocate {num_bytes} bytes {when}: out of memory. {owner} is at token {self._position} and "
+                f"needs room for {length}: go on with another server, or later with a new session"
+            )
+
+        return text
+
+    async def _run(self, step: Step) -> torch.Tensor:
+        self._unusable = "a step of this session is running"
+        work: Merged | Pieces
+        if step.tokens <= defaults.MERGED_STEP_TOKENS:
+            work = Merged(step, step.tokens, self._peer)
+        else:
+            work = Pieces(partial(self._runner.run_prompt, step), self._peer)
+        try:
+            output = await self._compute.run(work)
         except BaseException:
             self._unusable = "an earlier step of this session was cancelled or failed: open a new one"
             raise
         self._unusable = None
         return output
-
-    async def _long_step(
-        self, hidden: torch.Tensor, prompts: torch.Tensor | None, rows: torch.Tensor | None, start: int
-    ) -> torch.Tensor:
-        """Block by block and in chunks of tokens, so that other sessions' steps come between."""
-        chunk = max(1, defaults.PIECE_TOKENS // self.batch_size)
-        state = await self._compute.run(partial(self._begin, hidden, rows), Priority.INFERENCE)
-        for index, block in enumerate(self.blocks):
-            prompt = None if prompts is None else prompts[index]
-            output = torch.empty_like(state)
-            for offset in range(0, state.shape[1], chunk):
-                where = slice(offset, offset + chunk)
-                work = partial(self._chunk, block, state, output, where, prompt=prompt, start=start)
-                await self._compute.run(work, Priority.INFERENCE)
-            state = output
-        return await self._compute.run(partial(state.to, "cpu"), Priority.INFERENCE)
-
-    def _begin(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        if rows is not None:
-            self._live_cache.reorder(rows.to(self._span.device), self._position)
-        return hidden.to(self._span.device, self._span.dtype)
-
-    def _chunk(
-        self,
-        block: int,
-        state: torch.Tensor,
-        output: torch.Tensor,
-        where: slice,
-        *,
-        prompt: torch.Tensor | None,
-        start: int,
-    ) -> None:
-        part = add_prompt(state[:, where], prompt, where.start)
-        output[:, where] = self._span.run(block, part, start=start + where.start, cache=self._live_cache)
-
-    def _whole_step(
-        self, hidden: torch.Tensor, prompts: torch.Tensor | None, rows: torch.Tensor | None, start: int
-    ) -> torch.Tensor:
-        state = self._begin(hidden, rows)
-        for index, block in enumerate(self.blocks):
-            state = add_prompt(state, None if prompts is None else prompts[index])
-            state = self._span.run(block, state, start=start, cache=self._live_cache)
-        return state.to("cpu")
-
-    @property
-    def _live_cache(self) -> SpanCache:
-        if self._cache is None:
-            raise InvalidRequest("the session is closed")
-        return self._cache

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from kwaainet_bridge.engine import attention
-from kwaainet_bridge.engine.attention import SpanCache
+from kwaainet_bridge.engine import attention, columns
+from kwaainet_bridge.engine.attention import RaggedCache
 from kwaainet_bridge.engine.checkpoint import Checkpoint
 from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
 from kwaainet_bridge.engine.family import Family
+from kwaainet_bridge.engine.ragged import PagedStore, RaggedBatch
 from kwaainet_bridge.engine.rotary import RotaryTable
+from kwaainet_bridge.engine.step import SequencePart
 from kwaainet_bridge.errors import CheckpointError, EngineError
 
 CHECK_TOKENS = 5
@@ -39,6 +41,9 @@ class Span:
             raise CheckpointError(f"{checkpoint.name} is stored as {stored}: choose a dtype instead of auto")
         self.device = torch.device(device)
         self._rotary = RotaryTable(model, self.dtype, self.device)
+        if self.device.type == "cpu" and self.dtype is torch.float32:
+            for layer in self._layers.values():
+                columns.install(layer)
 
     def weight_bytes(self, block: int) -> int:
         """Bytes of one block's weights in the engine's dtype."""
@@ -66,29 +71,34 @@ class Span:
                 f"block {block} of {self._checkpoint.name} computes {left[0]} itself: not supported"
             )
 
-    def run(
-        self, block: int, hidden: torch.Tensor, *, start: int = 0, cache: SpanCache | None = None
-    ) -> torch.Tensor:
-        """One block's output for [B, T, H] at the positions from ``start`` on.
+    def run(self, block: int, hidden: torch.Tensor, *, cache: RaggedCache | None = None) -> torch.Tensor:
+        """One block's output for [B, T, H] at the positions 0 … T-1, which see each other only.
 
-        Without a cache the positions see each other only; with one, also everything before ``start``.
+        With a cache, for its ragged batch [1, N, H]: each token is where the batch says, and sees what its sequence
+        has up to there.
         """
-        count = hidden.shape[1]
-        if cache is not None:
-            cache.position = start
+        kind = self.model.layer_type(block)
+        if cache is None:
+            starts = [(0, hidden.shape[1])]
+            further: dict[str, Any] = {"use_cache": False}
+        else:
+            starts = cache.batch.places
+            further = {"use_cache": True, "ragged": cache.batch}
         output = self._layers[block](
             hidden,
             attention_mask=None,
-            position_ids=self._rotary.positions(start, count),
+            position_ids=self._rotary.positions(starts),
             past_key_values=cache,
-            use_cache=cache is not None,
-            position_embeddings=self._rotary.embeddings(start, count, self.model.layer_type(block)),
+            position_embeddings=self._rotary.embeddings(starts, kind),
+            **further,
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def check(self) -> None:
+    def check(self, store: PagedStore) -> None:
         """Compare one block of each layer type with the model's own attention on a short random input.
+
+        Once without a cache, and once in steps with ``store``, which nobody uses yet, for its cache.
 
         Raises CheckpointError if they differ, or if the blocks do not run in this dtype on this device: a
         family that asks attention for more than the engine knows must not be served.
@@ -99,18 +109,27 @@ class Span:
         hidden = hidden.to(self.device, self.dtype)
         for block in seen.values():
             try:
-                ours = self.run(block, hidden).float()
+                outputs = [self.run(block, hidden).float(), self._run_in_steps(block, hidden, store).float()]
                 theirs = self._run_eager(block, hidden).float()
             except (RuntimeError, TypeError, ValueError, AttributeError, EngineError) as error:
                 raise CheckpointError(
                     f"{self._checkpoint.name} does not run as {self.dtype} on {self.device}: {error}"
                 ) from error
             scale = theirs.abs().max()
-            if not (ours - theirs).abs().max() <= CHECK_TOLERANCE[self.dtype] * scale:
+            differences = [(ours - theirs).abs().max() for ours in outputs]
+            if not all(difference <= CHECK_TOLERANCE[self.dtype] * scale for difference in differences):
                 raise CheckpointError(
                     f"{self._checkpoint.name} cannot be served: block {block} differs from what its own "
                     f"attention gives as {self.dtype} on {self.device}; the family is not supported"
                 )
+
+    def _run_in_steps(self, block: int, hidden: torch.Tensor, store: PagedStore) -> torch.Tensor:
+        outputs, start = [], 0
+        for tokens in hidden.split(CHECK_TOKENS // 2, 1):
+            batch = RaggedBatch(store, [SequencePart([0], start, tokens.shape[1])])
+            outputs.append(self.run(block, tokens, cache=RaggedCache(batch)))
+            start += tokens.shape[1]
+        return torch.cat(outputs, 1)
 
     def _run_eager(self, block: int, hidden: torch.Tensor) -> torch.Tensor:
         count = hidden.shape[1]
@@ -122,8 +141,8 @@ class Span:
             output = self._layers[block](
                 hidden,
                 attention_mask=mask,
-                position_ids=self._rotary.positions(0, count),
-                position_embeddings=self._rotary.embeddings(0, count, self.model.layer_type(block)),
+                position_ids=self._rotary.positions([(0, count)]),
+                position_embeddings=self._rotary.embeddings([(0, count)], self.model.layer_type(block)),
             )
         finally:
             self.model.causal_lm.set_attn_implementation(attention.NAME)

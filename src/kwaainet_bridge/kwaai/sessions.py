@@ -158,7 +158,7 @@ class Sessions:
                 raise Refusal(f"{obstacle}: try again in {self._places.retry_after} s, or another server")
         try:
             live.session = await live.opened.enter_async_context(
-                self._engine.open_session(self._engine.blocks, 1, length)
+                self._engine.open_session(self._engine.blocks, 1, length, peer=live.peer)
             )
         except BaseException:
             self._share.release(live.peer, length)

@@ -259,12 +259,12 @@ class Commands:
             failed += sum(not stream.closed for stream in streams)
         return {"opened": opened, "failed": failed, "seconds": time.perf_counter() - start}
 
-    def hold(self, key: str, max_length: int) -> None:
+    def hold(self, key: str, max_length: int, tokens: int = 4) -> None:
         """Open a session, make a step, and leave it open until ``release``."""
         opening = self._models[key].blocks.inference_session(max_length=max_length)
         session = opening.__enter__()
         try:
-            self._step(key, session)
+            self._step(key, session, tokens)
         except BaseException:
             opening.__exit__(None, None, None)
             raise
@@ -274,9 +274,9 @@ class Commands:
         """One more step of the session that was held last."""
         self._step(key, self._held[key][-1][1])
 
-    def _step(self, key: str, session: Any) -> None:
+    def _step(self, key: str, session: Any, tokens: int = 4) -> None:
         with torch.inference_mode():
-            session.step(torch.randn(1, 4, self._models[key].blocks.config.hidden_size))
+            session.step(torch.randn(1, tokens, self._models[key].blocks.config.hidden_size))
 
     def release(self, key: str) -> None:
         """Close the held sessions in order."""

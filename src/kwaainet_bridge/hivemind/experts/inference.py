@@ -115,7 +115,7 @@ class InferenceService:
         try:
             with self._registered(live), trio.fail_after(defaults.SESSION_TIMEOUT_SECONDS):
                 async with engine.open_session(
-                    blocks, batch_size, max_length, timeout=alloc_timeout
+                    blocks, batch_size, max_length, timeout=alloc_timeout, peer=live.peer
                 ) as session:
                     await self._run(live, session)
         except trio.TooSlowError:

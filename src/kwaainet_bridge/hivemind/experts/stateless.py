@@ -95,12 +95,16 @@ class StatelessService:
 
     async def forward(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:
         async with self._admitted(context.peer):
-            answer = await self._forward(request.uid, Metadata(request.metadata), request.tensors)
+            answer = await self._forward(
+                context.peer, request.uid, Metadata(request.metadata), request.tensors
+            )
         return ExpertResponse(tensors=answer)
 
     async def backward(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:
         async with self._admitted(context.peer):
-            answer = await self._backward(request.uid, Metadata(request.metadata), request.tensors)
+            answer = await self._backward(
+                context.peer, request.uid, Metadata(request.metadata), request.tensors
+            )
         return ExpertResponse(tensors=answer)
 
     async def forward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
@@ -112,7 +116,7 @@ class StatelessService:
     async def _serve_stream(
         self,
         call: ServerStream[ExpertRequest, ExpertResponse],
-        run: Callable[[str, Metadata, Sequence[TensorMessage]], Awaitable[list[TensorMessage]]],
+        run: Callable[[PeerId, str, Metadata, Sequence[TensorMessage]], Awaitable[list[TensorMessage]]],
     ) -> None:
         # whoever opens a stream and stays silent takes nobody's place
         first = None
@@ -122,7 +126,7 @@ class StatelessService:
             raise Refusal("no request came", kind="ValueError")
         async with self._admitted(call.context.peer):
             tensors = await receive_rest(call, first, self._span.max_request_bytes)
-            answer = await run(first.uid, Metadata(first.metadata), tensors)
+            answer = await run(call.context.peer, first.uid, Metadata(first.metadata), tensors)
         await send_split(call, answer)
 
     @asynccontextmanager
@@ -156,17 +160,17 @@ class StatelessService:
                 self._idle = trio.Event()
 
     async def _forward(
-        self, uid: str, metadata: Metadata, messages: Sequence[TensorMessage]
+        self, peer: PeerId, uid: str, metadata: Metadata, messages: Sequence[TensorMessage]
     ) -> list[TensorMessage]:
         blocks = self._span.chain(uid)
         metadata.check_common()
         hidden, prompts = _arguments(metadata, await decode_tensors(messages), 2)
         compression = metadata.output_compression(self._span.compression, 1)
-        output = await self._span.engine.forward(hidden, blocks, optional(prompts))
+        output = await self._span.engine.forward(hidden, blocks, optional(prompts), peer=peer)
         return self._counted(hidden, messages, await encode_tensors([output], compression))
 
     async def _backward(
-        self, uid: str, metadata: Metadata, messages: Sequence[TensorMessage]
+        self, peer: PeerId, uid: str, metadata: Metadata, messages: Sequence[TensorMessage]
     ) -> list[TensorMessage]:
         blocks = self._span.chain(uid)
         metadata.check_common()
@@ -175,7 +179,7 @@ class StatelessService:
             raise Refusal("the gradient of the outputs is missing", kind="ValueError")
         compression = metadata.output_compression(self._span.compression, 1 if is_dummy(prompts) else 2)
         grad_inputs, grad_prompts = await self._span.engine.backward(
-            hidden, gradients, blocks, optional(prompts)
+            hidden, gradients, blocks, optional(prompts), peer=peer
         )
         grads = [grad_inputs] if grad_prompts is None else [grad_inputs, grad_prompts]
         return self._counted(hidden, messages, await encode_tensors(grads, compression))

@@ -1,0 +1,162 @@
+"""The stock Petals client of the engine's benchmark, driven over stdin and stdout. Runs in the stock environment.
+
+It works on hidden states: embeddings, head and sampling are the client's own and cost both servers alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "interop" / "stock"))
+
+import petals
+import psutil
+import torch
+from petals_client import Commands, lines
+
+PROMPT_TOKENS = 8
+WARM_STEPS = 4
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The least value that is not exceeded by this share of them."""
+    return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+
+
+class EngineCommands(Commands):
+    """What :class:`Commands` can, and the measurements. Durations are in milliseconds."""
+
+    def steps(self, key: str, count: int) -> float:
+        """The median step of one token in one session."""
+        durations = self._decode(key, sessions=1, tokens=count)
+        return statistics.median(durations[0])
+
+    def sessions_at_once(self, key: str, sessions: int, tokens: int) -> float:
+        """The time from the first step to the last of so many sessions that decode, over their number of tokens."""
+        began: list[float] = []
+        self._decode(
+            key, sessions=sessions, tokens=tokens, at_start=lambda: began.append(time.perf_counter())
+        )
+        return (time.perf_counter() - min(began)) * 1000 / (sessions * tokens)
+
+    def passes(self, key: str, batch: int, tokens: int, repeats: int, backward: bool) -> float:
+        """The median of a forward pass, and of the backward pass that follows it."""
+        blocks = self._models[key].blocks
+        hidden = torch.randn(batch, tokens, blocks.config.hidden_size, requires_grad=backward)
+
+        def run() -> None:
+            output = blocks(hidden)
+            if backward:
+                output.sum().backward()
+
+        durations = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            run()
+            durations.append((time.perf_counter() - start) * 1000)
+        return statistics.median(durations[1:])
+
+    def beside_a_prompt(self, key: str, sessions: int, tokens: int, prompt: int) -> dict[str, float]:
+        """Steps of sessions that decode: alone, then while another session's prompt is computed, its time beside."""
+        idle = [d for of in self._decode(key, sessions=sessions, tokens=tokens) for d in of]
+        done = threading.Event()
+        seconds: list[float] = []
+        blocks = self._models[key].blocks
+        hidden = torch.randn(1, prompt, blocks.config.hidden_size)
+
+        def feed() -> None:
+            with torch.inference_mode(), blocks.inference_session(max_length=prompt) as session:
+                start = time.perf_counter()
+                session.step(hidden)
+                seconds.append(time.perf_counter() - start)
+            done.set()
+
+        feeder = threading.Thread(target=feed)
+        limit = 100 * tokens
+        busy = self._decode(key, sessions=sessions, tokens=limit, at_start=feeder.start, until=done)
+        feeder.join()
+        during = [d for of in busy for d in of]
+        return {
+            "idle_p50": statistics.median(idle),
+            "idle_p99": quantile(idle, 0.99),
+            "prompt_p50": statistics.median(during),
+            "prompt_p99": quantile(during, 0.99),
+            "prompt_seconds": seconds[0],
+            "steps_beside": float(len(during)),
+        }
+
+    def _decode(
+        self,
+        key: str,
+        *,
+        sessions: int,
+        tokens: int,
+        at_start: Callable[[], Any] = lambda: None,
+        until: threading.Event | None = None,
+    ) -> list[list[float]]:
+        """Sessions side by side, each in a thread: a prompt, some steps to warm up, and those that count, in ms."""
+        blocks = self._models[key].blocks
+        size = blocks.config.hidden_size
+        barrier = threading.Barrier(sessions, action=at_start)
+        results: list[list[float]] = [[] for _ in range(sessions)]
+        failures: list[BaseException] = []
+
+        def converse(index: int) -> None:
+            try:
+                with torch.inference_mode(), ExitStack() as stack:
+                    length = PROMPT_TOKENS + WARM_STEPS + tokens
+                    session = stack.enter_context(blocks.inference_session(max_length=min(length, 1024)))
+                    session.step(torch.randn(1, PROMPT_TOKENS, size))
+                    for _ in range(WARM_STEPS):
+                        session.step(torch.randn(1, 1, size))
+                    one = torch.randn(1, 1, size)
+                    barrier.wait()
+                    for _ in range(tokens):
+                        if until is not None and until.is_set():
+                            break
+                        start = time.perf_counter()
+                        session.step(one)
+                        results[index].append((time.perf_counter() - start) * 1000)
+            except BaseException as e:
+                failures.append(e)
+                barrier.abort()
+
+        threads = [threading.Thread(target=converse, args=(index,)) for index in range(sessions)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return results
+
+
+def main() -> None:
+    gc.disable()  # a session that failed to close hangs for ever when the collector runs in its loop's thread
+    torch.set_num_threads(1)
+    commands = EngineCommands()
+    lines.event("ready", petals=petals.__version__, torch=torch.__version__)
+    for line in sys.stdin:
+        request = json.loads(line)
+        arguments = {k: v for k, v in request.items() if k not in ("id", "do")}
+        try:
+            lines.result(request, getattr(commands, request["do"])(**arguments))
+        except Exception as e:
+            lines.error(request, e)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(0)  # an orderly exit could wait for ever for a session that failed to close
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A ragged batch: tokens of several sequences in one row, and where their keys and values lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.engine import attention
+from kwaainet_bridge.engine.step import SequencePart
+
+GATHER_ELEMENTS = 1 << 18
+"""Keys of one block (in values) up to which one attention over gathered pages is quicker than one for each sequence."""
+
+
+class PagedStore:
+    """Keys and values of all sessions: for each block two tensors [kv_heads, pages * page_tokens, head_dim].
+
+    The memory is taken from the system as pages are first written.
+    """
+
+    def __init__(
+        self, blocks: range, pages: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """``heads`` is (kv_heads, head_dim)."""
+        shape = (len(blocks), 2, heads[0], pages * defaults.PAGE_TOKENS, heads[1])
+        self.blocks = blocks
+        self.device = device
+        self._storage = torch.empty(shape, dtype=dtype, device=device)
+        self._of_block = [(pair[0], pair[1]) for pair in self._storage]
+
+    def of(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one block of the model."""
+        return self._of_block[block - self.blocks.start]
+
+    def copy(self, blocks: range, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages, (from, to), of some blocks of the model."""
+        first = blocks.start - self.blocks.start
+        part = self._storage[first : first + len(blocks)].unflatten(3, (-1, defaults.PAGE_TOKENS))
+        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        part.index_copy_(3, targets, part.index_select(3, sources))
+
+
+class RaggedBatch:
+    """The plan of one batch, the same for all blocks: made once, used by every layer."""
+
+    def __init__(self, store: PagedStore, sequences: Sequence[SequencePart]) -> None:
+        self._store = store
+        self._sequences = sequences
+        page = defaults.PAGE_TOKENS
+        slots: list[int] = []
+        self._parts: list[tuple[int, int, int, int | None]] = []
+        """Of each sequence: where its tokens are in the batch, how many, up to where it has keys, and from which slot
+        on, if they lie in one run."""
+        offset = 0
+        for sequence in sequences:
+            pages, start, count = sequence.pages, sequence.start, sequence.count
+            end = start + count
+            used = -(-end // page)
+            in_one_run = pages[used - 1] - pages[0] == used - 1 and all(
+                pages[i + 1] - pages[i] == 1 for i in range(used - 1)
+            )
+            if in_one_run:
+                base = pages[0] * page
+                slots += range(base + start, base + end)
+            else:
+                base = None
+                slots += [pages[t // page] * page + t % page for t in range(start, end)]
+            self._parts.append((offset, count, end, base))
+            offset += count
+        self.tokens = offset
+        self.places = [(sequence.start, sequence.count) for sequence in sequences]
+        """Where the tokens are in their sequences: (first position, how many), one after the other."""
+        self._slots = torch.tensor(slots, device=store.device)
+        self._indices: dict[tuple[int, int], torch.Tensor] = {}
+
+    def write(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the batch's keys and values [1, kv_heads, N, head_dim] into their pages."""
+        for store, new in zip(self._store.of(block), (keys, values), strict=True):
+            store.index_copy_(1, self._slots, new[0])
+
+    def attend(
+        self, block: int, query: torch.Tensor, scaling: float | None, window: int | None
+    ) -> torch.Tensor:
+        """[1, N, heads, head_dim]: every query [1, heads, N, head_dim] over what its sequence has up to there."""
+        keys, values = self._store.of(block)
+        outputs = []
+        for index, (offset, count, end, base) in enumerate(self._parts):
+            if base is not None:
+                key, value = keys[None, :, base : base + end], values[None, :, base : base + end]
+            else:
+                slots = self._gathered(index, end)
+                key, value = keys.index_select(1, slots)[None], values.index_select(1, slots)[None]
+            part = query[:, :, offset : offset + count]
+            outputs.append(attention.causal(part, key, value, scaling, window))
+        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return whole.transpose(1, 2)
+
+    def _gathered(self, index: int, end: int) -> torch.Tensor:
+        """Slots of the first ``end`` tokens of a sequence."""
+        key = index, end
+        if key not in self._indices:
+            pages = torch.tensor(self._sequences[index].pages, device=self._store.device)
+            within = torch.arange(defaults.PAGE_TOKENS, device=self._store.device)
+            self._indices[key] = (pages[:, None] * defaults.PAGE_TOKENS + within).flatten()[:end]
+        return self._indices[key]

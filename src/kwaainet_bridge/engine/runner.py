@@ -1,0 +1,117 @@
+"""Running steps and prompts on the served blocks. Everything here runs in the compute thread."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Sequence
+
+import outcome
+import torch
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.engine.attention import RaggedCache
+from kwaainet_bridge.engine.prompts import add_prompt
+from kwaainet_bridge.engine.ragged import PagedStore, RaggedBatch
+from kwaainet_bridge.engine.span import Span
+from kwaainet_bridge.engine.step import Step
+
+
+class Runner:
+    """Runs steps on a span and its KV cache."""
+
+    def __init__(self, span: Span, store: PagedStore) -> None:
+        self._span = span
+        self._store = store
+        self.hidden_size = int(span.model.config.hidden_size)
+        self.dtype = span.dtype
+
+    def run_merged(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
+        """The outputs [B, T, H] of each, on the CPU, from one ragged batch.
+
+        If that fails each runs alone, so that one that cannot be computed does not hurt the others.
+        """
+        try:
+            return [outcome.Value(output) for output in self._run_together(steps)]
+        except Exception as error:  # handed to whoever waits for the step
+            if len(steps) == 1:
+                return [outcome.Error(error)]
+        return [self.run_merged([step])[0] for step in steps]
+
+    def _run_together(self, steps: Sequence[Step]) -> list[torch.Tensor]:
+        for step in steps:
+            self._copy(step)
+        states = [self._begin(step.hidden) for step in steps]
+        bounds = sorted({bound for step in steps for bound in (step.blocks.start, step.blocks.stop)})
+        for first, last in itertools.pairwise(bounds):
+            active = [i for i, step in enumerate(steps) if first in step.blocks]
+            if active:
+                outputs = self._segment(
+                    range(first, last), [steps[i] for i in active], [states[i] for i in active]
+                )
+                for index, output in zip(active, outputs, strict=True):
+                    states[index] = output
+        return [state.reshape(step.hidden.shape).to("cpu") for state, step in zip(states, steps, strict=True)]
+
+    def _segment(self, blocks: range, steps: list[Step], states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """[tokens, H] of each step through blocks that all of them want."""
+        batch = RaggedBatch(self._store, [part for s in steps for part in s.parts(0, s.hidden.shape[1])])
+        cache = RaggedCache(batch)
+        state = (states[0] if len(states) == 1 else torch.cat(states))[None]
+        for block in blocks:
+            state = self._span.run(block, _prompted(state, block, steps), cache=cache)
+        return list(state[0].split([step.tokens for step in steps]))
+
+    def run_prompt(self, step: Step, contended: Callable[[], bool]) -> Generator[None, None, torch.Tensor]:
+        """The output [B, T, H] of a long step, on the CPU; chunk by chunk, and a piece is one block's work on it."""
+        self._copy(step)
+        rows, tokens, _ = step.hidden.shape
+        output = torch.empty(step.hidden.shape, dtype=self._span.dtype)
+        offset = 0
+        while offset < tokens:
+            count = min(tokens - offset, max(1, self._piece_tokens(contended=contended()) // rows))
+            where = slice(offset, offset + count)
+            cache = RaggedCache(RaggedBatch(self._store, step.parts(offset, count)))
+            state = self._begin(step.hidden[:, where])[None]
+            for block in step.blocks:
+                state = self._span.run(block, _prompted_rows(state, block, step, offset, count), cache=cache)
+                if block + 1 < step.blocks.stop:
+                    yield
+            output[:, where] = state.reshape(rows, count, -1)
+            offset += count
+            if offset < tokens:
+                yield
+        return output
+
+    def _piece_tokens(self, *, contended: bool) -> int:
+        if not contended:
+            return defaults.PIECE_TOKENS
+        shared = defaults.SHARED_PIECE_TOKENS_PER_BLOCK * len(self._span.blocks)
+        return min(defaults.PIECE_TOKENS, max(defaults.MIN_SHARED_PIECE_TOKENS, shared))
+
+    def _copy(self, step: Step) -> None:
+        if step.copies:
+            self._store.copy(step.blocks, step.copies)
+
+    def _begin(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, H] of [B, T, H], row by row."""
+        return hidden.to(self._span.device, self._span.dtype).reshape(-1, hidden.shape[2])
+
+
+def _prompted(state: torch.Tensor, block: int, steps: Sequence[Step]) -> torch.Tensor:
+    """``state`` [1, N, H] with the prompts of those steps that have any."""
+    if all(step.prompts is None for step in steps):
+        return state
+    parts = state[0].split([step.tokens for step in steps])
+    changed = [
+        _prompted_rows(part[None], block, step, 0, step.hidden.shape[1])[0]
+        for part, step in zip(parts, steps, strict=True)
+    ]
+    return torch.cat(changed)[None]
+
+
+def _prompted_rows(state: torch.Tensor, block: int, step: Step, offset: int, count: int) -> torch.Tensor:
+    """``state`` [1, B * count, H], which begins ``offset`` tokens after the step, with the step's prompts."""
+    if step.prompts is None:
+        return state
+    rows = state.reshape(len(step.rows), count, -1)
+    return add_prompt(rows, step.prompts[block - step.blocks.start], offset).reshape(state.shape)
