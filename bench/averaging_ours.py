@@ -29,6 +29,7 @@ from bench.net_lines import Lines, requests
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.hivemind.averaging import Averager
 from kwaainet_bridge.hivemind.peer import open_peer
+from kwaainet_bridge.malloc import keep_freed_memory
 from kwaainet_bridge.net.identity import Identity
 
 STEP_SECONDS = 120.0
@@ -114,6 +115,7 @@ def _memory(name: str) -> int:
 
 async def main() -> None:
     torch.set_num_threads(1)  # as the stock peers
+    keep_freed_memory()  # as the command does, and the documentation advises
     lines = Lines()
     async with AsyncExitStack() as stack:
         commands = Commands(stack)

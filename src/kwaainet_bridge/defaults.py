@@ -8,8 +8,8 @@ KIB: Final = 1024
 MIB: Final = 1024 * KIB
 
 KEPT_FREE_BYTES: Final = 64 * MIB
-"""Freed memory that a process keeps for what it needs next instead of giving it back. The most that glibc would come to by
-itself, after it has seen blocks of half this size."""
+"""Freed memory that a process keeps for what it needs next instead of giving it back. The most that glibc
+comes to by itself, after it has seen blocks of half this size."""
 
 # --- rpc ------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from kwaainet_bridge.config import (
     parse_config,
 )
 from kwaainet_bridge.errors import BridgeError, CheckpointError, ConfigError, NetworkError
+from kwaainet_bridge.malloc import keep_freed_memory
 
 app = typer.Typer(
     name="kwaainet-bridge",
@@ -69,6 +70,7 @@ KwaaiOption = Annotated[
 
 def main() -> None:
     """Run the command line; errors of this package end it with a message instead of a traceback."""
+    keep_freed_memory()
     try:
         app()
     except* KeyboardInterrupt:

@@ -69,7 +69,8 @@ class Options:
 class AllReduce:
     """The all-reduce of ``group``, as its member ``own``. The tensors stay unchanged until ``apply``.
 
-    They must be contiguous, of floats, and may not be changed by others meanwhile. ``shares`` are the elements that
+    They must be contiguous, of floats, and may not be changed by others meanwhile. ``deltas`` is what ``deltas_of``
+    made for them, to be used by one all-reduce at a time. ``shares`` are the elements that
     each member averages. ``run`` is called once; ``serve`` for every stream that comes for this group, which may be
     before ``run``.
     """
@@ -78,6 +79,7 @@ class AllReduce:
         self,
         group: Group,
         tensors: Sequence[torch.Tensor],
+        deltas: Sequence[torch.Tensor],
         *,
         own: PeerId,
         weight: float,
@@ -90,8 +92,7 @@ class AllReduce:
         self.sent_bytes = 0  # of tensors as they travel
         self.received_bytes = 0
         self._tensors = tensors
-        # in one piece for each tensor: parts that stay until the end, among others that do not, would tear up memory
-        self._deltas = [new_values(t.numel(), _precise(t.dtype)).reshape(t.shape) for t in tensors]
+        self._deltas = deltas
         self._averaged: set[Part] = set()  # those whose deltas have come
         self._own = own
         self._weight = weight
@@ -379,6 +380,14 @@ class AllReduce:
         tensor = await coded(encode, part.nbytes, self._options.compression)
         self.sent_bytes += total(tensor.values)
         return AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor)
+
+
+def deltas_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Memory for the differences between averages and ``tensors``, on the CPU.
+
+    In one piece for each tensor: parts that stay until the end, among others that do not, would tear up memory.
+    """
+    return [new_values(t.numel(), _precise(t.dtype)).reshape(t.shape) for t in tensors]
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import BridgeError, DeadlineExceeded, RemoteError
-from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce, Options
+from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce, Options, deltas_of
 from kwaainet_bridge.hivemind.averaging.dialect import Protocol, dialect_of
 from kwaainet_bridge.hivemind.averaging.group import About, Group, Mode
 from kwaainet_bridge.hivemind.averaging.matchmaking import Matchmaking, Rules
@@ -153,6 +153,8 @@ class Averager:
             clock=clock,
         )
         self._sharing.allowed = share_state and self.mode is Mode.NODE
+        # kept from one all-reduce to the next: the first write to new memory costs as much as several to old
+        self._deltas: list[torch.Tensor] | None = None
         self._groups: dict[bytes, AllReduce | None] = {}  # None: it has not begun here
         self._groups_changed = trio.Event()
         self._one_at_a_time = trio.Lock()
@@ -341,9 +343,12 @@ class Averager:
         async with self.lock:
             if not all_finite(self.tensors):
                 raise ValueError(f"averaging {self.prefix!r}: own values are not finite")
+            if self._deltas is None:
+                self._deltas = deltas_of(self.tensors)
             reduction = AllReduce(
                 group,
                 self.tensors,
+                self._deltas,
                 own=self.peer_id,
                 weight=weight,
                 shares=shares,
