@@ -69,7 +69,13 @@ class FairQueue:
         if not mine:
             del self._peers[request.peer]
             if len(self._given) - len(self._peers) > MAX_IDLE_PEERS:
-                self._given = {p: v for p, v in self._given.items() if p in self._peers or v > self._level}
+                self._forget_peers()
+
+    def _forget_peers(self) -> None:
+        """Of those without requests remember the half that were given most, if it is more than newcomers start from."""
+        idle = {p: v for p, v in self._given.items() if p not in self._peers and v > self._level}
+        remembered = heapq.nlargest(MAX_IDLE_PEERS // 2, idle, key=idle.__getitem__)
+        self._given = {p: self._given[p] for p in (*self._peers, *remembered)}
 
     def charge(self, peer: Hashable, amount: float) -> None:
         """Count what a peer was given."""
