@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import attention
 from kwaainet_bridge.engine.step import SequencePart
-
-GATHER_ELEMENTS = 1 << 18
-"""Keys of one block (in values) up to which one attention over gathered pages is quicker than one for each sequence."""
 
 
 class PagedStore:
@@ -85,17 +83,29 @@ class RaggedBatch:
     ) -> torch.Tensor:
         """[1, N, heads, head_dim]: every query [1, heads, N, head_dim] over what its sequence has up to there."""
         keys, values = self._store.of(block)
+        _, heads, tokens, size = query.shape
+        # the heads that share keys stand as the queries of one head, see attention.causal
+        single = query.view(keys.shape[0], -1, tokens, size).permute(2, 0, 1, 3)
         outputs = []
         for index, (offset, count, end, base) in enumerate(self._parts):
+            first = max(0, end - window) if window is not None and count == 1 else 0
             if base is not None:
-                key, value = keys[None, :, base : base + end], values[None, :, base : base + end]
+                key, value = (
+                    keys[None, :, base + first : base + end],
+                    values[None, :, base + first : base + end],
+                )
             else:
-                slots = self._gathered(index, end)
+                slots = self._gathered(index, end)[first:]
                 key, value = keys.index_select(1, slots)[None], values.index_select(1, slots)[None]
-            part = query[:, :, offset : offset + count]
-            outputs.append(attention.causal(part, key, value, scaling, window))
-        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-        return whole.transpose(1, 2)
+            if count == 1:
+                part = single[offset : offset + 1]
+                outputs.append(scaled_dot_product_attention(part, key, value, scale=scaling))
+            else:
+                part = query[:, :, offset : offset + count]
+                attended = attention.causal(part, key, value, scaling, window)
+                outputs.append(attended.transpose(1, 2).reshape(count, keys.shape[0], -1, size))
+        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return whole.reshape(1, tokens, heads, size)
 
     def _gathered(self, index: int, end: int) -> torch.Tensor:
         """Slots of the first ``end`` tokens of a sequence."""

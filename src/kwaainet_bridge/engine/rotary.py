@@ -27,16 +27,21 @@ class RotaryTable:
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._positions = torch.empty(1, 0, dtype=torch.int64, device=device)
         self._tables: dict[str, Embeddings] = {}
+        self._asked: tuple[Places, torch.Tensor] = [], self._positions
         self._last: dict[str, tuple[Places, Embeddings]] = {}
 
     def positions(self, places: Places) -> torch.Tensor:
-        """int64 [1, N]: for each place (start, count): start, start + 1, …"""
+        """int64 [1, N]: for each place (start, count): start, start + 1, … The last answer is kept."""
+        if places == self._asked[0]:
+            return self._asked[1]
         end = max(start + count for start, count in places)
         if end > self._positions.shape[1]:
             size = max(FIRST_TABLE, 1 << (end - 1).bit_length())
             self._positions = torch.arange(size, device=self._like.device)[None]
             self._tables.clear()
-        return _joined([self._positions[:, start : start + count] for start, count in places])
+        found = _joined([self._positions[:, start : start + count] for start, count in places])
+        self._asked = list(places), found
+        return found
 
     def embeddings(self, places: Places, layer_type: str) -> Embeddings:
         """What a layer of this type takes as ``position_embeddings`` for the positions of ``places``.
