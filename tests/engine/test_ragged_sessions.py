@@ -164,7 +164,8 @@ async def test_a_long_prompt_lets_steps_through(
     assert "sPPPPPPPPPPPP" not in steps  # two pieces of six blocks each
 
 
-@settings(deadline=None, max_examples=25)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_any_history_is_the_whole_models(
     data: st.DataObject, llama: Reference, one_engine_folder: str

@@ -82,10 +82,6 @@ class FairQueue:
         if peer in self._given:
             self._given[peer] += amount
 
-    def waiting_since(self) -> float:
-        """When the request came that waits longest."""
-        return min(request.since for request in self._requests.values())
-
     def touch(self, key: int, now: float) -> None:
         """A piece of the request ended: it begins to wait again."""
         self._requests[key].since = now
