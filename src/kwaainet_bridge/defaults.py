@@ -554,7 +554,7 @@ MAX_BATCH_TOKENS: Final = 8192
 
 MERGED_STEP_TOKENS: Final = 64
 """Batch times tokens that all steps of one ragged batch may have together; a longer step is cut into pieces. On two
-cores a block computes 64 tokens in two to three times as long as one."""
+cores a block takes some four times as long for 64 tokens as for one."""
 
 PIECE_TOKENS: Final = 512
 """Batch times tokens that one block processes at once: bounds activation memory and how long others wait. On CPUs 256
@@ -765,6 +765,15 @@ DHT_JOIN_RETRY_SECONDS: Final = 30.0
 DRAIN_SECONDS: Final = 60.0
 """How long running sessions may go on after SIGTERM. Service managers kill after 90 s by default."""
 
+REBALANCE_SECONDS: Final = 60.0
+"""Mean time between two looks of a node that chose its blocks at whether others need it more (stock: 60 s)."""
+
+REBALANCE_MAX_SECONDS: Final = 3600.0
+"""The same after moves that failed: each doubles it up to this, since a model may be tens of gigabytes."""
+
+MOVE_SPARE_BYTES: Final = 512 * MIB
+"""Memory that must be left beside a second span of blocks before it is loaded while the first is served."""
+
 OFFLINE_STORE_SECONDS: Final = 10.0
 """How long a leaving node tries to withdraw its records before it goes without."""
 
@@ -841,6 +850,24 @@ DIRECTORY_READ_SECONDS: Final = 60.0
 UNMEASURED_THROUGHPUT: Final = 1e-6
 """Requests a second that a server counts for which joins and announces none yet, where a new node chooses its blocks:
 less than any real one's, so that it hides no block without any server."""
+
+BALANCE_QUALITY: Final = 0.75
+"""A node that chose its blocks moves if their weakest has less than this share of the throughput that it could have
+(stock: 0.75)."""
+
+BALANCE_EPSILON: Final = 1e-3
+"""What counts as no difference when that is judged, in requests a second and as a share (stock: the same)."""
+
+REBALANCE_SIMULATED_MOVES: Final = 20_000
+"""Most moves of other servers that are thought through for one judgement: about a second of one core, and twenty rounds
+of a thousand servers. Whoever announces blocks decides how much there is to think about."""
+
+REBALANCE_SERVERS_ON_LOOP: Final = 16
+"""Up to this many servers that is done in the event loop, which takes a millisecond or two; else in a thread."""
+
+MAX_THROUGHPUT: Final = 1e9
+"""Requests a second that one server counts for at most where blocks are chosen: more than any has. Sums of greater
+numbers would lose the digits of all others, or be infinite."""
 
 MAX_PINGED_SERVERS: Final = 16
 """Servers whose round-trip time is measured per reading of the records, chosen at random."""
