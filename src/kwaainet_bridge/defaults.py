@@ -858,8 +858,8 @@ BALANCE_QUALITY: Final = 0.75
 BALANCE_EPSILON: Final = 1e-3
 """What counts as no difference when that is judged, in requests a second and as a share (stock: the same)."""
 
-REBALANCE_SIMULATED_MOVES: Final = 20_000
-"""Most moves of other servers that are thought through for one judgement: about a second of one core, and twenty rounds
+REBALANCE_SIMULATED_MOVES: Final = 50_000
+"""Most moves of other servers that are thought through for one judgement: about a second of one core, and fifty rounds
 of a thousand servers. Whoever announces blocks decides how much there is to think about."""
 
 REBALANCE_SERVERS_ON_LOOP: Final = 16
