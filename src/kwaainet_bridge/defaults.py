@@ -570,6 +570,13 @@ MIN_SHARED_PIECE_TOKENS: Final = 32
 BACKWARD_GRAPH_BYTES: Final = 256 * MIB
 """What a piece of a backward pass may keep of its forward pass so that blocks need not run twice."""
 
+ATTENTION_SCORE_BYTES: Final = 64 * MIB
+"""Float32 scores of one piece of attention where the engine or a family's own code holds them all at once: with softcap
+or sinks, and in families that attend by themselves. Longer attention goes in several pieces."""
+
+WINDOWED_QUERIES: Final = 256
+"""Queries that attend together over a sliding window: the cost grows with the window, not with the sequence."""
+
 SCHEDULER_PATIENCE_SECONDS: Final = 0.5
 """After so long in the queue a piece of a forward or backward pass runs although sessions step, and a request although
 its peer had more than its share. Two pieces a second leave most of the time to sessions."""

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import attention
+from kwaainet_bridge.engine.attention import Rule
 from kwaainet_bridge.engine.step import SequencePart
 
 
@@ -78,9 +79,7 @@ class RaggedBatch:
         for store, new in zip(self._store.of(block), (keys, values), strict=True):
             store.index_copy_(1, self._slots, new[0])
 
-    def attend(
-        self, block: int, query: torch.Tensor, scaling: float | None, window: int | None
-    ) -> torch.Tensor:
+    def attend(self, block: int, query: torch.Tensor, rule: Rule) -> torch.Tensor:
         """[1, N, heads, head_dim]: every query [1, heads, N, head_dim] over what its sequence has up to there."""
         keys, values = self._store.of(block)
         _, heads, tokens, size = query.shape
@@ -88,7 +87,7 @@ class RaggedBatch:
         single = query.view(keys.shape[0], -1, tokens, size).permute(2, 0, 1, 3)
         outputs = []
         for index, (offset, count, end, base) in enumerate(self._parts):
-            first = max(0, end - window) if window is not None and count == 1 else 0
+            first = max(0, end - rule.window - count + 1) if rule.window is not None else 0
             if base is not None:
                 key, value = (
                     keys[None, :, base + first : base + end],
@@ -97,12 +96,12 @@ class RaggedBatch:
             else:
                 slots = self._gathered(index, end)[first:]
                 key, value = keys.index_select(1, slots)[None], values.index_select(1, slots)[None]
-            if count == 1:
+            if count == 1 and rule.plain:
                 part = single[offset : offset + 1]
-                outputs.append(scaled_dot_product_attention(part, key, value, scale=scaling))
+                outputs.append(scaled_dot_product_attention(part, key, value, scale=rule.scaling))
             else:
                 part = query[:, :, offset : offset + count]
-                attended = attention.causal(part, key, value, scaling, window)
+                attended = attention.causal(part, key, value, rule)
                 outputs.append(attended.transpose(1, 2).reshape(count, keys.shape[0], -1, size))
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return whole.reshape(1, tokens, heads, size)
