@@ -194,9 +194,13 @@ class ModelConfig(_Section):
     name: str = EMBEDDED_MODEL
     """Folder of a Hugging Face checkpoint (relative to the configuration file), hub repository, or ``austen``."""
     blocks: str | None = None
-    """``first:end``, end not included; ``auto`` for ``num_blocks`` of them, chosen at the start; all when left out."""
+    """``first:end``, end not included; ``auto`` for ``num_blocks`` of the node's own choice; all when left out."""
     num_blocks: Positive | None = None
     """How many to serve with ``blocks: auto``, which needs it; without effect otherwise."""
+    rebalance_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = defaults.REBALANCE_SECONDS
+    """With ``blocks: auto``: mean time between two looks at whether others need it more; 0 or ``off`` for none."""
+    balance_quality: Annotated[float, Field(ge=0, le=1)] = defaults.BALANCE_QUALITY
+    """It moves if the model's weakest block has less than this share of the throughput that it could have."""
     dht_prefix: Annotated[str, _checked(check_prefix)] | None = None
     """Name of the blocks in the swarm. Left out: what Petals derives from the repository's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -232,6 +236,11 @@ class ModelConfig(_Section):
         if int(match[1]) >= int(match[2]):
             raise ValueError(f"{value} holds no block: the end comes after the last block")
         return value
+
+    @field_validator("rebalance_seconds", mode="before")
+    @classmethod
+    def _check_rebalancing(cls, value: Any) -> Any:
+        return 0 if value is False or value == "off" else value  # YAML 1.1 reads off as false
 
     @model_validator(mode="after")
     def _check_auto_knows_how_many(self) -> ModelConfig:

@@ -74,6 +74,8 @@ class KwaaiServer:
         if self._model is not None:
             raise ValueError("a model is served already")
         self._model = model
+        if "_places" in self.__dict__:  # they may have been drained of another model's sessions
+            self._places.accepting = True
         try:
             yield self
         finally:

@@ -195,6 +195,11 @@ class Announcer:
         self._announced = False
         self._expirations: dict[str, float] = {}
 
+    @property
+    def own(self) -> PeerId:
+        """This node, as its records name it."""
+        return self._publishers[0].own
+
     async def run(self) -> None:
         """Renew the records every period until cancelled, beginning one period from now."""
         while True:
@@ -215,26 +220,40 @@ class Announcer:
             return []
         self._announced = state is not ServerState.OFFLINE
         reports: list[AnnounceReport] = []
+        offer = self.offer
 
-        async def publish(publisher: Publisher) -> None:
-            reports.append(await self._publish(publisher, state))
+        async def publish(publisher: Publisher, expiration: float) -> None:
+            reports.append(await self._publish(publisher, offer, state, expiration))
 
         async with trio.open_nursery() as nursery:
             for publisher in self._publishers:
-                nursery.start_soon(publish, publisher)
+                nursery.start_soon(publish, publisher, self._next_expiration(publisher))
         return reports
 
-    async def _publish(self, publisher: Publisher, state: ServerState) -> AnnounceReport:
-        # a record replaces another only if it expires later
+    def replace(self, offer: Offer) -> None:
+        """Announce other blocks from now on. ValueError unless what was announced is withdrawn."""
+        if self._announced:
+            raise ValueError("the blocks that are announced must be withdrawn first")
+        offer.using_relay = self.offer.using_relay
+        self.offer = offer
+        self.wanted = ServerState.OFFLINE
+
+    def _next_expiration(self, publisher: Publisher) -> float:
+        """When records of a round that begins now expire: a record replaces another only if it expires later."""
         least = math.nextafter(self._expirations.get(publisher.network, -math.inf), math.inf)
         expiration = max(self._clock() + publisher.lifetime, least)
         self._expirations[publisher.network] = expiration
-        results = await publisher.store(publisher.items(self.offer, state, expiration))
+        return expiration
+
+    async def _publish(
+        self, publisher: Publisher, offer: Offer, state: ServerState, expiration: float
+    ) -> AnnounceReport:
+        results = await publisher.store(publisher.items(offer, state, expiration))
         report = _report(publisher, state, results)
         log.log(
             logging.INFO if report.ok else logging.WARNING,
             "announced %d blocks in %s as %s: %d of %d records kept, %d of them by other nodes; %s",
-            len(self.offer.blocks),
+            len(offer.blocks),
             publisher.network,
             state.name,
             report.acknowledged,

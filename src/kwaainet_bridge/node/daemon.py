@@ -22,7 +22,7 @@ from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.serving import ModelService
 from kwaainet_bridge.node.state import NodeState, Phase
-from kwaainet_bridge.node.watching import measure_lag, watch_engine
+from kwaainet_bridge.node.watching import measure_lag
 from kwaainet_bridge.wire.peer_id import PeerId
 
 if TYPE_CHECKING:
@@ -184,8 +184,14 @@ async def _work(
             if config.model is None:
                 await _serve_until(stop, state)
             else:
-                model = ModelService(config.model, serving, state, reachability=reachability)
-                await _serve_blocks(model, state, stop, config.drain_seconds)
+                model = ModelService(
+                    config.model,
+                    serving,
+                    state,
+                    reachability=reachability,
+                    drain_seconds=config.drain_seconds,
+                )
+                await model.run(stop)
         nursery.cancel_scope.cancel()
 
 
@@ -194,25 +200,6 @@ async def _serve_until(stop: trio.Event, state: NodeState) -> None:
     state.enter(Phase.SERVING)
     await stop.wait()
     state.enter(Phase.DRAINING)
-
-
-async def _serve_blocks(
-    model: ModelService, state: NodeState, stop: trio.Event, drain_seconds: float
-) -> None:
-    async with model.running() as served, trio.open_nursery() as watching:
-        state.served, engine = served, served.engine
-        watching.start_soon(watch_engine, engine.check, state)
-        state.enter(
-            Phase.SERVING,
-            blocks=f"{engine.blocks.start}:{engine.blocks.stop}",
-            model_blocks=engine.model.num_blocks,
-            prefix=", ".join(dict.fromkeys(served.prefixes.values())),
-        )
-        await stop.wait()
-        state.enter(Phase.DRAINING, sessions=served.open_sessions)
-        await served.drain(drain_seconds)
-        watching.cancel_scope.cancel()
-    state.served = None
 
 
 async def _import_engine() -> None:

@@ -9,6 +9,7 @@ import trio
 
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.config import ModelConfig, NodeConfig
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import Engine, ModelInfo, ModelOutline
 from kwaainet_bridge.hivemind.client.directory import Directory, Span
 from kwaainet_bridge.hivemind.dht import DhtNode
@@ -52,6 +53,7 @@ class PetalsSide:
         self._state = state
         self._reachability = reachability
         self._is_auto = is_auto
+        self._counts = ServingCounts()
 
     async def run(self) -> None:
         """Keep in touch with the swarm, and help its averagers, until cancelled."""
@@ -78,7 +80,7 @@ class PetalsSide:
         self, config: ModelConfig, engine: Engine, publisher: Publisher
     ) -> AbstractAsyncContextManager[ExpertServer]:
         span = ServedSpan(publisher.prefix, engine, CompressionType[config.compression])
-        return serve_span(span, self._peer.server, self._peer.client)
+        return serve_span(span, self._peer.server, self._peer.client, counts=self._counts)
 
 
 @asynccontextmanager

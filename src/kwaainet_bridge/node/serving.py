@@ -1,115 +1,49 @@
-"""The blocks on a node: loaded once, served in every network whose inference protocol is on, announced in those."""
+"""The blocks on a node: loaded once, served in every network whose inference protocol is on, announced in those.
+
+A node that chose its blocks itself moves to others when its networks need those more (:mod:`.moving`). One span is
+served at a time: the calls of a network do not say which of two engines they mean. The next one is loaded beforehand if
+memory allows.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
-from typing import Protocol
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from functools import partial
 
 import structlog
 import torch
 import trio
 
-from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig
-from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo
+from kwaainet_bridge.errors import BridgeError
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.announcing import Announcer, AnnounceReport, Offer, Publisher
-from kwaainet_bridge.node.choosing import ReadableNetwork, choose_blocks
+from kwaainet_bridge.node.choosing import choose_blocks
+from kwaainet_bridge.node.memory import available_bytes, release
 from kwaainet_bridge.node.models import model_source
+from kwaainet_bridge.node.moving import Placement
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.readiness import announced_in
+from kwaainet_bridge.node.served import BlockServer, ServedBlocks, ServingNetwork, shown, withdraw
 from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.node.watching import watch_engine
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-
-class BlockServer(Protocol):
-    """Serves loaded blocks in one network."""
-
-    counts: ServingCounts
-
-    @property
-    def open_sessions(self) -> int: ...
-
-    async def drain(self, *, timeout: float = math.inf) -> int:
-        """Take no new sessions and wait for the others; how many are left after ``timeout`` seconds."""
-        ...
-
-
-class ServingNetwork(ReadableNetwork, Protocol):
-    """A network in which blocks can be served."""
-
-    def publisher(self, config: ModelConfig, model: ModelInfo) -> Publisher:
-        """What writes the records of this model there. Raises ConfigError for a name that they cannot have."""
-        ...
-
-    def serve(
-        self, config: ModelConfig, engine: Engine, publisher: Publisher
-    ) -> AbstractAsyncContextManager[BlockServer]:
-        """Serve these blocks under the name that the records give. Raises ConfigError."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServedBlocks:
-    """Blocks that are loaded, served and announced."""
-
-    engine: Engine
-    prefixes: dict[str, str]
-    """What the blocks are called, by network."""
-    servers: Sequence[BlockServer]
-    announcer: Announcer
-
-    @property
-    def cache_tokens(self) -> tuple[int, int]:
-        """Room of the KV cache, and what is left of it, in tokens of one sequence through all of these blocks."""
-        engine = self.engine
-        each = engine.cache_bytes_per_token * len(engine.blocks)
-        return engine.cache_bytes_total // each, engine.cache_bytes_left // each
-
-    @property
-    def by_network(self) -> dict[str, BlockServer]:
-        """The servers by their networks."""
-        return dict(zip(self.prefixes, self.servers, strict=True))
-
-    @property
-    def open_sessions(self) -> int:
-        return sum(server.open_sessions for server in self.servers)
-
-    async def drain(self, seconds: float) -> None:
-        """Refuse new sessions, withdraw the records, and give what is under way ``seconds`` to end."""
-        left: list[int] = []
-
-        async def drain(server: BlockServer) -> None:
-            left.append(await server.drain(timeout=seconds))
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_withdraw, self.announcer)
-            for server in self.servers:
-                nursery.start_soon(drain, server)
-        if sum(left):
-            log.warning("sessions are cut off", sessions=sum(left), after_seconds=seconds)
-
-
-async def _withdraw(announcer: Announcer) -> None:
-    """Store OFFLINE, unless that was done, and wait a limited time for what the swarm answers. Shielded."""
-    if announcer.wanted is ServerState.OFFLINE:
-        return
-    deadline = trio.current_time() + defaults.OFFLINE_STORE_SECONDS
-    with trio.CancelScope(deadline=deadline, shield=True) as limit:
-        await announcer.announce(ServerState.OFFLINE)
-    if limit.cancelled_caught:
-        log.warning("the swarm did not acknowledge that this node leaves; its records expire by themselves")
+_LOAD_ERRORS = (BridgeError, OSError, MemoryError)
 
 
 class ModelService:
-    """Loads a span of blocks, serves it in these networks, and keeps their records of it true."""
+    """Loads a span of blocks, serves it in these networks, and keeps their records of it true.
+
+    ``drain_seconds`` is how long sessions may go on when their blocks are to go. ``load``, ``memory`` and ``rng`` are
+    what loads an engine, tells the memory that is left, and draws when to look for better blocks.
+    """
 
     def __init__(
         self,
@@ -118,55 +52,257 @@ class ModelService:
         state: NodeState,
         *,
         reachability: ReachabilityWatch,
+        drain_seconds: float,
+        load: Callable[..., Awaitable[Engine]] = Engine.load,
+        memory: Callable[[str], int | None] = available_bytes,
+        rng: random.Random | None = None,
     ) -> None:
         self._config = config
         self._networks = networks
         self._state = state
         self._reachability = reachability
+        self._drain_seconds = drain_seconds
+        self._load_engine = load
+        self._placement = Placement(config, networks, state, rng=rng or random.Random(), memory=memory)
+        self._publishers: list[Publisher] = []
+        self._announcer: Announcer | None = None
+        self._throughput: Throughput | None = None
+        self._weights_bytes = 0
+        self._loaded: Engine | None = None
+        """An engine that is loaded and not served yet."""
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[ServedBlocks]:
-        """Load, announce JOINING, serve, announce ONLINE; serve on until the end of the block.
+    async def run(self, stop: trio.Event) -> None:
+        """Load, announce JOINING, serve, announce ONLINE; move where blocks are needed more; drain once told to stop.
 
         Blocks are announced once it is known whether others can dial this node, and only while they can, through a
         relay at least. However it ends, the records are withdrawn. Raises CheckpointError or ConfigError for a
-        model that cannot be served as configured.
+        model that cannot be served as configured. Cancelled: sessions are not waited for.
         """
-        config = self._config
-        self._state.enter(Phase.LOADING, model=config.name, blocks=config.blocks or "all")
-        announcer: Announcer | None = None
-        publishers: list[Publisher] = []
+        self._state.enter(Phase.LOADING, model=self._config.name, blocks=self._config.blocks or "all")
         async with trio.open_nursery() as nursery:
-
-            def announce_joining(model: ModelInfo, blocks: range) -> None:
-                nonlocal announcer, publishers
-                publishers = [network.publisher(config, model) for network in self._networks]
-                announcer = self._announcer(model, blocks, publishers)
-                nursery.start_soon(self._keep_announced, announcer, nursery)
-
             try:
-                engine = await Engine.load(
-                    self._engine_config(),
-                    progress=self._report_loading,
-                    on_described=announce_joining,
+                self._loaded = await self._load(
+                    self._config.block_range,
+                    on_described=partial(self._announce_joining, nursery),
                     choose=self._chooser(),
                 )
-                async with aclosing(engine), AsyncExitStack() as serving:
-                    assert announcer is not None  # load() has described the model
-                    await self._complete(announcer.offer, engine)
-                    servers = [
-                        await serving.enter_async_context(network.serve(config, engine, publisher))
-                        for network, publisher in zip(self._networks, publishers, strict=True)
-                    ]
-                    await self._reachability.settle()
-                    self._take_verdict(announcer)
-                    await announcer.announce(ServerState.ONLINE)
-                    prefixes = {publisher.network: publisher.prefix for publisher in publishers}
-                    yield ServedBlocks(engine, prefixes, servers, announcer)
+                while (move := await self._stay(stop)) is not None:
+                    release(self._config.device)
+                    await self._load_one_of(move)
             finally:
-                if announcer is not None:
-                    await _withdraw(announcer)
+                await self._drop_loaded()
+                if self._announcer is not None:
+                    await withdraw(self._announcer)
                 nursery.cancel_scope.cancel()
+
+    async def _stay(self, stop: trio.Event) -> tuple[range, range] | None:
+        """Serve what is loaded until told to stop, which gives None, or until other blocks are needed more.
+
+        Then it returns those, and those that were served. The former are loaded now, unless there was no room for both.
+        """
+        engine, self._loaded = self._loaded, None
+        announcer = self._announcer
+        assert engine is not None
+        assert announcer is not None  # loading has described the model
+        is_first = self._throughput is None
+        async with aclosing(engine), AsyncExitStack() as serving:
+            await self._complete(announcer, engine)
+            servers: list[BlockServer] = [
+                await serving.enter_async_context(network.serve(self._config, engine, publisher))
+                for network, publisher in zip(self._networks, self._publishers, strict=True)
+            ]
+            if is_first:
+                await self._reachability.settle()
+            self._take_verdict(announcer)
+            await announcer.announce(ServerState.ONLINE)
+            prefixes = {publisher.network: publisher.prefix for publisher in self._publishers}
+            served = ServedBlocks(engine, prefixes, servers, announcer)
+            try:
+                goal = await self._serve(served, stop)
+            finally:
+                self._state.served = None
+                announcer.offer.cache_tokens = lambda: None  # or it would keep the engine in memory
+        return None if goal is None or stop.is_set() else (goal, engine.blocks)
+
+    async def _serve(self, served: ServedBlocks, stop: trio.Event) -> range | None:
+        """Stay in the phase of serving until told to stop or until other blocks are needed more; drain."""
+        engine = served.engine
+        self._state.served = served
+        self._state.enter(
+            Phase.SERVING,
+            blocks=shown(engine.blocks),
+            model_blocks=engine.model.num_blocks,
+            prefix=", ".join(dict.fromkeys(served.prefixes.values())),
+        )
+        async with trio.open_nursery() as watching:
+            watching.start_soon(watch_engine, engine.check, self._state)
+            goal = await self._wait_for_goal(served, stop)
+            facts = {} if goal is None else {"moves_to": shown(goal)}
+            self._state.enter(Phase.DRAINING, sessions=served.open_sessions, **facts)
+            await served.drain(self._drain_seconds)
+            watching.cancel_scope.cancel()
+        return goal
+
+    # --- moving
+
+    async def _wait_for_goal(self, served: ServedBlocks, stop: trio.Event) -> range | None:
+        """The blocks to move to, loaded if there is room for both; None once told to stop."""
+        if not self._placement.may_change(served.engine.blocks, served.engine.model):
+            await stop.wait()
+            return None
+        goal: range | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def look() -> None:
+                nonlocal goal
+                goal = await self._find_goal(served)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(look)
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+        return goal
+
+    async def _find_goal(self, served: ServedBlocks) -> range:
+        placement, engine = self._placement, served.engine
+        while True:
+            goal = await placement.wait_for_better(served)
+            if not placement.has_room_for_both(self._weights_bytes + engine.cache_bytes_total):
+                return goal
+            try:
+                self._loaded = await self._load(goal)
+            except _LOAD_ERRORS as e:
+                placement.failed(goal, e)
+                continue
+            # loading may have taken long, and others may have been faster
+            advice = await placement.look(served)
+            if advice is not None and advice.blocks == goal:
+                placement.settled()
+                return goal
+            log.info("the next blocks are needed no longer", blocks=shown(goal))
+            await self._drop_loaded()
+
+    async def _load_one_of(self, blocks: Sequence[range]) -> None:
+        """Load the first of ``blocks`` that loads, unless it is loaded; nothing is served meanwhile.
+
+        Raises what the last one does.
+        """
+        if self._loaded is not None:
+            return
+        for goal in blocks:
+            self._state.enter(Phase.LOADING, model=self._config.name, blocks=shown(goal))
+            error: Exception | None = None
+            async with trio.open_nursery() as joining:
+                try:
+                    self._loaded = await self._load(
+                        goal, on_described=partial(self._announce_joining, joining)
+                    )
+                except _LOAD_ERRORS as e:
+                    error = e
+                    joining.cancel_scope.cancel()
+            if error is None:
+                if goal is blocks[0]:
+                    self._placement.settled()
+                return
+            if goal is blocks[-1]:
+                raise error
+            self._placement.failed(goal, error)
+            assert self._announcer is not None
+            await withdraw(self._announcer)
+
+    async def _drop_loaded(self) -> None:
+        engine, self._loaded = self._loaded, None
+        if engine is not None:
+            await engine.aclose()
+
+    # --- loading
+
+    async def _load(
+        self,
+        blocks: range | None,
+        *,
+        on_described: Callable[[ModelInfo, range], None] | None = None,
+        choose: Choose | None = None,
+    ) -> Engine:
+        config = self._config
+        engine_config = EngineConfig(
+            model=model_source(config.name),
+            blocks=blocks,
+            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+            device=config.device,
+            cache_tokens=config.cache_tokens,
+            max_length=config.max_length,
+            max_batch_tokens=config.max_batch_tokens,
+            threads=config.threads,
+        )
+        return await self._load_engine(
+            engine_config, progress=self._report_loading, on_described=on_described, choose=choose
+        )
+
+    def _chooser(self) -> Choose | None:
+        """Who decides which blocks are served at first, None if the configuration does."""
+        config, count = self._config, self._config.blocks_to_choose
+        if count is None:
+            return None
+        return lambda model: choose_blocks(config, self._networks, model, count)
+
+    def _report_loading(self, progress: LoadProgress) -> None:
+        self._weights_bytes = progress.bytes_total
+        if progress.file is not None:
+            log.info("weights file", file=progress.file)
+        else:
+            log.debug("loading", blocks=f"{progress.blocks_done}/{progress.blocks_total}")
+
+    async def _complete(self, announcer: Announcer, engine: Engine) -> None:
+        """Have the records tell of these blocks, with what only a loaded engine tells.
+
+        The throughput is measured once, before anybody is served: all spans of this length are as fast.
+        """
+        if announcer.offer.blocks != engine.blocks:
+            announcer.replace(self._offer(engine.model, engine.blocks))
+        if self._throughput is None:
+            self._throughput = await self._measure(engine)
+        announcer.offer.throughput = self._throughput
+        announcer.offer.cache_tokens = lambda: engine.cache_bytes_left // engine.cache_bytes_per_token
+
+    async def _measure(self, engine: Engine) -> Throughput:
+        if self._config.throughput == "auto":
+            measured = await measure_throughput(engine, network_mbps=self._config.network_mbps)
+        else:
+            measured = Throughput(self._config.throughput)
+        log.info(
+            "throughput",
+            overall=round(measured.overall, 1),
+            inference_rps=measured.inference_rps and round(measured.inference_rps, 1),
+            forward_rps=measured.forward_rps and round(measured.forward_rps, 1),
+        )
+        return measured
+
+    # --- announcing
+
+    def _announce_joining(self, nursery: trio.Nursery, model: ModelInfo, blocks: range) -> None:
+        offer = self._offer(model, blocks)
+        if self._announcer is not None:
+            self._announcer.replace(offer)
+            nursery.start_soon(self._announcer.announce, ServerState.JOINING)
+            return
+        self._publishers = [network.publisher(self._config, model) for network in self._networks]
+        self._announcer = Announcer(offer, self._publishers, on_report=self._judge)
+        nursery.start_soon(self._keep_announced, self._announcer, nursery)
+
+    def _offer(self, model: ModelInfo, blocks: range) -> Offer:
+        offer = Offer(
+            blocks=blocks,
+            model_blocks=model.num_blocks,
+            repository=model.repository,
+            torch_dtype=str(model.dtype).removeprefix("torch."),
+            public_name=self._config.public_name,
+        )
+        if self._throughput is not None:
+            offer.throughput = self._throughput
+        elif self._config.throughput != "auto":
+            offer.throughput = Throughput(self._config.throughput)
+        return offer
 
     async def _keep_announced(self, announcer: Announcer, nursery: trio.Nursery) -> None:
         """Announce JOINING, unless the blocks are ready by now; renew the records, and follow the verdict."""
@@ -191,44 +327,6 @@ class ModelService:
         announcer.offer.using_relay = relayed
         return True
 
-    def _engine_config(self) -> EngineConfig:
-        config = self._config
-        return EngineConfig(
-            model=model_source(config.name),
-            blocks=config.block_range,
-            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            device=config.device,
-            cache_tokens=config.cache_tokens,
-            max_length=config.max_length,
-            max_batch_tokens=config.max_batch_tokens,
-            threads=config.threads,
-        )
-
-    def _chooser(self) -> Choose | None:
-        """Who decides which blocks are served, None if the configuration does."""
-        config, count = self._config, self._config.blocks_to_choose
-        if count is None:
-            return None
-        return lambda model: choose_blocks(config, self._networks, model, count)
-
-    def _report_loading(self, progress: LoadProgress) -> None:
-        if progress.file is not None:
-            log.info("weights file", file=progress.file)
-        else:
-            log.debug("loading", blocks=f"{progress.blocks_done}/{progress.blocks_total}")
-
-    def _announcer(self, model: ModelInfo, blocks: range, publishers: Sequence[Publisher]) -> Announcer:
-        offer = Offer(
-            blocks=blocks,
-            model_blocks=model.num_blocks,
-            repository=model.repository,
-            torch_dtype=str(model.dtype).removeprefix("torch."),
-            public_name=self._config.public_name,
-        )
-        if self._config.throughput != "auto":
-            offer.throughput = Throughput(self._config.throughput)
-        return Announcer(offer, publishers, on_report=self._judge)
-
     def _judge(self, report: AnnounceReport) -> None:
         """A swarm of which no other node keeps the records does not know of these blocks."""
         self._state.note_announced(report)
@@ -239,18 +337,3 @@ class ModelService:
             self._state.degrade(
                 condition, f"no other node keeps the records of blocks: {report.told_by_peers}"
             )
-
-    async def _complete(self, offer: Offer, engine: Engine) -> None:
-        """Fill in what only a loaded engine tells."""
-        if self._config.throughput == "auto":
-            measured = await measure_throughput(engine, network_mbps=self._config.network_mbps)
-        else:
-            measured = Throughput(self._config.throughput)
-        log.info(
-            "throughput",
-            overall=round(measured.overall, 1),
-            inference_rps=measured.inference_rps and round(measured.inference_rps, 1),
-            forward_rps=measured.forward_rps and round(measured.forward_rps, 1),
-        )
-        offer.throughput = measured
-        offer.cache_tokens = lambda: engine.cache_bytes_left // engine.cache_bytes_per_token

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kwaainet_bridge.net import Libp2pHost
     from kwaainet_bridge.node.announcing import AnnounceReport
     from kwaainet_bridge.node.bootstrap import BootstrapWatch
-    from kwaainet_bridge.node.serving import ServedBlocks
+    from kwaainet_bridge.node.served import ServedBlocks
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 

@@ -48,6 +48,7 @@ class LiveSession:
     """The step that is served now. Its tensors hold all the bytes that it came with, so nobody else keeps it."""
 
     steps_done: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    limit: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def remember(self, step_id: str | None) -> None:
         if step_id is not None:
@@ -75,12 +76,21 @@ class InferenceService:
         self._by_peer: dict[PeerId, int] = defaultdict(int)
         self._push_limit = PushLimit(clock)
         self._changed = trio.Event()
+        self._open: set[LiveSession] = set()
+        self._cut = False
         self.accepting = True
         """Whether new sessions are taken; running ones go on either way."""
 
     @property
     def open_sessions(self) -> int:
         return sum(self._by_peer.values())
+
+    async def cut_off(self) -> None:
+        """Take no new sessions and end those that are open, each once its running step has ended."""
+        self.accepting, self._cut = False, True
+        for live in self._open:
+            live.limit.cancel()
+        await self.wait_idle()
 
     async def wait_idle(self) -> None:
         """Return once no session is open."""
@@ -113,17 +123,20 @@ class InferenceService:
         alloc_timeout = metadata.alloc_timeout
         del first, metadata  # the session may outlive them by half an hour
         try:
-            with self._registered(live), trio.fail_after(defaults.SESSION_TIMEOUT_SECONDS):
+            with self._registered(live), live.limit:
+                live.limit.deadline = trio.current_time() + defaults.SESSION_TIMEOUT_SECONDS
                 async with engine.open_session(
                     blocks, batch_size, max_length, timeout=alloc_timeout, peer=live.peer
                 ) as session:
                     await self._run(live, session)
-        except trio.TooSlowError:
-            raise Refusal(
-                f"the session lasted longer than {defaults.SESSION_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
-            ) from None
         except (InvalidRequest, AllocationFailed) as e:
             raise as_refusal(e) from e
+        if live.limit.cancelled_caught:
+            if self._cut:
+                raise Refusal("this server serves these blocks no longer")
+            raise Refusal(
+                f"the session lasted longer than {defaults.SESSION_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
+            )
 
     @contextmanager
     def _registered(self, live: LiveSession) -> Iterator[None]:
@@ -133,11 +146,13 @@ class InferenceService:
         if any(other.peer == live.peer for other in same_id):
             raise Refusal(f"session id {live.session_id} is not unique", kind="AssertionError")
         same_id.append(live)
+        self._open.add(live)
         self._by_peer[live.peer] += 1
         try:
             yield
         finally:
             same_id.remove(live)
+            self._open.discard(live)
             self._by_peer[live.peer] -= 1
             if live.session_id is not None and not same_id:
                 self._by_id.pop(live.session_id, None)

@@ -60,15 +60,17 @@ async def serve_span(
     server: RpcServer,
     client: RpcClient,
     *,
+    counts: ServingCounts | None = None,
     clock: Callable[[], float] = trio.current_time,
 ) -> AsyncIterator[ExpertServer]:
     """Mount the seven expert calls for the length of the ``async with`` block.
 
-    Leaving the block refuses new calls; running
-    ones belong to the host and end with it. Outgoing pushes are cancelled.
+    Leaving the block refuses new calls and cuts off the sessions that are open, each once its running step has ended;
+    other running calls belong to the host and end with it. Outgoing pushes are cancelled. ``counts``, if given, are
+    added to.
     """
     async with trio.open_nursery() as nursery:
-        counts = ServingCounts()
+        counts = counts or ServingCounts()
         stateless = StatelessService(span, counts)
         inference = InferenceService(span, Pusher(client, nursery), counts, clock=clock)
         server.mount(methods.RPC_INFO, stateless.info)
@@ -86,4 +88,6 @@ async def serve_span(
         finally:
             for mounted in methods.ALL:
                 server.unmount(mounted)
+            with trio.CancelScope(shield=True):
+                await inference.cut_off()
             nursery.cancel_scope.cancel()
