@@ -35,16 +35,20 @@ transformers.utils.logging.disable_progress_bar()
 
 
 class Reference:
-    """The whole model in transformers, up to before its final norm."""
+    """The whole model in transformers, from its first block up to before its final norm."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self.model.requires_grad_(requires_grad=False)
-        self.model.model.norm = torch.nn.Identity()
+        self.base = getattr(self.model, self.model.base_model_prefix)
+        self.layers = self.base.layers if hasattr(self.base, "layers") else self.base.h
+        for around in ("norm", "ln_f", "word_embeddings_layernorm"):
+            if hasattr(self.base, around):
+                setattr(self.base, around, torch.nn.Identity())
 
     def __call__(self, hidden: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         hooks = []
-        for index, layer in enumerate(self.model.model.layers):
+        for index, layer in enumerate(self.layers):
 
             def add(
                 _layer: Any, args: tuple[torch.Tensor, ...], index: int = index
@@ -57,7 +61,7 @@ class Reference:
 
             hooks.append(layer.register_forward_pre_hook(add))
         try:
-            return self.model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            return self.base(inputs_embeds=hidden, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()

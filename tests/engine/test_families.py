@@ -35,6 +35,13 @@ def tokens(count: int = LONG) -> torch.Tensor:
             tr.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=3),
             id="qwen2-window",
         ),
+        pytest.param(tr.MixtralConfig(**SIZES, num_local_experts=4), id="mixtral"),
+        pytest.param(
+            tr.BloomConfig(
+                hidden_size=HIDDEN, n_layer=BLOCKS, n_head=8, vocab_size=128, initializer_range=0.1
+            ),
+            id="bloom",
+        ),
         pytest.param(
             tr.Gemma2Config(**SIZES, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, sliding_window=7),
             id="gemma2",
@@ -123,7 +130,6 @@ def test_other_dtypes_are_refused() -> None:
     ("config", "reason"),
     [
         (tr.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128), "decoder layers are not where"),
-        (tr.MixtralConfig(**SIZES, num_local_experts=2), "stores weights in a layout"),
         (
             tr.LlamaConfig(
                 **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

@@ -56,6 +56,8 @@ class RaggedCache(Cache):  # type: ignore[misc]  # transformers has no types
     def __init__(self, batch: RaggedBatch) -> None:
         super().__init__(layers=[])
         self.batch = batch
+        self.pieces: list[Any] = []
+        """How layers that attend by themselves cut the batch, see own_attention."""
 
     def update(
         self,

@@ -90,6 +90,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.name} {what} named …{tensor}: {MISSING}")
         return found[0].removesuffix(tensor)
 
+    def __contains__(self, tensor: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return tensor in self._file_of
+
     def files_of(self, tensors: Iterable[str]) -> Sequence[str]:
         """The names of the files that hold ``tensors``, each once, in order of first use."""
         return list(dict.fromkeys(self._locate(name) for name in tensors))

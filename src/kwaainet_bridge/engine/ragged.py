@@ -25,6 +25,7 @@ class PagedStore:
         """``heads`` is (kv_heads, head_dim)."""
         shape = (len(blocks), 2, heads[0], pages * defaults.PAGE_TOKENS, heads[1])
         self.blocks = blocks
+        self.kv_heads = heads[0]
         self.device = device
         self._storage = torch.empty(shape, dtype=dtype, device=device)
         self._of_block = [(pair[0], pair[1]) for pair in self._storage]
@@ -45,8 +46,8 @@ class RaggedBatch:
     """The plan of one batch, the same for all blocks: made once, used by every layer."""
 
     def __init__(self, store: PagedStore, sequences: Sequence[SequencePart]) -> None:
-        self._store = store
-        self._sequences = sequences
+        self.store = store
+        self.sequences = sequences
         page = defaults.PAGE_TOKENS
         slots: list[int] = []
         self._parts: list[tuple[int, int, int, int | None]] = []
@@ -69,19 +70,22 @@ class RaggedBatch:
             self._parts.append((offset, count, end, base))
             offset += count
         self.tokens = offset
-        self.places = [(sequence.start, sequence.count) for sequence in sequences]
-        """Where the tokens are in their sequences: (first position, how many), one after the other."""
+        self.places = [
+            (part.start, part.count, max(part.until, part.start + part.count)) for part in sequences
+        ]
+        """Where the tokens are in their sequences: see rotary.Places."""
         self._slots = torch.tensor(slots, device=store.device)
         self._indices: dict[tuple[int, int], torch.Tensor] = {}
+        self._all_slots: torch.Tensor | None = None
 
     def write(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the batch's keys and values [1, kv_heads, N, head_dim] into their pages."""
-        for store, new in zip(self._store.of(block), (keys, values), strict=True):
+        for store, new in zip(self.store.of(block), (keys, values), strict=True):
             store.index_copy_(1, self._slots, new[0])
 
     def attend(self, block: int, query: torch.Tensor, rule: Rule) -> torch.Tensor:
         """[1, N, heads, head_dim]: every query [1, heads, N, head_dim] over what its sequence has up to there."""
-        keys, values = self._store.of(block)
+        keys, values = self.store.of(block)
         _, heads, tokens, size = query.shape
         # the heads that share keys stand as the queries of one head, see attention.causal
         single = query.view(keys.shape[0], -1, tokens, size).permute(2, 0, 1, 3)
@@ -106,11 +110,26 @@ class RaggedBatch:
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return whole.reshape(1, tokens, heads, size)
 
+    def gather(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1, kv_heads, K, head_dim] of all that the sequences have, one sequence after the other."""
+        pair = self.store.of(block)
+        if len(self._parts) == 1 and self._parts[0][3] is not None:
+            _, _, end, base = self._parts[0]
+            assert base is not None
+            keys, values = (tensor[None, :, base : base + end] for tensor in pair)
+            return keys, values
+        if self._all_slots is None:
+            self._all_slots = torch.cat(
+                [self._gathered(index, end) for index, (_, _, end, _) in enumerate(self._parts)]
+            )
+        keys, values = (tensor.index_select(1, self._all_slots)[None] for tensor in pair)
+        return keys, values
+
     def _gathered(self, index: int, end: int) -> torch.Tensor:
         """Slots of the first ``end`` tokens of a sequence."""
         key = index, end
         if key not in self._indices:
-            pages = torch.tensor(self._sequences[index].pages, device=self._store.device)
-            within = torch.arange(defaults.PAGE_TOKENS, device=self._store.device)
+            pages = torch.tensor(self.sequences[index].pages, device=self.store.device)
+            within = torch.arange(defaults.PAGE_TOKENS, device=self.store.device)
             self._indices[key] = (pages[:, None] * defaults.PAGE_TOKENS + within).flatten()[:end]
         return self._indices[key]

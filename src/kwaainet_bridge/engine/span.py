@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from kwaainet_bridge.engine import attention, columns
-from kwaainet_bridge.engine.attention import RaggedCache
+from kwaainet_bridge.engine.attention import RaggedCache, Rule
 from kwaainet_bridge.engine.checkpoint import Checkpoint
 from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
 from kwaainet_bridge.engine.family import Family
+from kwaainet_bridge.engine.layout import Part, parts_of
+from kwaainet_bridge.engine.own_attention import OwnAttention
 from kwaainet_bridge.engine.ragged import PagedStore, RaggedBatch
-from kwaainet_bridge.engine.rotary import RotaryTable
+from kwaainet_bridge.engine.rotary import Places, RotaryTable
 from kwaainet_bridge.engine.step import SequencePart
 from kwaainet_bridge.errors import CheckpointError, EngineError
 
@@ -32,8 +34,8 @@ class Span:
         self.blocks = blocks
         self.model = model
         self._checkpoint = checkpoint
-        self._layers: dict[int, Any] = {block: model.base.layers[block] for block in blocks}
-        first = f"layers.{blocks.start}.{next(iter(self._layers[blocks.start].state_dict()))}"
+        self._layers: dict[int, Any] = {block: model.layers[block] for block in blocks}
+        first = f"{model.layers_name}.{blocks.start}.{next(iter(self._layers[blocks.start].state_dict()))}"
         self._prefix = checkpoint.prefix_of(first)
         stored = checkpoint.dtype_of(self._prefix + first)
         self.dtype: torch.dtype = stored if dtype == "auto" else dtype
@@ -41,6 +43,10 @@ class Span:
             raise CheckpointError(f"{checkpoint.name} is stored as {stored}: choose a dtype instead of auto")
         self.device = torch.device(device)
         self._rotary = RotaryTable(model, self.dtype, self.device)
+        self._own = None
+        if model.attends_itself:
+            self._own = OwnAttention(model, self._rotary, self.dtype, self.device)
+        self._parts = {block: self._find(block) for block in blocks}
         if self.device.type == "cpu" and self.dtype is torch.float32:
             for layer in self._layers.values():
                 columns.install(layer)
@@ -52,17 +58,22 @@ class Span:
 
     def files(self) -> list[str]:
         """The checkpoint's files that hold the span."""
-        names = (name for block in self.blocks for name in self._shapes(block))
+        names = (
+            part.name for block in self.blocks for parts in self._parts[block].values() for part in parts
+        )
         return list(self._checkpoint.files_of(names))
 
     def load(self, block: int) -> None:
         """Read one block's tensors from its files, which must have been fetched, into memory of their own."""
         layer = self._layers[block]
-        stem = f"{self._prefix}layers.{block}."
-        tensors = {
-            name.removeprefix(stem): tensor.to(self.device, self.dtype, copy=True)
-            for name, tensor in self._checkpoint.read(self._shapes(block))
-        }
+        shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
+        where = {part.name: (name, part) for name, parts in self._parts[block].items() for part in parts}
+        tensors: dict[str, torch.Tensor] = {}
+        for source, tensor in self._checkpoint.read({name: part.shape for name, (_, part) in where.items()}):
+            name, part = where[source]
+            if name not in tensors:
+                tensors[name] = torch.empty(shapes[name], dtype=self.dtype, device=self.device)
+            part.of(tensors[name]).copy_(tensor)
         layer.load_state_dict(tensors, strict=True, assign=True)
         layer.requires_grad_(requires_grad=False)
         left = [name for name, tensor in _tensors(layer) if tensor.is_meta]
@@ -77,19 +88,24 @@ class Span:
         With a cache, for its ragged batch [1, N, H]: each token is where the batch says, and sees what its sequence
         has up to there.
         """
+        layer = self._layers[block]
+        if self._own is not None:
+            return (
+                self._own.run(layer, hidden) if cache is None else self._own.run_ragged(layer, hidden, cache)
+            )
         kind = self.model.layer_type(block)
         if cache is None:
-            starts = [(0, hidden.shape[1])]
+            places: Places = [(0, hidden.shape[1], hidden.shape[1])]
             further: dict[str, Any] = {"use_cache": False}
         else:
-            starts = cache.batch.places
+            places = cache.batch.places
             further = {"use_cache": True, "ragged": cache.batch}
-        output = self._layers[block](
+        output = layer(
             hidden,
             attention_mask=None,
-            position_ids=self._rotary.positions(starts),
+            position_ids=self._rotary.positions(places),
             past_key_values=cache,
-            position_embeddings=self._rotary.embeddings(starts, kind),
+            position_embeddings=self._rotary.embeddings(places, kind),
             **further,
         )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -100,8 +116,9 @@ class Span:
 
         Once without a cache, and once in steps with ``store``, which nobody uses yet, for its cache.
 
-        Raises CheckpointError if they differ, or if the blocks do not run in this dtype on this device: a
-        family that asks attention for more than the engine knows must not be served.
+        Raises CheckpointError if they differ, if the blocks do not run in this dtype on this device, or if attention
+        is asked for another window than the configuration names: a family that needs more than the engine knows must
+        not be served.
         """
         seen = {self.model.layer_type(block): block for block in reversed(self.blocks)}
         generator = torch.Generator().manual_seed(0)
@@ -126,14 +143,22 @@ class Span:
     def _run_in_steps(self, block: int, hidden: torch.Tensor, store: PagedStore) -> torch.Tensor:
         outputs, start = [], 0
         for tokens in hidden.split(CHECK_TOKENS // 2, 1):
-            batch = RaggedBatch(store, [SequencePart([0], start, tokens.shape[1])])
+            batch = _NotedBatch(store, [SequencePart([0], start, tokens.shape[1])])
             outputs.append(self.run(block, tokens, cache=RaggedCache(batch)))
             start += tokens.shape[1]
+            expected = self.model.window(block)
+            if any(rule.window != expected for rule in batch.rules):
+                raise EngineError(
+                    f"block {block} should see {expected or 'all'} positions, and asks for another number"
+                )
         return torch.cat(outputs, 1)
 
     def _run_eager(self, block: int, hidden: torch.Tensor) -> torch.Tensor:
+        if self._own is not None:
+            return self.run(block, hidden)  # it is their own attention already
         count = hidden.shape[1]
-        allowed = attention.causal_mask(count, count, None, self.device)
+        places = [(0, count, count)]
+        allowed = attention.causal_mask(count, count, self.model.window(block), self.device)
         mask = torch.zeros(1, 1, count, count, dtype=self.dtype, device=self.device)
         mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
         self.model.causal_lm.set_attn_implementation("eager")
@@ -141,17 +166,33 @@ class Span:
             output = self._layers[block](
                 hidden,
                 attention_mask=mask,
-                position_ids=self._rotary.positions([(0, count)]),
-                position_embeddings=self._rotary.embeddings([(0, count)], self.model.layer_type(block)),
+                position_ids=self._rotary.positions(places),
+                position_embeddings=self._rotary.embeddings(places, self.model.layer_type(block)),
             )
         finally:
             self.model.causal_lm.set_attn_implementation(attention.NAME)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def _shapes(self, block: int) -> dict[str, list[int]]:
-        stem = f"{self._prefix}layers.{block}."
-        return {stem + name: list(tensor.shape) for name, tensor in self._layers[block].state_dict().items()}
+    def _find(self, block: int) -> dict[str, list[Part]]:
+        """Where the checkpoint has the block's tensors."""
+        stem = f"{self._prefix}{self.model.layers_name}.{block}."
+        return {
+            name: parts_of(stem + name, list(tensor.shape), self._checkpoint.__contains__)
+            for name, tensor in self._layers[block].state_dict().items()
+        }
+
+
+class _NotedBatch(RaggedBatch):
+    """Keeps what the layer that runs it wants of its attention."""
+
+    def __init__(self, store: PagedStore, sequences: Sequence[SequencePart]) -> None:
+        super().__init__(store, sequences)
+        self.rules: list[Rule] = []
+
+    def attend(self, block: int, query: torch.Tensor, rule: Rule) -> torch.Tensor:
+        self.rules.append(rule)
+        return super().attend(block, query, rule)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

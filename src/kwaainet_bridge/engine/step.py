@@ -9,11 +9,15 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class SequencePart:
-    """Tokens ``start`` to ``start + count`` of one sequence, and its pages."""
+    """Tokens ``start`` to ``start + count`` of one sequence, and its pages.
+
+    The step that they are of goes up to ``until``, or no further than they do.
+    """
 
     pages: list[int]
     start: int
     count: int
+    until: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,4 +41,5 @@ class Step:
         return int(self.hidden.shape[0] * self.hidden.shape[1])
 
     def parts(self, offset: int, count: int) -> list[SequencePart]:
-        return [SequencePart(pages, self.start + offset, count) for pages in self.rows]
+        until = self.start + int(self.hidden.shape[1])
+        return [SequencePart(pages, self.start + offset, count, until) for pages in self.rows]
