@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import trio
+import trio.testing
+
+from kwaainet_bridge.engine import Engine
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "petals-tiny-llama"
 HIDDEN = 64
@@ -65,6 +72,40 @@ class Reference:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def by_block(self, hidden: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What goes into each block and what comes out."""
+        inputs, outputs = [], []
+
+        def note(_layer: Any, args: tuple[torch.Tensor, ...], output: Any) -> None:
+            inputs.append(args[0])
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [layer.register_forward_hook(note) for layer in self.layers]
+        try:
+            self.base(inputs_embeds=hidden, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs, outputs
+
+
+async def at_once(engine: Engine, *steps: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """The results of steps that were all ready before the first began."""
+    results: list[Any] = [None] * len(steps)
+    release = threading.Event()
+
+    async def run(index: int) -> None:
+        results[index] = await steps[index]()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine._compute.run, partial(release.wait, 10))
+        await trio.testing.wait_all_tasks_blocked()
+        for index in range(len(steps)):
+            nursery.start_soon(run, index)
+        await trio.testing.wait_all_tasks_blocked()
+        release.set()
+    return results
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:

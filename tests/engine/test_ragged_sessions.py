@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -11,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trio
-import trio.testing
-from engine_support import BLOCKS, HIDDEN, Reference, close
+from engine_support import BLOCKS, HIDDEN, Reference, at_once, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,24 +20,6 @@ from kwaainet_bridge.engine.step import Step
 from kwaainet_bridge.errors import EngineError
 
 ALL = range(BLOCKS)
-
-
-async def at_once(engine: Engine, *steps: Callable[[], Awaitable[Any]]) -> list[Any]:
-    """The results of steps that were all ready before the first began."""
-    results: list[Any] = [None] * len(steps)
-    release = threading.Event()
-
-    async def run(index: int) -> None:
-        results[index] = await steps[index]()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(engine._compute.run, partial(release.wait, 10))
-        await trio.testing.wait_all_tasks_blocked()
-        for index in range(len(steps)):
-            nursery.start_soon(run, index)
-        await trio.testing.wait_all_tasks_blocked()
-        release.set()
-    return results
 
 
 def noted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:

@@ -26,7 +26,6 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 LAYER_ARGUMENTS = {
     "hidden_states",
     "attention_mask",
-    "position_ids",
     "past_key_values",
     "position_embeddings",
 }

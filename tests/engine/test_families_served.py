@@ -1,0 +1,148 @@
+"""Every family that is served, against the whole model in transformers: in passes, sessions and batches of sessions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from engine_support import Reference, at_once, close
+from family_models import BLOCKS, CONFIGS, EXACT_IN_HALF, LONGROPE_CHANGES_AT, random_hidden, save
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.engine import Engine, EngineConfig
+
+ALL = range(BLOCKS)
+ROWS = 2
+LONG = 40
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's model, saved when it is first asked for."""
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            save(name, folders[name])
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture(params=CONFIGS)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def whole(family: str, family_folder: Callable[[str], Path]) -> Reference:
+    return Reference(family_folder(family))
+
+
+@pytest.fixture
+async def served(family: str, family_folder: Callable[[str], Path]) -> AsyncIterator[Engine]:
+    engine = await Engine.load(EngineConfig(str(family_folder(family)), max_length=64))
+    yield engine
+    await engine.aclose()
+
+
+@pytest.fixture
+def length(family: str) -> int:
+    """What is decoded step by step: with longrope the whole model changes its mind about all tokens after some."""
+    return LONGROPE_CHANGES_AT if "longrope" in family else LONG
+
+
+async def test_each_block_and_its_gradient(whole: Reference, served: Engine) -> None:
+    hidden = random_hidden(ROWS, LONG)
+    inputs, outputs = whole.by_block(hidden)
+    for block in ALL:
+        close(await served.forward(inputs[block], range(block, block + 1)), outputs[block], 2e-5)
+    prompts = random_hidden(BLOCKS, 3, seed=6)[:, None]
+    close(await served.forward(hidden, ALL, prompts), whole(hidden, prompts), 2e-5)
+    grad = random_hidden(ROWS, LONG, seed=7)
+    with torch.enable_grad():
+        variables = hidden.clone().requires_grad_(), prompts.expand(-1, ROWS, -1, -1).clone().requires_grad_()
+        expected = torch.autograd.grad(whole(*variables), variables, grad)
+    for ours, theirs in zip(await served.backward(hidden, grad, ALL, prompts), expected, strict=True):
+        assert ours is not None
+        close(ours, theirs, 1e-4)
+
+
+async def test_attention_in_several_pieces(
+    whole: Reference, served: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that do not fit at once, in passes and in sessions; windows shorter than a piece and longer ones."""
+    monkeypatch.setattr(defaults, "ATTENTION_SCORE_BYTES", 8 * ROWS * 4 * 4 * LONG)
+    monkeypatch.setattr(defaults, "WINDOWED_QUERIES", 9)
+    hidden = random_hidden(ROWS, LONG)
+    close(await served.forward(hidden, ALL), whole(hidden), 2e-5)
+    variable = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(whole(variable), variable, hidden)
+    close((await served.backward(hidden, hidden, ALL))[0], expected, 1e-4)
+    monkeypatch.setattr(defaults, "MERGED_STEP_TOKENS", 0)
+    async with served.open_session(ALL, ROWS, LONG) as session:
+        close(await session.step(hidden), whole(hidden), 2e-5)
+
+
+async def test_prompts_in_chunks_and_steps(
+    whole: Reference, served: Engine, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = random_hidden(ROWS, length)
+    expected = whole(hidden)
+    async with served.open_session(ALL, ROWS, length) as session:
+        outputs = [await session.step(part) for part in hidden.split([11, 1, 1, 9, 1, length - 23], 1)]
+    close(torch.cat(outputs, 1), expected, 2e-5)
+    monkeypatch.setattr(defaults, "MERGED_STEP_TOKENS", 0)
+    monkeypatch.setattr(defaults, "PIECE_TOKENS", 20)
+    hidden = random_hidden(ROWS, LONG)
+    async with served.open_session(ALL, ROWS, LONG) as session:
+        close(await session.step(hidden), whole(hidden), 2e-5)
+
+
+async def test_going_back_and_reordering(whole: Reference, served: Engine, length: int) -> None:
+    first, second = random_hidden(3, 20), random_hidden(3, length - 9, seed=6)
+    async with served.open_session(ALL, 3, length) as session:
+        await session.step(first)
+        output = await session.step(second, hypo_ids=torch.tensor([2, 0, 0]), start_from_position=9)
+        close(output, whole(torch.cat([first[[2, 0, 0], :9], second], 1))[:, 9:], 2e-5)
+
+
+async def test_sessions_in_one_batch(whole: Reference, served: Engine, length: int) -> None:
+    """Before the window is full and after, one row and several, one token and several."""
+    rows, before, counts = (1, 2, 1), (2, 25, 14), ((1, 1, 1), (1, 4, 1), (3, 1, 2))
+    inputs = [random_hidden(each, length, seed=each) for each in rows]
+    expected = [whole(each) for each in inputs]
+    async with AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(served.open_session(ALL, each, length)) for each in rows]
+        for session, each, count in zip(sessions, inputs, before, strict=True):
+            await session.step(each[:, :count])
+        for count in counts:
+            starts = [session.position for session in sessions]
+            slices = [slice(start, start + c) for start, c in zip(starts, count, strict=True)]
+            outputs = await at_once(
+                served,
+                *(partial(s.step, each[:, p]) for s, each, p in zip(sessions, inputs, slices, strict=True)),
+            )
+            for output, theirs, part in zip(outputs, expected, slices, strict=True):
+                close(output, theirs[:, part], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+async def test_half_precision_of_each_family(
+    family: str, whole: Reference, family_folder: Callable[[str], Path], dtype: torch.dtype
+) -> None:
+    engine = await Engine.load(EngineConfig(str(family_folder(family)), dtype=dtype))
+    hidden = random_hidden(ROWS, 12)
+    async with engine.open_session(ALL, ROWS, 12) as session:
+        outputs = [await session.step(part) for part in hidden.split([10, 1, 1], 1)]
+    output = torch.cat(outputs, 1)
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+    if family in EXACT_IN_HALF:
+        close(output.float(), whole(hidden), 0.1)
+    await engine.aclose()
