@@ -240,6 +240,8 @@ class ModelConfig(_Section):
     @field_validator("rebalance_seconds", mode="before")
     @classmethod
     def _check_rebalancing(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError("say how often, in seconds, or off")
         return 0 if value is False or value == "off" else value  # YAML 1.1 reads off as false
 
     @model_validator(mode="after")

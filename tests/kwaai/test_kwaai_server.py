@@ -123,6 +123,18 @@ async def test_draining(model, monkeypatch):
             assert await server.drain() == 0
 
 
+async def test_other_blocks_are_served_after_those_that_were_drained(model):
+    async with bare_server(KwaaiProtocols()) as (world, server, address):
+        client = world.client()
+        async with server.serving(model):
+            await client.step_ids(address, 1, 0, [1])
+            await server.drain(timeout=0)
+        async with server.serving(model):
+            await client.lease(address)
+            await client.step_ids(address, 2, 0, [1])
+            assert server.open_sessions == 1
+
+
 async def test_a_caller_that_leaves_frees_its_session(model):
     async with bare_server(KwaaiProtocols()) as (world, server, address), server.serving(model):
         client = world.client()

@@ -235,3 +235,35 @@ async def test_a_round_that_a_later_one_overtook_is_not_judged(pair, autojump_cl
         await announcer.announce(ServerState.ONLINE)
     assert [report.state for report in reports] == [ServerState.ONLINE]
     assert (await pair.info(2)).state is ServerState.ONLINE
+
+
+async def test_other_blocks_replace_those_that_are_withdrawn(pair, autojump_clock):
+    announcer = pair.announcer()
+    announcer.offer.using_relay = True
+    await announcer.announce(ServerState.ONLINE)
+    with pytest.raises(ValueError, match="must be withdrawn first"):
+        announcer.replace(offer())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.run)
+        await announcer.announce(ServerState.OFFLINE)
+        announcer.replace(Offer(range(3, 6), model_blocks=8, repository=None, torch_dtype="float32"))
+        await trio.sleep(1.5 * defaults.ANNOUNCE_PERIOD_SECONDS)
+        assert [await pair.info(block) for block in (4, 5)] == [None, None]  # nothing is announced by itself
+        (report,) = await announcer.announce(ServerState.ONLINE)
+        assert (report.records, report.acknowledged) == (4, 4)
+        nursery.cancel_scope.cancel()
+    assert (await pair.info(2)).state is ServerState.OFFLINE
+    for block in (3, 4, 5):
+        info = await pair.info(block)
+        assert (info.state, info.start_block, info.end_block) == (ServerState.ONLINE, 3, 6)
+        assert info.using_relay
+
+
+async def test_a_round_that_began_earlier_never_wins(pair, autojump_clock):
+    announcer = pair.announcer()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.announce, ServerState.ONLINE)
+        while announcer.wanted is not ServerState.ONLINE:  # its stores have not even begun then
+            await trio.lowlevel.checkpoint()
+        await announcer.announce(ServerState.OFFLINE)
+    assert (await pair.info(2)).state is ServerState.OFFLINE

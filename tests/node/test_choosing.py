@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from kwaainet_bridge.config import ModelConfig
 from kwaainet_bridge.engine import ModelOutline
 from kwaainet_bridge.errors import ConfigError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.client import Span
+from kwaainet_bridge.hivemind.client.block_choice import Advice
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
-from kwaainet_bridge.node.choosing import choose_blocks
+from kwaainet_bridge.node.choosing import choose_blocks, reconsider_blocks
 from kwaainet_bridge.wire.peer_id import PeerId
 
 A, B = (PeerId(b"\x12\x20" + bytes([number]) * 32) for number in (1, 2))
@@ -128,6 +130,37 @@ async def test_networks_are_read_at_once_and_their_order_of_answers_does_not_mat
 async def test_a_name_that_blocks_cannot_have_ends_the_start() -> None:
     with pytest.RaisesGroup(pytest.RaisesExc(ConfigError, match="no such name")):
         await chosen(Network("petals", error=lambda: ConfigError("no such name")))
+
+
+def peer(number: int) -> PeerId:
+    return PeerId(b"\x12\x20" + number.to_bytes(32, "big"))
+
+
+async def reconsidered(*networks: Network) -> tuple[Advice | None, list[Any]]:
+    with capture_logs() as logs:
+        advice = await reconsider_blocks(CONFIG, networks, MODEL, span(0, 2, peer=B), rng=random.Random(1))
+    return advice, logs
+
+
+@pytest.mark.parametrize(
+    "servers", [1, defaults.REBALANCE_SERVERS_ON_LOOP + 1], ids=["on the loop", "in a thread"]
+)
+async def test_the_blocks_that_a_node_has_are_judged_by_both_networks(servers: int) -> None:
+    same = [span(0, 2, peer=peer(number)) for number in range(servers)]
+    advice, logs = await reconsidered(Network("petals", *same), Network("kwaainet", span(2, 6)))
+    assert advice is not None
+    assert advice.blocks == range(6, 8)
+    assert logs == []
+    advice, _ = await reconsidered(Network("petals", *same), Network("kwaainet", span(2, 8, 20.0)))
+    assert advice is not None
+    assert advice.blocks == range(2)
+
+
+async def test_nobody_can_judge_while_a_network_cannot_be_read() -> None:
+    silent = Network("kwaainet", error=lambda: NetworkError("nobody is there"))
+    advice, (told,) = await reconsidered(Network("petals", span(0, 2)), silent)
+    assert advice is None
+    assert told["reason"] == {"kwaainet": "nobody is there"}
 
 
 @pytest.mark.slow
