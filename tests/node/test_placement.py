@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig, parse_config
-from kwaainet_bridge.errors import CheckpointError, ConfigError, NetworkError
+from kwaainet_bridge.errors import ConfigError, EngineError, NetworkError
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.moving import PLACEMENT
 from kwaainet_bridge.node.state import Phase
@@ -201,7 +201,10 @@ async def test_if_those_do_not_load_either_the_node_ends(autojump_clock: MockClo
             world.petals.others = [span(0, 4, A)]
             await trio.sleep_forever()
 
-    with pytest.RaisesGroup(pytest.RaisesExc(CheckpointError, match="no block 0"), flatten_subgroups=True):
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(EngineError, match="neither the blocks 4:8 nor 0:4 load any more: no block 0"),
+        flatten_subgroups=True,
+    ):
         await run()
     assert world.petals.changes[-1] == ("OFFLINE", "0:4")
 

@@ -18,7 +18,7 @@ import trio
 
 from kwaainet_bridge.config import ModelConfig
 from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo
-from kwaainet_bridge.errors import BridgeError
+from kwaainet_bridge.errors import BridgeError, EngineError
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
 from kwaainet_bridge.net.reachability import Verdict
@@ -76,7 +76,8 @@ class ModelService:
 
         Blocks are announced once it is known whether others can dial this node, and only while they can, through a
         relay at least. However it ends, the records are withdrawn. Raises CheckpointError or ConfigError for a
-        model that cannot be served as configured. Cancelled: sessions are not waited for.
+        model that cannot be served as configured, EngineError if no blocks are left after a move that failed.
+        Cancelled: sessions are not waited for.
         """
         self._state.enter(Phase.LOADING, model=self._config.name, blocks=self._config.blocks or "all")
         async with trio.open_nursery() as nursery:
@@ -185,7 +186,7 @@ class ModelService:
     async def _load_one_of(self, blocks: Sequence[range]) -> None:
         """Load the first of ``blocks`` that loads, unless it is loaded; nothing is served meanwhile.
 
-        Raises what the last one does.
+        Raises EngineError if none does: another start may succeed, as the first one has.
         """
         if self._loaded is not None:
             return
@@ -205,7 +206,8 @@ class ModelService:
                     self._placement.settled()
                 return
             if goal is blocks[-1]:
-                raise error
+                both = " nor ".join(shown(span) for span in blocks)
+                raise EngineError(f"neither the blocks {both} load any more: {error}") from error
             self._placement.failed(goal, error)
             assert self._announcer is not None
             await withdraw(self._announcer)
