@@ -79,16 +79,18 @@ class Checkpoint:
         self.config = self.json("config.json")
         self._file_of = self._index()
 
-    def prefix_of(self, tensor: str) -> str:
-        """What stands before ``tensor`` in this checkpoint: "model." for "layers.0.mlp.up_proj.weight", say.
+    def prefix_of(self, *tensors: str) -> str:
+        """What stands before ``tensors`` in this checkpoint: "model." for "layers.0.mlp.up_proj.weight", say.
 
-        Raises CheckpointError if the checkpoint has no such tensor, or several.
+        That of the first that is there once: a model that also sees may have such names in another tower as well.
+        Raises CheckpointError if there is none.
         """
-        found = [name for name in self._file_of if name == tensor or name.endswith("." + tensor)]
-        if len(found) != 1:
-            what = "has no tensor" if not found else f"has {len(found)} tensors"
-            raise CheckpointError(f"{self.name} {what} named …{tensor}: {MISSING}")
-        return found[0].removesuffix(tensor)
+        for tensor in tensors:
+            found = [name for name in self._file_of if name == tensor or name.endswith("." + tensor)]
+            if len(found) == 1:
+                return found[0].removesuffix(tensor)
+        what = "has no tensor" if not found else f"has {len(found)} tensors"
+        raise CheckpointError(f"{self.name} {what} named …{tensor}: {MISSING}")
 
     def __contains__(self, tensor: str) -> bool:
         """Whether the checkpoint has a tensor of this name."""

@@ -109,6 +109,9 @@ def build(checkpoint: Checkpoint) -> Family:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise _refused(checkpoint, f"config.json is of no known model ({error})") from error
+    config = (
+        config.get_text_config()
+    )  # of a model that sees or hears as well: the part that is a language model
     if not hasattr(config, "num_hidden_layers") or type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001  # the only way to ask without constructing
         raise _refused(checkpoint, f"{family} is no text-only causal language model")
     try:
@@ -142,16 +145,17 @@ def _uses_alibi(config: Any, base: Any) -> bool:
 
 def _mismatch(config: Any, causal_lm: Any, base: Any) -> str | None:
     """Why the family does not keep to the contracts; None if it does, as far as its definition tells."""
-    layers = getattr(base, _layers_name(causal_lm), None)
-    if layers is None or len(layers) != config.num_hidden_layers:
-        return "its decoder layers are not where other families have them"
-    arguments = inspect.signature(layers[0].forward).parameters.keys()
+    layers: Any = getattr(base, _layers_name(causal_lm), None)
+    placed = layers is not None and len(layers) == config.num_hidden_layers
+    arguments = set(inspect.signature(layers[0].forward).parameters) if placed else set()
     if _attends_itself(causal_lm):
         if OWN_ATTENTION_ARGUMENTS - arguments:
             return "its attention does not go through AttentionInterface"
         if _uses_alibi(config, base) and alibi_builder(base) is None:
             return "its ALiBi is not made as other families make theirs"
     else:
+        if not placed:
+            return "its decoder layers are not where other families have them"
         if not isinstance(getattr(base, "rotary_emb", None), torch.nn.Module):
             return "it has no rotary position embedding"
         if missing := LAYER_ARGUMENTS - arguments:

@@ -35,9 +35,11 @@ class Span:
         self.model = model
         self._checkpoint = checkpoint
         self._layers: dict[int, Any] = {block: model.layers[block] for block in blocks}
-        first = f"{model.layers_name}.{blocks.start}.{next(iter(self._layers[blocks.start].state_dict()))}"
-        self._prefix = checkpoint.prefix_of(first)
-        stored = checkpoint.dtype_of(self._prefix + first)
+        names = [
+            f"{model.layers_name}.{blocks.start}.{name}" for name in self._layers[blocks.start].state_dict()
+        ]
+        self._prefix = checkpoint.prefix_of(*names)
+        stored = checkpoint.dtype_of(self._prefix + names[0])
         self.dtype: torch.dtype = stored if dtype == "auto" else dtype
         if self.dtype not in SUPPORTED_DTYPES:
             raise CheckpointError(f"{checkpoint.name} is stored as {stored}: choose a dtype instead of auto")
@@ -112,7 +114,7 @@ class Span:
         return result
 
     def check(self, store: PagedStore) -> None:
-        """Compare one block of each layer type with the model's own attention on a short random input.
+        """Compare one block of each kind with the model's own attention on a short random input.
 
         Once without a cache, and once in steps with ``store``, which nobody uses yet, for its cache.
 
@@ -120,15 +122,17 @@ class Span:
         is asked for another window than the configuration names: a family that needs more than the engine knows must
         not be served.
         """
-        seen = {self.model.layer_type(block): block for block in reversed(self.blocks)}
+        kinds = {(self.model.layer_type(b), _kind(self._layers[b])): b for b in reversed(self.blocks)}
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, CHECK_TOKENS, self.model.config.hidden_size, generator=generator)
         hidden = hidden.to(self.device, self.dtype)
-        for block in seen.values():
+        for block in kinds.values():
             try:
                 outputs = [self.run(block, hidden).float(), self._run_in_steps(block, hidden, store).float()]
                 theirs = self._run_eager(block, hidden).float()
-            except (RuntimeError, TypeError, ValueError, AttributeError, EngineError) as error:
+            except EngineError as error:
+                raise CheckpointError(f"{self._checkpoint.name} cannot be served: {error}") from error
+            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
                 raise CheckpointError(
                     f"{self._checkpoint.name} does not run as {self.dtype} on {self.device}: {error}"
                 ) from error
@@ -184,15 +188,36 @@ class Span:
 
 
 class _NotedBatch(RaggedBatch):
-    """Keeps what the layer that runs it wants of its attention."""
+    """Keeps what the layer that runs it wants of its attention, and says whether its keys and values fit."""
 
     def __init__(self, store: PagedStore, sequences: Sequence[SequencePart]) -> None:
         super().__init__(store, sequences)
         self.rules: list[Rule] = []
 
+    def write(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        expected = [tensor.shape[::2] for tensor in self.store.of(block)]
+        if [tensor.shape[1::2] for tensor in (keys, values)] != expected:
+            raise EngineError(
+                f"block {block} has keys {list(keys.shape)} and values {list(values.shape)}, where its configuration "
+                f"says (heads, size) {list(expected[0])}"
+            )
+        super().write(block, keys, values)
+
     def attend(self, block: int, query: torch.Tensor, rule: Rule) -> torch.Tensor:
         self.rules.append(rule)
         return super().attend(block, query, rule)
+
+
+def _kind(layer: torch.nn.Module) -> str:
+    """The same for layers that differ in their weights only."""
+    parts = []
+    for name, module in layer.named_modules():
+        plain = {
+            key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)
+        }
+        plain.pop("layer_idx", None)
+        parts.append((name, type(module).__name__, plain))
+    return repr((parts, [(name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items()]))
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
