@@ -13,6 +13,7 @@ import transformers as tr
 from engine_support import BLOCKS, HIDDEN, SIZES, Reference, close
 
 from kwaainet_bridge.engine import Engine, EngineConfig
+from kwaainet_bridge.engine.family import Family
 from kwaainet_bridge.engine.span import Span
 from kwaainet_bridge.errors import CheckpointError, ConfigError
 
@@ -64,6 +65,34 @@ def test_other_dtypes_are_refused() -> None:
     [
         (tr.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128), "decoder layers are not where"),
         (
+            tr.GPTJConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=64, rotary_dim=8),
+            "through AttentionInterface",
+        ),
+        (tr.GPTNeoXConfig(**SIZES), "decoder layers do not take past_key_values"),
+        (tr.Gemma3TextConfig(**SIZES, use_bidirectional_attention=True), "its attention looks ahead"),
+        (
+            tr.DeepseekV3Config(
+                **SIZES | {"num_key_value_heads": 8},
+                first_k_dense_replace=BLOCKS,
+                q_lora_rank=None,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=16,
+            ),
+            r"block 0 has keys \[.*\] and values \[.*\], where its configuration says \(heads, size\)",
+        ),
+        (
+            tr.Gemma4TextConfig(
+                **SIZES,
+                global_head_dim=16,
+                hidden_size_per_layer_input=0,
+                layer_types=["sliding_attention", "full_attention"] * (BLOCKS // 2),
+                num_kv_shared_layers=2,
+            ),
+            "does not run as torch.float32",
+        ),
+        (
             tr.LlamaConfig(
                 **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
             ),
@@ -77,6 +106,37 @@ async def test_a_family_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=reason):
         await Engine.load(EngineConfig(str(save_model(config))))
+
+
+async def test_a_window_that_the_layers_do_not_know_is_refused(
+    save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family whose model puts its window into the mask alone would look too far back, after that many tokens."""
+    monkeypatch.setattr(Family, "window", lambda _self, _block: 7)
+    with pytest.raises(CheckpointError, match="block 0 should see 7 positions, and asks for another number"):
+        await Engine.load(EngineConfig(str(save_model(tr.LlamaConfig(**SIZES)))))
+
+
+async def test_the_text_part_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Its other tower has layers of the same names."""
+    torch.manual_seed(7)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 2,
+    }
+    config = tr.Gemma3Config(
+        text_config=SIZES | {"sliding_window": 7},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+    )
+    model = tr.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    engine = await Engine.load(EngineConfig(str(tmp_path)))
+    text, hidden = model.model.language_model, tokens()
+    text.norm = torch.nn.Identity()
+    close(await engine.forward(hidden, ALL), text(inputs_embeds=hidden).last_hidden_state.detach(), 2e-5)
+    await engine.aclose()
 
 
 @pytest.mark.parametrize(

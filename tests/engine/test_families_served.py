@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -11,9 +13,11 @@ import pytest
 import torch
 from engine_support import Reference, at_once, close
 from family_models import BLOCKS, CONFIGS, EXACT_IN_HALF, LONGROPE_CHANGES_AT, random_hidden, save
+from safetensors.torch import load_file, save_file
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, EngineConfig
+from kwaainet_bridge.engine.checkpoint import INDEX
 
 ALL = range(BLOCKS)
 ROWS = 2
@@ -130,6 +134,32 @@ async def test_sessions_in_one_batch(whole: Reference, served: Engine, length: i
             )
             for output, theirs, part in zip(outputs, expected, slices, strict=True):
                 close(output, theirs[:, part], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "mixtral", "qwen3-moe", "gpt-oss", "bloom", "falcon-7b"])
+@pytest.mark.parametrize("bare", [False, True])
+async def test_layouts_of_checkpoints(
+    name: str, tmp_path: Path, family_folder: Callable[[str], Path], *, bare: bool
+) -> None:
+    """In many files, of which the last blocks need some; with and without the name of the model before all names."""
+    save(name, tmp_path, max_shard_size="40KB")
+    index = json.loads((tmp_path / INDEX).read_text())
+    if bare:
+        prefix = "transformer." if name in ("bloom", "falcon-7b") else "model."
+        for file in set(index["weight_map"].values()):
+            tensors = load_file(tmp_path / file)
+            save_file({key.removeprefix(prefix): t for key, t in tensors.items()}, tmp_path / file)
+        index["weight_map"] = {key.removeprefix(prefix): file for key, file in index["weight_map"].items()}
+        (tmp_path / INDEX).write_text(json.dumps(index))
+    needed = {file for key, file in index["weight_map"].items() if re.search(r"\b(layers|h)\.[12]\.", key)}
+    unneeded = set(index["weight_map"].values()) - needed
+    assert unneeded
+    for file in unneeded:
+        (tmp_path / file).unlink()
+    engine = await Engine.load(EngineConfig(str(tmp_path), blocks=range(1, BLOCKS)))
+    inputs, outputs = Reference(family_folder(name)).by_block(random_hidden(ROWS, 9))
+    close(await engine.forward(inputs[1], range(1, BLOCKS)), outputs[-1], 2e-5)
+    await engine.aclose()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
