@@ -72,7 +72,7 @@ def test_other_dtypes_are_refused() -> None:
         (tr.Gemma3TextConfig(**SIZES, use_bidirectional_attention=True), "its attention looks ahead"),
         (
             tr.DeepseekV3Config(
-                **SIZES | {"num_key_value_heads": 8},
+                **SIZES | {"num_key_value_heads": 8, "head_dim": 8},
                 first_k_dense_replace=BLOCKS,
                 q_lora_rank=None,
                 kv_lora_rank=16,
