@@ -1,0 +1,23 @@
+"""A node's configuration: YAML, of which every key is documented in :mod:`.schema` and the sections that it names."""
+
+from kwaainet_bridge.config.reading import anchored, load_config, merge_settings, parse_config
+from kwaainet_bridge.config.schema import NodeConfig
+from kwaainet_bridge.config.sections import LimitsConfig, NetworksConfig
+from kwaainet_bridge.config.values import AUTO, EMBEDDED_MODEL, PRESETS
+from kwaainet_bridge.config.work import AveragingConfig, AveragingRun, ModelConfig
+
+__all__ = [
+    "AUTO",
+    "EMBEDDED_MODEL",
+    "PRESETS",
+    "AveragingConfig",
+    "AveragingRun",
+    "LimitsConfig",
+    "ModelConfig",
+    "NetworksConfig",
+    "NodeConfig",
+    "anchored",
+    "load_config",
+    "merge_settings",
+    "parse_config",
+]

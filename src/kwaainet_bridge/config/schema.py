@@ -1,0 +1,86 @@
+"""The YAML schema of a node; docs/configuration.md is the reader's view."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.admin_address import TcpAddress, UnixAddress, parse_admin_address
+from kwaainet_bridge.config.sections import (
+    AdminConfig,
+    IdentityConfig,
+    KademliaConfig,
+    LimitsConfig,
+    LogConfig,
+    NetworksConfig,
+    ProtocolsConfig,
+    ReachabilityConfig,
+)
+from kwaainet_bridge.config.values import AnnounceAddresses, ListenAddresses, Section
+from kwaainet_bridge.config.work import AveragingConfig, ModelConfig
+
+
+class NodeConfig(Section):
+    """A whole node."""
+
+    identity: IdentityConfig = IdentityConfig()
+    listen: ListenAddresses = defaults.LISTEN_ADDRESSES
+    """Addresses to listen on; port 0 takes any free one."""
+    announce: AnnounceAddresses = ()
+    """Addresses that others should dial, when they differ from those listened on (port forwarding)."""
+    networks: NetworksConfig = NetworksConfig()
+    protocols: ProtocolsConfig = ProtocolsConfig()
+    kademlia: KademliaConfig = KademliaConfig()
+    model: ModelConfig | None = None
+    """What to serve; left out: nothing, the node is a bootstrap peer."""
+    averaging: AveragingConfig = AveragingConfig()
+    drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS
+    """How long running sessions may go on after SIGTERM."""
+    reachability: ReachabilityConfig = ReachabilityConfig()
+    limits: LimitsConfig = LimitsConfig()
+    admin: AdminConfig = AdminConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def admin_address(self) -> UnixAddress | TcpAddress | None:
+        """Where the admin side is; None if it is off."""
+        address = parse_admin_address(self.admin.listen)
+        if isinstance(address, UnixAddress) and address.path is None:
+            identity = self.identity.path
+            return UnixAddress(identity.with_name(f"{identity.name}.sock"))
+        return address
+
+    @model_validator(mode="after")
+    def _check_averaging_has_a_network(self) -> NodeConfig:
+        for run in self.averaging.runs:
+            if getattr(self.networks, run.network) is None or not self.listen:
+                raise ValueError(
+                    f"averaging.runs has {run.prefix!r}, but no averager can call this node: turn "
+                    f"networks.{run.network} on and give it an address under listen, or remove the run"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_model_can_be_served(self) -> NodeConfig:
+        if self.model is None:
+            return self
+        networks, protocols = self.networks, self.protocols
+        by_petals = networks.petals is not None and protocols.petals_inference
+        by_kwaai = networks.kwaainet is not None and protocols.kwaai_inference
+        if not by_petals and not by_kwaai:
+            raise ValueError(
+                "model is given but no network serves it: turn on networks.petals with protocols.petals_inference, or "
+                "networks.kwaainet with protocols.kwaai_inference, or remove model"
+            )
+        only_dials = networks.petals is not None and networks.petals.dht == "client"
+        if (by_petals and only_dials) or not self.listen:
+            raise ValueError(
+                "model is given but nobody can dial this node: set networks.petals.dht to server and give "
+                "it an address under listen, or remove model"
+            )
+        return self
