@@ -18,14 +18,21 @@ import trio
 import typer
 
 from kwaainet_bridge import __version__, defaults
+from kwaainet_bridge.cli.dht_commands import dht_app
+from kwaainet_bridge.cli.options import (
+    BootstrapOption,
+    ConfigOption,
+    JsonOption,
+    KwaaiOption,
+    found_from_here,
+    load,
+    networks_of,
+    swarm_of,
+)
 from kwaainet_bridge.config import (
     AUTO,
     EMBEDDED_MODEL,
-    NodeConfig,
-    anchored,
     load_config,
-    merge_settings,
-    parse_config,
 )
 from kwaainet_bridge.errors import BridgeError, CheckpointError, ConfigError, NetworkError
 from kwaainet_bridge.malloc import keep_freed_memory
@@ -41,31 +48,7 @@ app.add_typer(config_app, name="config")
 bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-dht_app = typer.Typer(help="Look at a swarm's DHT, and write to it.", no_args_is_help=True)
 app.add_typer(dht_app, name="dht")
-
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="Configuration file (YAML).", dir_okay=False)
-]
-BootstrapOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--initial-peers",
-        "--bootstrap",
-        help="Address of a peer of the swarm, or a preset (petals-public). May be repeated.",
-        metavar="ADDR",
-    ),
-]
-
-
-KwaaiOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--kwaainet-peers",
-        help="Address of a peer of a KwaaiNet swarm, or a preset (kwaainet-public). May be repeated.",
-        metavar="ADDR",
-    ),
-]
 
 
 def main() -> None:
@@ -158,7 +141,7 @@ def run(
         peers = bootstrap or (["petals-public"] if public_swarm else [])
         overrides["networks"] = {"petals": {"bootstrap": peers}}
     served = {
-        "name": _found_from_here(model),
+        "name": found_from_here(model),
         "dht_prefix": dht_prefix,
         "blocks": AUTO if auto else blocks,
         "num_blocks": num_blocks,
@@ -167,7 +150,7 @@ def run(
         overrides["model"] = {key: value for key, value in served.items() if value is not None}
     if listen:
         overrides["listen"] = listen
-    node_config = _load(config, overrides)
+    node_config = load(config, overrides)
     if num_blocks is not None and (node_config.model is None or node_config.model.blocks_to_choose is None):
         raise ConfigError("--num-blocks says how many blocks the node chooses: give --auto, too")
 
@@ -180,32 +163,6 @@ def run(
     from kwaainet_bridge.cli.run import run_until_signalled
 
     trio.run(run_until_signalled, node_config)
-
-
-def _found_from_here(model: str | None) -> str | None:
-    """A model's name; a folder's from the current folder, whereas names in a file are relative to that file."""
-    if model is None or model == EMBEDDED_MODEL or not Path(model).is_dir():
-        return model
-    return str(Path(model).absolute())
-
-
-def _load(path: Path | None, overrides: dict[str, Any]) -> NodeConfig:
-    if path is not None:
-        return load_config(path, overrides)
-    return anchored(parse_config("", "command line", overrides), Path.cwd())
-
-
-def _swarm_of(addresses: list[str] | None) -> dict[str, Any]:
-    """Overrides that put ``addresses``, if there are any, in the place of the configuration's bootstrap peers."""
-    return {"networks": {"petals": {"bootstrap": addresses}}} if addresses else {}
-
-
-def _networks_of(petals: list[str] | None, kwaainet: list[str] | None) -> dict[str, Any]:
-    """The same for both networks."""
-    overrides = _swarm_of(petals)
-    if kwaainet:
-        overrides = merge_settings(overrides, {"networks": {"kwaainet": {"bootstrap": kwaainet}}})
-    return overrides
 
 
 @config_app.command("check")
@@ -240,10 +197,10 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text with a model that a swarm serves, in one network or both."""
-    overrides = _networks_of(bootstrap, kwaainet_peers)
-    asked = {"name": _found_from_here(model), "dht_prefix": dht_prefix}
+    overrides = networks_of(bootstrap, kwaainet_peers)
+    asked = {"name": found_from_here(model), "dht_prefix": dht_prefix}
     overrides["model"] = {key: value for key, value in asked.items() if value is not None}
-    node_config = _load(config, overrides)
+    node_config = load(config, overrides)
 
     from kwaainet_bridge.cli.generate import GenerateOptions, generate_text, sampling_of
 
@@ -255,9 +212,6 @@ def generate(
         show_route=show_route,
     )
     trio.run(generate_text, node_config, options)
-
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -288,7 +242,7 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Examine the way to bootstrap peers step by step, and say what would mend the step that fails."""
-    node_config = _load(config, _swarm_of(addresses))
+    node_config = load(config, swarm_of(addresses))
 
     from kwaainet_bridge.cli.doctor import examine_peers
 
@@ -303,7 +257,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the node of this configuration, which runs on this machine, does and whether it is well."""
-    node_config = _load(config, {})
+    node_config = load(config, {})
 
     from kwaainet_bridge.cli.status import show_status
 
@@ -338,7 +292,7 @@ def swarm(
     as_json: JsonOption = False,
 ) -> None:
     """Show the models of one network or both, who serves which blocks, what is missing, and who can be reached."""
-    node_config = _load(config, _networks_of(bootstrap, kwaainet_peers))
+    node_config = load(config, networks_of(bootstrap, kwaainet_peers))
 
     from kwaainet_bridge.cli.swarm import show_swarm
     from kwaainet_bridge.cli.swarm_models import Wanted
@@ -378,7 +332,7 @@ def average(
 
     if "." in prefix or not prefix:
         raise ConfigError(f"--prefix {prefix!r}: must be text without a dot")
-    network = _load(None, _swarm_of(bootstrap)).networks.petals
+    network = load(None, swarm_of(bootstrap)).networks.petals
     assert network is not None
     options = AverageOptions(
         peers=peers,
@@ -393,62 +347,6 @@ def average(
         seed=seed,
     )
     trio.run(average_peers, options)
-
-
-KeyArgument = Annotated[str, typer.Argument(help="Key, as text.")]
-
-
-@dht_app.command("get")
-def dht_get(
-    key: KeyArgument,
-    bootstrap: BootstrapOption = None,
-    config: ConfigOption = None,
-    subkey: Annotated[
-        list[str] | None, typer.Option(help="Of a dictionary only this entry. May be repeated.")
-    ] = None,
-    first: Annotated[
-        bool, typer.Option("--first/--latest", help="Take the first find, or ask all near nodes and merge.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Print what the DHT holds under a key."""
-    node_config = _load(config, _swarm_of(bootstrap))
-
-    from kwaainet_bridge.cli.dht import get_key
-
-    trio.run(partial(get_key, node_config, key, subkey or (), latest=not first, as_json=as_json))
-
-
-@dht_app.command("store")
-def dht_store(
-    key: KeyArgument,
-    value: Annotated[str, typer.Argument(help="JSON, or else text.")],
-    bootstrap: BootstrapOption = None,
-    config: ConfigOption = None,
-    subkey: Annotated[str | None, typer.Option(help="Store it as this entry of a dictionary.")] = None,
-    ttl: Annotated[
-        float, typer.Option(min=1.0, max=defaults.DHT_RETENTION_SECONDS, help="Seconds until it expires.")
-    ] = defaults.STORE_TTL_SECONDS,
-    as_json: JsonOption = False,
-) -> None:
-    """Store a value in the DHT and print which peers keep it."""
-    node_config = _load(config, _swarm_of(bootstrap))
-
-    from kwaainet_bridge.cli.dht import store_value
-
-    trio.run(partial(store_value, node_config, key, value, subkey, ttl=ttl, as_json=as_json))
-
-
-@dht_app.command("peers")
-def dht_peers(
-    bootstrap: BootstrapOption = None, config: ConfigOption = None, as_json: JsonOption = False
-) -> None:
-    """Walk through the DHT and print every peer that is met."""
-    node_config = _load(config, _swarm_of(bootstrap))
-
-    from kwaainet_bridge.cli.dht import list_peers
-
-    trio.run(partial(list_peers, node_config, as_json=as_json))
 
 
 @bench_app.command("net")
