@@ -5,9 +5,6 @@ It works on hidden states: embeddings, head and sampling are the client's own an
 
 from __future__ import annotations
 
-import gc
-import json
-import os
 import statistics
 import sys
 import threading
@@ -19,10 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "interop" / "stock"))
 
-import petals
-import psutil
 import torch
-from petals_client import Commands, lines
+from petals_client import Commands, serve
 
 PROMPT_TOKENS = 8
 WARM_STEPS = 4
@@ -141,22 +136,6 @@ class EngineCommands(Commands):
         return results
 
 
-def main() -> None:
-    gc.disable()  # a session that failed to close hangs for ever when the collector runs in its loop's thread
-    torch.set_num_threads(1)
-    commands = EngineCommands()
-    lines.event("ready", petals=petals.__version__, torch=torch.__version__)
-    for line in sys.stdin:
-        request = json.loads(line)
-        arguments = {k: v for k, v in request.items() if k not in ("id", "do")}
-        try:
-            lines.result(request, getattr(commands, request["do"])(**arguments))
-        except Exception as e:
-            lines.error(request, e)
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(0)  # an orderly exit could wait for ever for a session that failed to close
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    serve(EngineCommands())

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import trio
-from admin_support import asking, free_port, served
+from admin_support import asking, free_port, served, until
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress, parse_admin_address
@@ -285,14 +285,15 @@ async def test_connections_beyond_the_limit_are_closed_and_places_come_back(tmp_
                 assert await is_cut_off(third, REQUEST)
             await third.aclose()
             await second.aclose()
-        with trio.fail_after(5):
-            while True:
-                try:
-                    async with asking(address) as again:
-                        assert (await again.get("/livez")).status_code == 200
-                        break
-                except httpx.TransportError:
-                    await trio.sleep(0.02)
+
+        async def answers() -> bool:
+            try:
+                async with asking(address) as again:
+                    return (await again.get("/livez")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await until(answers, 5)
 
 
 async def test_nonsense_ends_its_own_connection(tmp_path):

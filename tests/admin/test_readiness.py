@@ -50,7 +50,7 @@ def unmet(state: NodeState) -> dict[str, str]:
 
 def test_a_node_that_is_well():
     state = serving(Clock())
-    assert is_ready(state)
+    assert is_ready(conditions(state))
     names = [c.name for c in conditions(state)]
     assert names == ["serving", "blocks", "engine", "reachable", "clock", "announced petals"]
 
@@ -59,7 +59,7 @@ def test_a_node_without_blocks_has_fewer():
     state = NodeState(clock=Clock())
     state.enter(Phase.SERVING)
     assert [c.name for c in conditions(state)] == ["serving", "reachable", "clock"]
-    assert is_ready(state)
+    assert is_ready(conditions(state))
 
 
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.SERVING])
@@ -81,14 +81,14 @@ def test_what_degrades_a_node_makes_it_unready_with_the_same_reason(condition):
     state.degrade(condition, "because")
     assert unmet(state) == {condition: "because"}
     state.recover(condition)
-    assert is_ready(state)
+    assert is_ready(conditions(state))
 
 
 def test_other_degradations_do_not():
     state = serving(Clock())
     state.degrade("bootstrap petals", "none of 1 bootstrap peers is reached")
     state.degrade("averaging run", "nobody shares it")
-    assert is_ready(state)
+    assert is_ready(conditions(state))
 
 
 def test_announcements():
@@ -106,7 +106,7 @@ def test_announcements():
         assert why in unmet(state)["announced petals"]
     state.note_announced(report())
     clock.now += 360
-    assert is_ready(state)
+    assert is_ready(conditions(state))
     clock.now += 1
     assert "expired" in unmet(state)["announced petals"]
     assert state.announced["petals"].rounds == 5
@@ -117,7 +117,7 @@ def test_announcements():
 def test_the_first_node_of_a_swarm_keeps_its_records_itself():
     state = serving(Clock(), bootstrap=0)
     state.note_announced(report(by_others=0, peers=0))
-    assert is_ready(state)
+    assert is_ready(conditions(state))
 
 
 def test_the_reason_for_being_reachable_is_the_evidence():
@@ -132,11 +132,11 @@ def test_the_clock_is_judged_by_most_bootstrap_peers():
     state.hear_clock(first, -12.0)
     assert "1 of 1 bootstrap peers have another time, one is -12.0 s ahead" in unmet(state)["clock"]
     state.hear_clock(second, 0.0)  # one of both is wrong
-    assert is_ready(state)
+    assert is_ready(conditions(state))
     state.hear_clock(third, -11.0)
     assert "2 of 3" in unmet(state)["clock"]
     state.hear_clock(first, 0.0)
-    assert is_ready(state)
+    assert is_ready(conditions(state))
 
 
 async def test_an_engine_is_checked_and_may_come_back(autojump_clock, nursery):
@@ -151,7 +151,7 @@ async def test_an_engine_is_checked_and_may_come_back(autojump_clock, nursery):
 
     nursery.start_soon(watch_engine, check, state)
     await trio.sleep(29)
-    assert is_ready(state)
+    assert is_ready(conditions(state))
     await trio.sleep(2)
     assert "no turn within 30 s" in unmet(state)["engine"]
     stuck.clear()
@@ -160,7 +160,7 @@ async def test_an_engine_is_checked_and_may_come_back(autojump_clock, nursery):
     failing.clear()
     state.note_announced(report())
     await trio.sleep(11)
-    assert is_ready(state)
+    assert is_ready(conditions(state))
 
 
 async def test_lag_is_what_passes_beyond_the_sleep(autojump_clock, nursery):

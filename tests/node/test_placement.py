@@ -21,6 +21,13 @@ MOVED = [("JOINING", "0:4"), ("ONLINE", "0:4"), ("OFFLINE", "0:4"), ("ONLINE", "
 STAYED = [("JOINING", "0:4"), ("ONLINE", "0:4"), ("OFFLINE", "0:4")]
 
 
+async def moves_away(world: World) -> None:
+    """Others come to serve the node's blocks; return once it drains them."""
+    world.petals.others = [span(0, 4, A)]
+    with trio.fail_after(HOUR):
+        await world.state.wait_for(Phase.DRAINING)
+
+
 async def test_it_moves_to_the_gap_and_both_networks_see_it(autojump_clock: MockClock) -> None:
     world = World()
     with capture_logs() as logs:
@@ -227,9 +234,7 @@ async def test_sessions_have_their_time_before_their_blocks_go(autojump_clock: M
     async with world.running():
         server = world.petals.server
         server.begin_sessions(2)
-        world.petals.others = [span(0, 4, A)]
-        with trio.fail_after(HOUR):
-            await world.state.wait_for(Phase.DRAINING)
+        await moves_away(world)
         began = trio.current_time()
         assert world.state.facts == {"sessions": 2, "moves_to": "4:8"}
         await trio.sleep(30)
@@ -245,9 +250,7 @@ async def test_sessions_that_do_not_end_are_cut_off(autojump_clock: MockClock) -
     world = World(drain_seconds=60)
     async with world.running():
         world.kwaainet.server.begin_sessions(1)
-        world.petals.others = [span(0, 4, A)]
-        with trio.fail_after(HOUR):
-            await world.state.wait_for(Phase.DRAINING)
+        await moves_away(world)
         began = trio.current_time()
         with capture_logs() as logs:
             await world.served(SECOND)
@@ -274,9 +277,7 @@ async def test_a_stop_while_the_old_blocks_are_drained(autojump_clock: MockClock
     world = World(drain_seconds=60)
     async with world.running():
         world.petals.server.begin_sessions(1)
-        world.petals.others = [span(0, 4, A)]
-        with trio.fail_after(HOUR):
-            await world.state.wait_for(Phase.DRAINING)
+        await moves_away(world)
         began = trio.current_time()
         await trio.sleep(20)
         world.stop.set()

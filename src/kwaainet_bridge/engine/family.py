@@ -109,9 +109,8 @@ def build(checkpoint: Checkpoint) -> Family:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise _refused(checkpoint, f"config.json is of no known model ({error})") from error
-    config = (
-        config.get_text_config()
-    )  # of a model that sees or hears as well: the part that is a language model
+    # of a model that sees or hears as well: the part that is a language model
+    config = config.get_text_config()
     if not hasattr(config, "num_hidden_layers") or type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001  # the only way to ask without constructing
         raise _refused(checkpoint, f"{family} is no text-only causal language model")
     try:

@@ -136,9 +136,8 @@ class OwnAttention:
             bias = piece.bias
             if bias is None:
                 bias = self._bias(*_pairs(piece.batch, hidden.device), rows=1)
-                if (
-                    len(cache.pieces) == 1
-                ):  # masks of many pieces are too large to be kept for the other blocks
+                # masks of many pieces are too large to be kept for the other blocks
+                if len(cache.pieces) == 1:
                     piece.bias = bias
             part = hidden[:, offset : offset + piece.batch.tokens]
             outputs.append(self._call(layer, part, piece.batch.places, bias, GatheringCache(piece.batch)))

@@ -19,7 +19,7 @@ _NONCE: Final = struct.Struct("<4xQ")
 class MessageCipher:
     """One direction: ``key`` has 32 bytes, ``count`` messages have gone through already.
 
-    Which must be in order, and no message twice.
+    The other end counts likewise, so each message goes through once, in the order in which they travel.
     """
 
     def __init__(self, key: bytes, count: int) -> None:

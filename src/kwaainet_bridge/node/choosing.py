@@ -16,6 +16,7 @@ from kwaainet_bridge.engine import ModelOutline
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.hivemind.client.block_choice import Advice, advise, reason, suggest, throughputs
 from kwaainet_bridge.hivemind.client.directory import Span
+from kwaainet_bridge.node.models import shown
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -49,7 +50,7 @@ async def choose_blocks(
     blocks = suggest(seen, num_blocks, model.num_blocks)
     log.info(
         "blocks chosen",
-        blocks=f"{blocks.start}:{blocks.stop}",
+        blocks=shown(blocks),
         model_blocks=model.num_blocks,
         networks=sorted(found),
         reason=reason(seen, blocks, model.num_blocks),

@@ -1,4 +1,4 @@
-"""Which files a model's name stands for, and what the swarm calls its blocks."""
+"""Which files a model's name stands for, what the swarm calls its blocks, and how blocks are written."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def kwaainet_prefix(name: str, given: str | None = None) -> str:
         return check_prefix(given)
     folder = Path(name)
     return check_prefix(network_prefix(folder.resolve().name if folder.is_dir() else name))
+
+
+def shown(blocks: range) -> str:
+    """Blocks as they are written: ``4:8``."""
+    return f"{blocks.start}:{blocks.stop}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from kwaainet_bridge.hivemind.experts.records import ServerState
+from kwaainet_bridge.node.models import shown
 from kwaainet_bridge.node.state import CLOCK, NodeState, Phase
 
 ENGINE: Final = "engine"
@@ -39,8 +40,9 @@ def conditions(state: NodeState) -> tuple[Condition, ...]:
     )
 
 
-def is_ready(state: NodeState) -> bool:
-    return all(condition.met for condition in conditions(state))
+def is_ready(judged: Iterable[Condition]) -> bool:
+    """Whether :func:`conditions` are all met."""
+    return all(condition.met for condition in judged)
 
 
 def _serving(state: NodeState) -> Condition:
@@ -61,7 +63,7 @@ def _blocks(state: NodeState) -> Iterator[Condition]:
         yield Condition(BLOCKS, False, f"not loaded: {state.phase.value}")
         return
     blocks = state.served.engine.blocks
-    yield Condition(BLOCKS, True, f"{blocks.start}:{blocks.stop} are loaded")
+    yield Condition(BLOCKS, True, f"{shown(blocks)} are loaded")
     yield _unless_degraded(state, ENGINE, "it computes")
 
 

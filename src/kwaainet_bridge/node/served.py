@@ -102,8 +102,3 @@ async def withdraw(announcer: Announcer) -> None:
         await announcer.announce(ServerState.OFFLINE)
     if limit.cancelled_caught:
         log.warning("the swarm did not acknowledge that blocks are left; their records expire by themselves")
-
-
-def shown(blocks: range) -> str:
-    """Blocks as they are written: ``4:8``."""
-    return f"{blocks.start}:{blocks.stop}"

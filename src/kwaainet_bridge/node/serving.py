@@ -25,11 +25,11 @@ from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.announcing import Announcer, AnnounceReport, Offer, Publisher
 from kwaainet_bridge.node.choosing import choose_blocks
 from kwaainet_bridge.node.memory import available_bytes, release
-from kwaainet_bridge.node.models import model_source
+from kwaainet_bridge.node.models import model_source, shown
 from kwaainet_bridge.node.moving import Placement
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.readiness import announced_in
-from kwaainet_bridge.node.served import BlockServer, ServedBlocks, ServingNetwork, shown, withdraw
+from kwaainet_bridge.node.served import BlockServer, ServedBlocks, ServingNetwork, withdraw
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.node.watching import watch_engine
 

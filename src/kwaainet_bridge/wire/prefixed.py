@@ -20,8 +20,9 @@ _SPARED_BYTES: Final = 1024
 class PrefixedDecoder(abc.ABC, Generic[T]):
     """Cuts a byte stream into messages, whatever the sizes in which its bytes arrive.
 
-    Memory holds one unfinished message, at most ``max_bytes`` long and never more of it than has arrived: an
-    announced length is checked before the first byte behind it is kept.
+    Memory holds one unfinished message, at most ``max_bytes`` long and never more of it than has arrived, in the pieces
+    that it came in: a view keeps alive what it is of. An announced length is checked before the first byte behind it is
+    kept.
     """
 
     _name: str

@@ -345,9 +345,9 @@ def local_prompts(models: Loaded) -> Iterator[Callable[[torch.Tensor], torch.Ten
             hook.remove()
 
 
-def main() -> None:
+def serve(commands: Commands) -> None:
+    """Obey ``commands`` until stdin ends; ends the process."""
     gc.disable()  # a session that failed to close hangs for ever when the collector runs in its loop's thread
-    commands = Commands()
     lines.event(
         "ready", petals=petals.__version__, transformers=transformers.__version__, torch=torch.__version__
     )
@@ -364,4 +364,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Commands())

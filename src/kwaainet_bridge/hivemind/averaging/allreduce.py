@@ -21,11 +21,10 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
-from kwaainet_bridge.compression.codec import new_values
 from kwaainet_bridge.errors import CompressionError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.averaging.coding import coded
 from kwaainet_bridge.hivemind.averaging.group import Group
-from kwaainet_bridge.hivemind.averaging.reducer import Reducer, check_values
+from kwaainet_bridge.hivemind.averaging.reducer import Reducer, check_values, difference
 from kwaainet_bridge.hivemind.averaging.split import Part, partition
 from kwaainet_bridge.hivemind.averaging.step import FailureKind
 from kwaainet_bridge.rpc import ClientStream, RpcClient, ServerStream, StreamMethod
@@ -54,6 +53,12 @@ class Options:
     """How long a sender has for a part, unless others were slower before."""
     allreduce_seconds: float = defaults.AVERAGING_ALLREDUCE_SECONDS
 
+    def __post_init__(self) -> None:
+        if not (self.part_seconds > 0 and self.allreduce_seconds > 0):
+            raise ValueError(
+                f"part_seconds {self.part_seconds}, allreduce_seconds {self.allreduce_seconds}: not above 0"
+            )
+
     @property
     def message_bytes(self) -> int:
         """Longest message with a part or a difference, which is float32 whatever the part was compressed to: eight
@@ -70,9 +75,8 @@ class AllReduce:
     """The all-reduce of ``group``, as its member ``own``. The tensors stay unchanged until ``apply``.
 
     They must be contiguous, of floats, and may not be changed by others meanwhile. ``deltas`` is what ``deltas_of``
-    made for them, to be used by one all-reduce at a time. ``shares`` are the elements that
-    each member averages. ``run`` is called once; ``serve`` for every stream that comes for this group, which may be
-    before ``run``.
+    made for them, to be used by one all-reduce at a time. ``shares`` are the elements that each member averages.
+    ``run`` is called once; ``serve`` for every stream that comes for this group, which may be before ``run``.
     """
 
     def __init__(
@@ -374,30 +378,12 @@ class AllReduce:
         average = self._reducer.average(number)
 
         def encode() -> TensorMessage:
-            delta = torch.zeros_like(part) if average is None else _difference(average, part)
+            delta = torch.zeros_like(part) if average is None else difference(average, part)
             return encode_tensor(delta, compression, legacy_bfloat16=True)
 
         tensor = await coded(encode, part.nbytes, self._options.compression)
         self.sent_bytes += total(tensor.values)
         return AveragingData(code=MessageCode.AVERAGED_PART, tensor_part=tensor)
-
-
-def deltas_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Memory for the differences between averages and ``tensors``, on the CPU.
-
-    In one piece for each tensor: parts that stay until the end, among others that do not, would tear up memory.
-    """
-    return [new_values(t.numel(), _precise(t.dtype)).reshape(t.shape) for t in tensors]
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    """What differences between an average, float32, and values of ``dtype`` are kept in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _difference(average: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """``average`` less ``part``, float32: in the memory of ``part`` if that is float32, too."""
-    return torch.sub(average, part, out=part) if part.dtype == torch.float32 else average - part
 
 
 def _taken(message: AveragingData, length: int) -> TensorMessage:

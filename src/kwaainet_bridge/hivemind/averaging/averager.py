@@ -12,8 +12,9 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 import trio
@@ -21,15 +22,21 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import BridgeError, DeadlineExceeded, RemoteError
-from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce, Options, deltas_of
+from kwaainet_bridge.hivemind.averaging.allreduce import AllReduce, Options
 from kwaainet_bridge.hivemind.averaging.dialect import Protocol, dialect_of
 from kwaainet_bridge.hivemind.averaging.group import About, Group, Mode
 from kwaainet_bridge.hivemind.averaging.matchmaking import Matchmaking, Rules
 from kwaainet_bridge.hivemind.averaging.meeting import Meeting
 from kwaainet_bridge.hivemind.averaging.methods import first_request
 from kwaainet_bridge.hivemind.averaging.reducer import all_finite
-from kwaainet_bridge.hivemind.averaging.split import share_elements
-from kwaainet_bridge.hivemind.averaging.state import State, StateSharing, download_state
+from kwaainet_bridge.hivemind.averaging.split import deltas_of, share_elements
+from kwaainet_bridge.hivemind.averaging.state import (
+    State,
+    StateSharing,
+    check_tensors,
+    download_state,
+    state_of_tensors,
+)
 from kwaainet_bridge.hivemind.averaging.step import Ban, Counts, Outcome, Phase, Status, Step, StepResult
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.rpc import ServerStream
@@ -38,9 +45,6 @@ from kwaainet_bridge.wire.averaging import AveragingData, MessageCode
 from kwaainet_bridge.wire.peer_id import PeerId
 
 log = logging.getLogger(__name__)
-
-_GROUP_KEY: Final = "group_key"
-"""All metadata of a state that is the tensors and nothing else. Source: hivemind 1.1.12, ``averaging/averager.py``."""
 
 
 class Averager:
@@ -107,10 +111,6 @@ class Averager:
             raise ValueError(
                 f"bandwidth is {bandwidth}: it must be a finite number of at least 0, or left out"
             )
-        if not (part_seconds > 0 and allreduce_seconds > 0):
-            raise ValueError(
-                f"part_seconds {part_seconds}, allreduce_seconds {allreduce_seconds}: not above 0"
-            )
         for number, tensor in enumerate(tensors):
             if not tensor.is_contiguous() or not tensor.is_floating_point() or tensor.device.type != "cpu":
                 raise ValueError(f"tensor {number} must be contiguous, of floats and on the CPU")
@@ -146,7 +146,7 @@ class Averager:
         self._sharing = StateSharing(
             peer.dht,
             self._dialect.record_prefix,
-            state or self._own_state,
+            state or (lambda: state_of_tensors(self.tensors, self.group_bits)),
             self.lock,
             compression=state_compression,
             allowed_peers=allowed_peers,
@@ -289,7 +289,7 @@ class Averager:
         finally:
             if self._step is step:
                 self._step = None
-            self._counts.steps[_outcome(outcome)] += 1
+            self._counts.steps[Outcome.of(outcome)] += 1
             step.end(outcome)
 
     async def _look_and_average(self, step: Step, timeout: float) -> StepResult:
@@ -361,17 +361,12 @@ class Averager:
                 await reduction.run(self._peer.client, self._methods.aggregate_part)
             finally:
                 self._counts.allreduce_seconds.observe(trio.current_time() - began)
-                self._note_failures(reduction)
+                for peer, kind, why in reduction.failures:
+                    self._counts.note(Ban(peer, kind, why, self._clock()))
                 self._sent_bytes += reduction.sent_bytes
                 self._received_bytes += reduction.received_bytes
             reduction.apply(self._alpha)
         return reduction
-
-    def _note_failures(self, reduction: AllReduce) -> None:
-        now = self._clock()
-        for peer, kind, why in reduction.failures:
-            self._counts.failures[kind] += 1
-            self._counts.bans.append(Ban(peer, kind, why, now))
 
     def _notify(self) -> None:
         self._groups_changed.set()
@@ -392,17 +387,6 @@ class Averager:
             await reduction.serve(stream, first)
 
     # --- state --------------------------------------------------------------------------------------------
-
-    def _own_state(self) -> State:
-        return State({_GROUP_KEY: self.group_bits}, self.tensors)
-
-    def _check_tensors(self, state: State) -> None:
-        """A peer that dies after a whole tensor seems to have given everything."""
-        if set(state.metadata) != {_GROUP_KEY}:
-            return
-        shapes, own = ([tuple(t.shape) for t in tensors] for tensors in (state.tensors, self.tensors))
-        if shapes != own:
-            raise RemoteError(f"state: tensors of shapes {shapes!r:.200}, not {own!r:.200}")
 
     def share_state(self, *, allowed: bool, priority: float = 0.0) -> None:
         """Offer this peer's state to others, or no more. Those with the highest priority are asked first.
@@ -425,18 +409,6 @@ class Averager:
             self._peer,
             self._dialect,
             allowed_peers=self._allowed,
-            check=check or self._check_tensors,
+            check=check or partial(check_tensors, own=self.tensors),
             max_bytes=defaults.AVERAGING_STATE_FACTOR * own_bytes + 64 * defaults.MIB,
         )
-
-
-def _outcome(outcome: StepResult | Exception | None) -> Outcome:
-    match outcome:
-        case StepResult():
-            failed = outcome.failed_senders or outcome.failed_reducers or outcome.missing_elements
-            return Outcome.PARTIAL if failed else Outcome.WHOLE
-        case DeadlineExceeded():
-            return Outcome.NO_GROUP
-        case None:
-            return Outcome.CANCELLED
-    return Outcome.FAILED

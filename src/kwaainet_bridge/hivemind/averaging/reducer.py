@@ -171,6 +171,11 @@ def check_values(values: torch.Tensor, max_rms: float) -> None:
         raise RemoteError(f"root mean square {rms:g} exceeds {max_rms:g}")
 
 
+def difference(average: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """``average`` less ``part``, float32: in the memory of ``part`` if that is float32, too."""
+    return torch.sub(average, part, out=part) if part.dtype == torch.float32 else average - part
+
+
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all values are finite; needs no memory."""
     return all(math.isfinite(_largest(tensor)) for tensor in tensors if tensor.numel())

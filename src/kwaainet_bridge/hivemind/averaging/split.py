@@ -17,6 +17,7 @@ import torch
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
+from kwaainet_bridge.compression.codec import new_values
 from kwaainet_bridge.errors import RemoteError
 from kwaainet_bridge.hivemind.averaging.balance import balanced_scores
 
@@ -96,3 +97,12 @@ def part_elements(dtype: torch.dtype, compression: CompressionType, part_bytes: 
     bits = 8 * dtype.itemsize
     after = bits if compression == CompressionType.NONE else _BITS_AFTER.get(compression, _BITS_OF_OTHERS)
     return int(part_bytes / (dtype.itemsize * (after / bits)))
+
+
+def deltas_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Memory for the differences between averages, which are float32, and ``tensors``; on the CPU.
+
+    In one piece for each tensor: parts that stay until the end, among others that do not, would tear up memory.
+    """
+    types = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+    return [new_values(t.numel(), dtype).reshape(t.shape) for t, dtype in zip(tensors, types, strict=True)]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 import trio
@@ -41,6 +41,9 @@ from kwaainet_bridge.wire.tensors import (
 
 log = logging.getLogger(__name__)
 
+_GROUP_KEY: Final = "group_key"
+"""All metadata of a state that is the tensors and nothing else. Source: hivemind 1.1.12, ``averaging/averager.py``."""
+
 DownloadMethod = StreamMethod[pb.DownloadRequest, DownloadData]
 
 _DOWNLOADS = 4  # at one time, each with a copy of the state
@@ -52,6 +55,23 @@ class State:
 
     metadata: dict[str, Any]
     tensors: Sequence[torch.Tensor]
+
+
+def state_of_tensors(tensors: Sequence[torch.Tensor], bits: str) -> State:
+    """A state that is the tensors that are averaged and nothing else; ``bits`` are those of the peer's group key."""
+    return State({_GROUP_KEY: bits}, tensors)
+
+
+def check_tensors(state: State, own: Sequence[torch.Tensor]) -> None:
+    """Raise RemoteError if ``state`` is said to be just the tensors that are averaged, but has others than ``own``.
+
+    A peer that dies after a whole tensor seems to have given everything.
+    """
+    if set(state.metadata) != {_GROUP_KEY}:
+        return
+    shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (state.tensors, own))
+    if shapes != expected:
+        raise RemoteError(f"state: tensors of shapes {shapes!r:.200}, not {expected!r:.200}")
 
 
 class StateSharing:

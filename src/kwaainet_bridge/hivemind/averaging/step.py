@@ -12,7 +12,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import Histogram
-from kwaainet_bridge.errors import AveragingCancelled
+from kwaainet_bridge.errors import AveragingCancelled, DeadlineExceeded
 from kwaainet_bridge.hivemind.averaging.group import Group
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -36,6 +36,19 @@ class Outcome(enum.StrEnum):
     NO_GROUP = "no_group"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+    @classmethod
+    def of(cls, end: StepResult | Exception | None) -> Outcome:
+        """That of a step which gave or raised this; None: which was cancelled."""
+        match end:
+            case StepResult():
+                failed = end.failed_senders or end.failed_reducers or end.missing_elements
+                return cls.PARTIAL if failed else cls.WHOLE
+            case DeadlineExceeded():
+                return cls.NO_GROUP
+            case None:
+                return cls.CANCELLED
+        return cls.FAILED
 
 
 class FailureKind(enum.StrEnum):
@@ -77,6 +90,10 @@ class Counts:
     failures: Counter[FailureKind] = field(default_factory=Counter)
     bans: deque[Ban] = field(default_factory=lambda: deque(maxlen=defaults.AVERAGING_REMEMBERED_BANS))
     allreduce_seconds: Histogram = field(default_factory=lambda: Histogram(defaults.AVERAGING_SECONDS_BOUNDS))
+
+    def note(self, ban: Ban) -> None:
+        self.failures[ban.kind] += 1
+        self.bans.append(ban)
 
 
 @dataclass(frozen=True, slots=True)

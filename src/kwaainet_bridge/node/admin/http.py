@@ -22,7 +22,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.node.admin.metrics import CONTENT_TYPE, exposition
 from kwaainet_bridge.node.admin.status import status_of
 from kwaainet_bridge.node.admin.tokens import admits
-from kwaainet_bridge.node.readiness import conditions
+from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState
 
 _OPEN: Final = "/livez"
@@ -60,7 +60,7 @@ def make_app(state: NodeState) -> Starlette:
 
     async def readyz(_request: Request) -> Response:
         judged = conditions(state)
-        ready = all(condition.met for condition in judged)
+        ready = is_ready(judged)
         body = {
             "ready": ready,
             "conditions": [{"name": c.name, "met": c.met, "reason": c.reason} for c in judged],

@@ -23,7 +23,8 @@ from kwaainet_bridge import __version__
 from kwaainet_bridge.counting import Histogram, ServingCounts
 from kwaainet_bridge.hivemind.averaging import FailureKind, Outcome
 from kwaainet_bridge.net.reachability import Verdict
-from kwaainet_bridge.node.readiness import conditions
+from kwaainet_bridge.node.admin.status import host_counts
+from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState, Phase
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -90,7 +91,7 @@ def _node(state: NodeState) -> Iterator[Metric]:
     phases = [((phase.value,), float(phase is state.phase)) for phase in Phase]
     yield _gauge("phase", "1 for the phase that the node is in.", phases, ("phase",))
     judged = conditions(state)
-    yield _gauge("ready", "1 while all conditions are met.", [((), float(all(c.met for c in judged)))])
+    yield _gauge("ready", "1 while all conditions are met.", [((), float(is_ready(judged)))])
     met = [((c.name,), float(c.met)) for c in judged]
     yield _gauge("condition", "1 for each condition of readiness that is met.", met, ("condition",))
     degraded = [((name,), 1.0) for name in state.degraded]
@@ -103,25 +104,20 @@ def _node(state: NodeState) -> Iterator[Metric]:
 
 
 def _host(state: NodeState) -> Iterator[Metric]:
-    host = state.host
-    if host is None:
+    if state.host is None:
         return
-    connections = list(host.connections)
-    inbound = sum(not c.initiator for c in connections)
-    directions = [(("inbound",), float(inbound)), (("outbound",), float(len(connections) - inbound))]
+    counts = host_counts(state.host)
+    connections, streams = counts["connections"], counts["streams"]
+    directions = [((direction,), connections[direction]) for direction in ("inbound", "outbound")]
     yield _gauge("connections", "Open connections.", directions, ("direction",))
-    yield _gauge("connections_limit", "Most connections at one time.", [((), host.connections.limit)])
-    yield _gauge("streams", "Streams of peers that are served.", [((), host.inbound.running)])
-    yield _gauge("streams_limit", "Most such streams at one time.", [((), host.inbound.limit)])
-    refused = host.refused
-    scopes = [
-        (("connections",), refused.connections),
-        (("address",), refused.address),
-        (("streams",), refused.streams),
-        (("protocol",), refused.protocol),
-    ]
+    yield _gauge("connections_limit", "Most connections at one time.", [((), connections["limit"])])
+    yield _gauge("streams", "Streams of peers that are served.", [((), streams["open"])])
+    yield _gauge("streams_limit", "Most such streams at one time.", [((), streams["limit"])])
     yield _counter(
-        "refusals", "Connections and streams turned away, by whose limit it was.", scopes, ("scope",)
+        "refusals",
+        "Connections and streams turned away, by whose limit it was.",
+        [((scope,), count) for scope, count in counts["refused"].items()],
+        ("scope",),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.hivemind.averaging import Outcome, Status
 from kwaainet_bridge.net import Libp2pHost
-from kwaainet_bridge.node.readiness import conditions
+from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import Announced, NodeState
 
 SCHEMA_VERSION: Final = 1
@@ -26,14 +27,14 @@ def status_of(state: NodeState) -> dict[str, Any]:
         "addresses": [] if state.host is None else list(state.host.addresses()),
         "uptime_seconds": _seconds(state.now - state.began),
         "phase": {"name": state.phase.value, "seconds": _seconds(state.now - state.since)},
-        "ready": all(condition.met for condition in judged),
+        "ready": is_ready(judged),
         "conditions": [{"name": c.name, "met": c.met, "reason": _text(c.reason)} for c in judged],
         "degraded": {name: _text(reason) for name, reason in state.degraded.items()},
         "reachability": {"verdict": verdict.value, "evidence": evidence},
         "networks": {name: _network(state, name) for name in state.bootstrap},
         "blocks": _blocks(state),
         "cache": _cache(state),
-        "host": None if state.host is None else _host(state.host),
+        "host": None if state.host is None else host_counts(state.host),
         "averaging": {name: _run(status()) for name, status in state.averaging.items()},
         "event_loop": {
             "lag_p50_seconds": state.lag.quantile(0.5),
@@ -111,7 +112,8 @@ def _cache(state: NodeState) -> dict[str, Any] | None:
     return {"tokens_total": total, "tokens_left": left}
 
 
-def _host(host: Libp2pHost) -> dict[str, Any]:
+def host_counts(host: Libp2pHost) -> dict[str, Any]:
+    """Connections and streams of a host, and what it turned away."""
     connections = list(host.connections)
     inbound = sum(not c.initiator for c in connections)
     return {
@@ -123,12 +125,7 @@ def _host(host: Libp2pHost) -> dict[str, Any]:
             "limit": host.connections.limit,
         },
         "streams": {"open": host.inbound.running, "limit": host.inbound.limit},
-        "refused": {
-            "connections": host.refused.connections,
-            "address": host.refused.address,
-            "streams": host.refused.streams,
-            "protocol": host.refused.protocol,
-        },
+        "refused": asdict(host.refused),
     }
 
 
