@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import trio
 from kwaainet_bridge.config import ModelConfig
 from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import LoadProgress, ModelInfo, ModelOutline
-from kwaainet_bridge.errors import CheckpointError
+from kwaainet_bridge.errors import CheckpointError, ConfigError
 from kwaainet_bridge.hivemind.client import Span
 from kwaainet_bridge.hivemind.dht import StoreResult
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
@@ -82,6 +82,7 @@ class FakeNetwork:
     told: Callable[[str], None]
     others: list[Span] = field(default_factory=list)
     error: Exception | None = None
+    refuses: Sequence[range] = ()
     readings: int = 0
     server: FakeServer | None = None
     rounds: list[tuple[str, str]] = field(default_factory=list)
@@ -100,6 +101,10 @@ class FakeNetwork:
         if self.error is not None:
             raise self.error
         return list(self.others)
+
+    def check_blocks(self, model: ModelInfo, blocks: range) -> None:
+        if blocks in self.refuses:
+            raise ConfigError(f"{self.name} has no use for {blocks.start}:{blocks.stop}")
 
     def publisher(self, config: ModelConfig, model: ModelInfo) -> FakeNetwork:
         return self

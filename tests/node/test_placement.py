@@ -157,12 +157,24 @@ async def test_blocks_that_do_not_load_leave_the_old_ones_serving_and_are_tried_
         assert world.state.phase is Phase.SERVING
         assert world.petals.server.accepting
         reason = world.state.degraded[PLACEMENT]
-        assert reason == "the blocks 4:8 are needed more, but do not load: no block 4"
+        assert reason == "the blocks 4:8 are needed more, but cannot be served here: no block 4"
         assert 10 < world.events.count("load 4:8") < 60
         assert world.petals.changes == STAYED[:2]
         world.broken.clear()
         await world.served(SECOND, within=3 * HOUR)
         assert PLACEMENT not in world.state.degraded
+
+
+async def test_blocks_that_a_network_cannot_have_served_are_not_loaded(autojump_clock: MockClock) -> None:
+    world = World()
+    world.kwaainet.refuses = [SECOND]
+    async with world.running():
+        world.petals.others = [span(0, 4, A)]
+        await trio.sleep(HOUR)
+        assert world.blocks == FIRST
+        reason = world.state.degraded[PLACEMENT]
+        assert reason.endswith("cannot be served here: kwaainet has no use for 4:8")
+    assert "load 4:8" not in world.events
 
 
 async def test_a_node_that_failed_to_move_is_well_again_when_it_is_in_its_place(

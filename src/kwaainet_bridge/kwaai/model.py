@@ -10,11 +10,26 @@ import torch
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.engine import ClientModel, Engine, load_client_weights
+from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, load_client_weights
 from kwaainet_bridge.engine.client_weights import FAMILIES
 from kwaainet_bridge.errors import BridgeError, ConfigError, EngineError, InvalidRequest
 
 log = logging.getLogger(__name__)
+
+
+def check_ends(model: ModelInfo, blocks: range) -> tuple[bool, bool]:
+    """Whether these blocks have the first and the last of the model.
+
+    Raises ConfigError if they have an end of a model family whose ends this package cannot compute.
+    """
+    first, last = blocks.start == 0, blocks.stop == model.num_blocks
+    if (first or last) and model.family not in FAMILIES:
+        raise ConfigError(
+            f"{model.name}: KwaaiNet's first and last blocks come with embeddings and head, which models of "
+            f"type {model.family} have in another form; serve blocks 1:{model.num_blocks - 1}, or one of the "
+            f"types {', '.join(sorted(FAMILIES))}"
+        )
+    return first, last
 
 
 class ServedModel:
@@ -22,8 +37,7 @@ class ServedModel:
 
     In KwaaiNet the holder of block 0 embeds, and the holder of the last block applies final norm and head. These
     weights are read when they are first needed, and stay on the CPU. ``names``: repository, DHT prefix and
-    whatever else callers may call the model, beside the engine's own name for it. Raises ConfigError if the span has
-    an end of a model family whose ends this package cannot compute.
+    whatever else callers may call the model, beside the engine's own name for it. Raises what ``check_ends`` raises.
     """
 
     def __init__(
@@ -36,14 +50,7 @@ class ServedModel:
     ) -> None:
         model = engine.model
         self.engine = engine
-        self.first = engine.blocks.start == 0
-        self.last = engine.blocks.stop == model.num_blocks
-        if (self.first or self.last) and model.family not in FAMILIES:
-            raise ConfigError(
-                f"{model.name}: KwaaiNet's first and last blocks come with embeddings and head, which models of "
-                f"type {model.family} have in another form; serve blocks 1:{model.num_blocks - 1}, or one of the "
-                f"types {', '.join(sorted(FAMILIES))}"
-            )
+        self.first, self.last = check_ends(model, engine.blocks)
         known = [name for name in (model.name, model.repository, *names) if name]
         self._names = {_plain(name) for name in known} | {_plain(name.rsplit("/", 1)[-1]) for name in known}
         self._read = partial(load, model.name, dtype=model.dtype, revision=revision)

@@ -13,7 +13,7 @@ from kwaainet_bridge.engine import Engine, ModelInfo, ModelOutline
 from kwaainet_bridge.hivemind.client.directory import Span
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.peer import Peer
-from kwaainet_bridge.kwaai.model import ServedModel
+from kwaainet_bridge.kwaai.model import ServedModel, check_ends
 from kwaainet_bridge.kwaai.mux_endpoint import MuxEndpoint
 from kwaainet_bridge.kwaai.server import KwaaiProtocols, KwaaiServer, serve_kwaai
 from kwaainet_bridge.net import Libp2pHost
@@ -63,6 +63,9 @@ class KwaaiSide:
 
     def _bootstrap(self) -> Sequence[PeerId]:
         return sorted(self._network.peers - {self._dht.peer_id})
+
+    def check_blocks(self, model: ModelInfo, blocks: range) -> None:
+        check_ends(model, blocks)
 
     def serve(
         self, config: ModelConfig, engine: Engine, publisher: Publisher

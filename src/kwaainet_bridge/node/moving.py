@@ -98,10 +98,10 @@ class Placement:
         return fits
 
     def failed(self, blocks: range, error: Exception) -> None:
-        """Note that ``blocks`` could not be loaded. The next look is later."""
+        """Note that ``blocks`` cannot be loaded or served here. The next look is later."""
         self._failures += 1
         self._state.degrade(
-            PLACEMENT, f"the blocks {shown(blocks)} are needed more, but do not load: {error}"
+            PLACEMENT, f"the blocks {shown(blocks)} are needed more, but cannot be served here: {error}"
         )
 
     def settled(self) -> None:

@@ -42,6 +42,10 @@ class ServingNetwork(ReadableNetwork, Protocol):
         """What writes the records of this model there. Raises ConfigError for a name that they cannot have."""
         ...
 
+    def check_blocks(self, model: ModelInfo, blocks: range) -> None:
+        """Raise ConfigError for blocks that cannot be served there: before they are loaded for a move."""
+        ...
+
     def serve(
         self, config: ModelConfig, engine: Engine, publisher: Publisher
     ) -> AbstractAsyncContextManager[BlockServer]:

@@ -18,7 +18,7 @@ import trio
 
 from kwaainet_bridge.config import ModelConfig
 from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo
-from kwaainet_bridge.errors import BridgeError, EngineError
+from kwaainet_bridge.errors import BridgeError, ConfigError, EngineError
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
 from kwaainet_bridge.net.reachability import Verdict
@@ -168,6 +168,12 @@ class ModelService:
         placement, engine = self._placement, served.engine
         while True:
             goal = await placement.wait_for_better(served)
+            try:
+                for network in self._networks:
+                    network.check_blocks(engine.model, goal)
+            except ConfigError as e:  # others' records led here, which must not end the node
+                placement.failed(goal, e)
+                continue
             if not placement.has_room_for_both(self._weights_bytes + engine.cache_bytes_total):
                 return goal
             try:
