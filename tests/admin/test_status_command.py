@@ -172,3 +172,9 @@ def answering(body: bytes):
 def test_something_else_answers(tmp_path, body, told):
     with answering(body) as port, pytest.raises(RemoteError, match=told):
         show(node_config(tmp_path, "node", admin={"listen": f"127.0.0.1:{port}"}))
+
+
+def test_json_is_printed_whatever_version_it_is_of(tmp_path, capsys):
+    with answering(b'{"schema": 2, "news": 1}') as port:
+        show(node_config(tmp_path, "node", admin={"listen": f"127.0.0.1:{port}"}), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"schema": 2, "news": 1}

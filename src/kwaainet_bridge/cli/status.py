@@ -42,6 +42,11 @@ def show_status(config: NodeConfig, *, watch: bool, as_json: bool) -> None:
             else:
                 if watch and out.is_terminal:
                     out.clear()
+                if status.get("schema") != _SCHEMA:
+                    raise RemoteError(
+                        f"the node is of another version ({status.get('version')!r:.40}): use its own "
+                        "kwaainet-bridge, or --json"
+                    )
                 try:
                     draw(status, out)
                 except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -118,11 +123,6 @@ def _fetch(client: httpx.Client, where: str) -> Any:
         raise RemoteError(f"what answers at {where} is no node: {answer.text[:100]!r}") from e
     if answer.status_code != httpx.codes.OK or not isinstance(status, dict):
         raise RemoteError(f"what answers at {where} is no node: HTTP {answer.status_code}")
-    if status.get("schema") != _SCHEMA:
-        raise RemoteError(
-            f"the node at {where} is of another version ({status.get('version')!r:.40}): use its own "
-            "kwaainet-bridge, or --json"
-        )
     return status
 
 
