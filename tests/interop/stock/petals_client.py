@@ -87,7 +87,9 @@ class Commands:
         ``options`` go to the Petals configuration (tuning_mode, pre_seq_len, ...).
         """
         start = time.perf_counter()
-        torch.manual_seed(0)  # prompts begin with random numbers: how well eight bits hold them depends on those
+        torch.manual_seed(
+            0
+        )  # prompts begin with random numbers: how well eight bits hold them depends on those
         remote = petals.AutoDistributedModelForCausalLM.from_pretrained(
             model,
             dht_prefix=prefix,
