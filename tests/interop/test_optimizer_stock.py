@@ -188,7 +188,7 @@ async def test_late_peers_take_the_state_of_the_other_kind_and_follow(stock_peer
                 await start(driver, ours.addresses, 2, 9, target=128)
                 await driver.aask("train", number=2, epochs=1000)
                 newcomer = await until(driver, 2, epoch=ours.optimizer.epoch)
-                assert newcomer["loss"] < loss_of(ours.model) + 0.1 < 1.5
+                assert newcomer["loss"] < loss_of(ours.model) + 0.3 < 1.5  # ours may be steps ahead by now
                 followed = len(ours.log)
                 await until(driver, 2, epoch=newcomer["epoch"] + 3)
                 nursery.cancel_scope.cancel()
