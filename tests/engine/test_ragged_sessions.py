@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, EngineConfig, Session
-from kwaainet_bridge.engine.columns import MOST, ColumnLinear, install
 from kwaainet_bridge.engine.step import Step
 from kwaainet_bridge.errors import EngineError
 
@@ -184,23 +183,3 @@ def test_any_history_is_the_whole_models(
 @pytest.fixture(scope="session")
 def one_engine_folder(llama_folder: Any) -> str:
     return str(llama_folder)
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 17, MOST, MOST + 1])
-@pytest.mark.parametrize("bias", [False, True])
-def test_columns_are_the_linear_layer(tokens: int, *, bias: bool) -> None:
-    plain = torch.nn.Linear(256, 320, bias=bias)
-    outer = torch.nn.ModuleDict({"large": plain, "small": torch.nn.Linear(8, 8)})
-    install(outer)
-    column = outer["large"]
-    assert type(column) is ColumnLinear
-    assert type(outer["small"]) is torch.nn.Linear
-    assert column.weight is plain.weight
-    results = []
-    for layer in (plain, column):
-        inputs = torch.randn(1, tokens, 256, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        output = layer(inputs)
-        output.square().sum().backward()
-        results.append((output.detach(), inputs.grad))
-    for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs)

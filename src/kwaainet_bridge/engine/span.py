@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kwaainet_bridge.engine import attention, columns
+from kwaainet_bridge.engine import attention, packed
 from kwaainet_bridge.engine.attention import RaggedCache, Rule
 from kwaainet_bridge.engine.checkpoint import Checkpoint
 from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
@@ -49,9 +49,7 @@ class Span:
         if model.attends_itself:
             self._own = OwnAttention(model, self._rotary, self.dtype, self.device)
         self._parts = {block: self._find(block) for block in blocks}
-        if self.device.type == "cpu" and self.dtype is torch.float32:
-            for layer in self._layers.values():
-                columns.install(layer)
+        self._packs = self.device.type == "cpu" and self._own is None and packed.supported(self.dtype)
 
     def weight_bytes(self, block: int) -> int:
         """Bytes of one block's weights in the engine's dtype."""
@@ -83,6 +81,8 @@ class Span:
             raise CheckpointError(
                 f"block {block} of {self._checkpoint.name} computes {left[0]} itself: not supported"
             )
+        if self._packs:
+            packed.pack(layer)
 
     def run(self, block: int, hidden: torch.Tensor, *, cache: RaggedCache | None = None) -> torch.Tensor:
         """One block's output for [B, T, H] at the positions 0 … T-1, which see each other only.
