@@ -46,9 +46,9 @@ class _Differentiable(torch.autograd.Function):  # type: ignore[misc]  # as abov
     @staticmethod
     def forward(
         ctx: Any,
-        input: torch.Tensor,
+        input: torch.Tensor,  # noqa: A002
         weight: torch.Tensor,
-        bias: torch.Tensor | None,  # noqa: A002
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.weight = weight
         return _product(input, weight, bias)
