@@ -7,6 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+
+from kwaainet_bridge import defaults
 
 
 class Histogram:
@@ -56,12 +59,27 @@ class Refusals:
     protocol: int = 0
 
 
+def _seconds() -> Histogram:
+    return Histogram(defaults.STEP_SECONDS_BOUNDS)
+
+
+@dataclass(slots=True)
+class EngineCounts:
+    """How steps of sessions were computed: how long each waited for its batch, and of each batch, how long it took, and
+    how many tokens of all its steps it had."""
+
+    queue_seconds: Histogram = field(default_factory=_seconds)
+    batch_seconds: Histogram = field(default_factory=_seconds)
+    batch_tokens: Histogram = field(default_factory=lambda: Histogram(defaults.BATCH_TOKENS_BOUNDS))
+
+
 @dataclass(slots=True)
 class ServingCounts:
     """What was computed for callers of one network since the start.
 
     ``steps`` are those of inference sessions, ``passes`` forward and backward requests; tokens count each sequence of a
-    batch. Bytes are those of tensors as they travelled, by the name of their compression.
+    batch. Bytes are those of tensors as they travelled, by the name of their compression. ``step_seconds`` is how long
+    a step took: to ``read`` what came, in the ``engine``, and to make and send the ``reply``.
     """
 
     steps: int = 0
@@ -69,5 +87,13 @@ class ServingCounts:
     passes: int = 0
     pass_tokens: int = 0
     refused: int = 0
+    step_seconds: dict[str, Histogram] = field(
+        default_factory=lambda: {phase: _seconds() for phase in ("read", "engine", "reply")}
+    )
     received_bytes: Counter[str] = field(default_factory=Counter)
     sent_bytes: Counter[str] = field(default_factory=Counter)
+
+    def time_step(self, *times: float) -> None:
+        """Count a step by when it came, when it was read, when the engine had done it, and when it was replied to."""
+        for histogram, (began, ended) in zip(self.step_seconds.values(), pairwise(times), strict=True):
+            histogram.observe(ended - began)

@@ -815,6 +815,12 @@ LAG_BOUNDS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0, 5.0)
 """Bounds in seconds between which lags are counted: an idle loop is below the first, and peers notice from a tenth of a
 second on."""
 
+STEP_SECONDS_BOUNDS: Final = tuple(0.00025 * 2.0**n for n in range(18))
+"""Bounds in seconds between which the parts of a step are counted: 0.25 ms, as reading one takes, to half a minute."""
+
+BATCH_TOKENS_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64)
+"""Bounds between which batches of steps are counted by their tokens, of which they have MERGED_STEP_TOKENS at most."""
+
 ENGINE_CHECK_SECONDS: Final = 10.0
 """Pause between two checks whether the engine gives a turn."""
 

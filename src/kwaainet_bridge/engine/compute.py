@@ -14,6 +14,7 @@ import torch
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import EngineCounts
 from kwaainet_bridge.engine.scheduler import Priority, Scheduler
 from kwaainet_bridge.errors import BridgeError, EngineError
 
@@ -58,6 +59,7 @@ class _Request:
     generator: Generator[None, None, Any] | None = None
     started: bool = False
     running: bool = False
+    since: float = 0.0
     raise_cancel: Callable[[], Any] | None = None
 
 
@@ -76,6 +78,7 @@ class ComputeThread:
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.merged = merged
+        self.counts = EngineCounts()
         self._token = trio.lowlevel.current_trio_token()
         self._finished = trio.Event()
         self._changed = threading.Condition()
@@ -98,7 +101,8 @@ class ComputeThread:
         never runs. So nothing runs on behalf of a task that has left.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        key, request = next(self._serial), _Request(work, trio.lowlevel.current_task())
+        key = next(self._serial)
+        request = _Request(work, trio.lowlevel.current_task(), since=self._clock())
         tokens, peer = 1, None
         if isinstance(work, Merged):
             priority, tokens, peer = Priority.STEP, work.tokens, work.peer
@@ -108,7 +112,7 @@ class ComputeThread:
             if self._closing:
                 raise EngineError("the engine is closed")
             self._requests[key] = request
-            self._scheduler.submit(key, priority, self._clock(), peer=peer, tokens=tokens)
+            self._scheduler.submit(key, priority, request.since, peer=peer, tokens=tokens)
             self._changed.notify()
 
         def abort(raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
@@ -207,12 +211,21 @@ class ComputeThread:
     ) -> None:
         with self._changed:
             now = self._clock()
+            self._count(batch, began, now)
             self._scheduler.done(now, now - began, finished=results[0] is not None)
             for (key, request), result in zip(batch.items(), results, strict=True):
                 request.running = False
                 if result is not None:
                     del self._requests[key]
                     self._tell(request, result)
+
+    def _count(self, batch: dict[int, _Request], began: float, now: float) -> None:
+        steps = [request for request in batch.values() if isinstance(request.work, Merged)]
+        if steps:
+            for request in steps:
+                self.counts.queue_seconds.observe(began - request.since)
+            self.counts.batch_seconds.observe(now - began)
+            self.counts.batch_tokens.observe(sum(cast("Merged", request.work).tokens for request in steps))
 
     def _tell(self, request: _Request, result: outcome.Outcome[Any]) -> None:
         self._token.run_sync_soon(trio.lowlevel.reschedule, request.task, result)

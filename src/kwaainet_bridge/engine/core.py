@@ -12,6 +12,7 @@ import torch
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.counting import EngineCounts
 from kwaainet_bridge.engine import passes
 from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
@@ -119,6 +120,11 @@ class Engine:
             sum(sizes) // defaults.MIB,
         )
         return cls(config, model, span, runner, compute)
+
+    @property
+    def counts(self) -> EngineCounts:
+        """What the compute thread has done since it began."""
+        return self._compute.counts
 
     @property
     def cache_bytes_total(self) -> int:

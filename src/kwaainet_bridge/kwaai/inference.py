@@ -90,9 +90,12 @@ class InferenceService:
             raise Refusal("this server cannot read its model's embeddings and head") from e
         if not ready:
             raise WarmingUp(WARMING_UP)
+        times = [trio.current_time()]
         hidden = await self._inputs(request)
         async with self.sessions.step(peer, request.session_id, request.seq_pos, request.tokens) as session:
+            times.append(trio.current_time())
             output = await session.step(hidden)
+            times.append(trio.current_time())
             self._counts.steps += 1
             self._counts.step_tokens += output.shape[1]
             coding = (
@@ -100,8 +103,11 @@ class InferenceService:
             )  # ids travel as they are
             self._counts.received_bytes[coding.name] += len(request.data)
             if not model.last:
+                self._counts.time_step(*times, times[-1])
                 return ResponseType.HIDDEN_STATES, output
-            return ResponseType.LOGITS, await model.logits(output[:, -1:])
+            logits = await model.logits(output[:, -1:])
+            self._counts.time_step(*times, trio.current_time())
+            return ResponseType.LOGITS, logits
 
     def _check(self, request: InferenceRequest) -> None:
         """Raises InvalidRequest for what this span cannot take, before anything is computed or opened."""

@@ -75,6 +75,7 @@ class InferenceService:
         self._by_id: dict[str, list[LiveSession]] = defaultdict(list)
         self._by_peer: dict[PeerId, int] = defaultdict(int)
         self._push_limit = PushLimit(clock)
+        self._clock = clock
         self._changed = trio.Event()
         self._open: set[LiveSession] = set()
         self._cut = False
@@ -172,12 +173,14 @@ class InferenceService:
         step_id = metadata.step_id
         if step_id is not None and step_id in live.steps_done:
             return  # the other copy of a step that came both by push and from the client
+        times = [self._clock()]
         try:
             metadata.check_common()
             tensors = await decode_tensors(request.tensors)
             hidden, prompts, hypo_ids, *_ = [*metadata.arrange(tensors), None, None, None]
             if hidden is None:
                 raise Refusal("the first argument must be the hidden states", kind="ValueError")
+            times.append(self._clock())
             output = await session.step(
                 hidden,
                 prompts=optional(prompts),
@@ -189,6 +192,7 @@ class InferenceService:
                 raise
             log.debug("session %.40r: a pushed step is left out: %.200s", live.session_id, e)
             return  # the client's own copy of the step decides
+        times.append(self._clock())
         live.remember(step_id)
         counts = self._counts
         counts.steps += 1
@@ -199,6 +203,7 @@ class InferenceService:
         count_bytes(counts.received_bytes, request.tensors)
         count_bytes(counts.sent_bytes, response.tensors)
         await live.call.send(response)
+        counts.time_step(*times, self._clock())
 
     async def push(self, request: ExpertRequest, context: CallContext) -> ExpertResponse:
         """Feed a pushed step to the live session that it names; ignore one that fits none, as stock does."""

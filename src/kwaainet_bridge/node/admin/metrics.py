@@ -165,6 +165,12 @@ def _serving(state: NodeState) -> Iterator[Metric]:
         [(("used",), total - left), (("left",), left)],
         ("state",),
     )
+    batches = engine.counts
+    yield _histogram("queue_seconds", "How long a step waited for its batch.", [((), batches.queue_seconds)])
+    yield _histogram(
+        "batch_seconds", "How long a batch of steps was computed.", [((), batches.batch_seconds)]
+    )
+    yield _histogram("batch_tokens", "Tokens of a batch of steps.", [((), batches.batch_tokens)])
     servers = served.by_network
     sessions = [((name,), server.open_sessions) for name, server in servers.items()]
     yield _gauge("sessions", "Open inference sessions.", sessions, network)
@@ -177,6 +183,16 @@ def _serving(state: NodeState) -> Iterator[Metric]:
         for row in (((name, "step"), count.step_tokens), ((name, "pass"), count.pass_tokens))
     ]
     yield _counter("tokens", "Tokens that were computed.", tokens, ("network", "kind"))
+    yield _histogram(
+        "step_seconds",
+        "How long a step took, to read it, in the engine, and to reply.",
+        [
+            ((name, phase), histogram)
+            for name, count in counts.items()
+            for phase, histogram in count.step_seconds.items()
+        ],
+        ("network", "phase"),
+    )
     passes = [((name,), count.passes) for name, count in counts.items()]
     yield _counter("passes", "Forward and backward requests that were computed.", passes, network)
     refused = [((name,), count.refused) for name, count in counts.items()]
