@@ -19,6 +19,7 @@ from pathlib import Path
 from child_processes import Driver
 from stock_swarm import SCRIPTS, StockEnvironment, start_bootstrap
 
+from bench.node_metrics import milliseconds, totals
 from bench.side_by_side import Start, random_llama, starters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +87,8 @@ class Bench:
         self._work, self._stock, self._client, self._address = work, stock, client, address
         self._options = options
         self._turn = 0
+        self.parts: dict[str, dict[str, float]] = {}
+        """Of the latest run of our node, by row: milliseconds of each part of a step, as the node counts them."""
 
     def one(self, model: str, who: str) -> tuple[dict[str, float], dict[str, float]]:
         """All wanted rows of one model, on a fresh server."""
@@ -93,11 +96,17 @@ class Bench:
         prefix = f"engine-{who}-{self._turn}"
         folder = self.models[model]
         start: Start = starters(self._stock, folder, self._work)[who]
+        socket = self._work / f"{prefix}.key.sock"
         with start(prefix, [self._address]):
             self._client.ask(
                 "load", key=prefix, model=str(folder), prefix=prefix, peers=[self._address], reference=False
             )
-            found = {row.name: row.measure(self._client, prefix) for row in self._rows(model)}
+            found = {}
+            for row in self._rows(model):
+                before = totals(socket) if who == "ours" else {}
+                found[row.name] = row.measure(self._client, prefix)
+                if who == "ours":
+                    self.parts[row.name] = milliseconds(before, totals(socket))
             beside: dict[str, float] = {}
             if model == "mid" and self._options.prompt and (who == "ours" or self._turn <= 4):
                 beside = self._client.ask("beside_a_prompt", key=prefix, within=WITHIN, **PROMPT)
@@ -162,6 +171,8 @@ def main() -> None:
                 for who in [options.only] if options.only else order:
                     found, prompt = bench.one(model, who)
                     print(f"pair {number + 1} {model} {who}: {found} {prompt}", file=sys.stderr, flush=True)
+                    if who == "ours":
+                        print(f"  of a step, in ms: {bench.parts}", file=sys.stderr, flush=True)
                     for name, value in found.items():
                         samples.setdefault(name, {"stock": [], "ours": []})[who].append(value)
                     if prompt:
