@@ -556,6 +556,10 @@ MERGED_STEP_TOKENS: Final = 64
 """Batch times tokens that all steps of one ragged batch may have together; a longer step is cut into pieces. On two
 cores a block takes some four times as long for 64 tokens as for one."""
 
+ONE_THREAD_WEIGHTS: Final = 1 << 20
+"""Tokens of a batch of steps times weights of a block up to which one thread computes alone: a tenth of a millisecond
+of arithmetic, which a second thread shortens by less than it takes to wake it where the machine is busy."""
+
 PIECE_TOKENS: Final = 512
 """Batch times tokens that one block processes at once: bounds activation memory and how long others wait. On CPUs 256
 take a tenth longer for each token, 1024 are no quicker."""

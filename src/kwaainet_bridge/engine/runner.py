@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import outcome
 import torch
@@ -24,14 +25,17 @@ class Runner:
         self._store = store
         self.hidden_size = int(span.model.config.hidden_size)
         self.dtype = span.dtype
+        self._block_weights = span.weight_bytes(span.blocks.start) // span.dtype.itemsize
 
     def run_merged(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
         """The outputs [B, T, H] of each, on the CPU, from one ragged batch.
 
         If that fails each runs alone, so that one that cannot be computed does not hurt the others.
         """
+        small = sum(step.tokens for step in steps) * self._block_weights <= defaults.ONE_THREAD_WEIGHTS
         try:
-            return [outcome.Value(output) for output in self._run_together(steps)]
+            with _one_thread() if small else nullcontext():
+                return [outcome.Value(output) for output in self._run_together(steps)]
         except Exception as error:  # handed to whoever waits for the step
             if len(steps) == 1:
                 return [outcome.Error(error)]
@@ -95,6 +99,17 @@ class Runner:
     def _begin(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, H] of [B, T, H], row by row."""
         return hidden.to(self._span.device, self._span.dtype).reshape(-1, hidden.shape[2])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute in this thread alone: waking another one takes as long as a few small operations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _prompted(state: torch.Tensor, block: int, steps: Sequence[Step]) -> torch.Tensor:
