@@ -45,6 +45,7 @@ def ask(do: str, **arguments: object) -> Measure:
 ROWS = (
     Row("step, tiny", "tiny", ask("steps", count=100), 1.8),
     Row("forward 1x128, tiny", "tiny", ask("passes", batch=1, tokens=128, repeats=15, backward=False), 4.0),
+    Row("64 sessions, tiny", "tiny", ask("sessions_at_once", sessions=64, tokens=12), 8.0),
     Row("step, mid", "mid", ask("steps", count=40), 1.25),
     Row("16 sessions, mid", "mid", ask("sessions_at_once", sessions=16, tokens=12), 6.0),
     Row("forward 8x128, mid", "mid", ask("passes", batch=8, tokens=128, repeats=3, backward=False), 1.2),
