@@ -38,7 +38,7 @@ proto: setup
 	  ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=../src --pyi_out=../src $$f || exit 1; done
 
 bench: setup peers
-	$(BIN)/python -m bench.side_by_side
+	$(BIN)/python -m bench.petals
 
 bench-net: setup peers
 	$(BIN)/python -m bench.net

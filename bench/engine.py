@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from child_processes import Driver
-from stock_swarm import SCRIPTS, StockEnvironment, start_bootstrap
+from stock_swarm import StockEnvironment, start_bootstrap
 
 from bench.node_metrics import milliseconds, totals
-from bench.side_by_side import Start, random_llama, starters
+from bench.petals import BLOCKS, TINY, Start, random_llama, start_client, starters
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "tests" / "vectors" / "petals-tiny-llama" / "model"
 WITHIN = 600.0
 Measure = Callable[[Driver, str], float]
 
@@ -61,17 +60,6 @@ PROMPT_TARGET = 3.0
 """Most that the p99 of steps beside a prompt may be, in multiples of their p99 alone."""
 
 
-def start_client(stock: StockEnvironment) -> Driver:
-    script = Path(__file__).resolve().with_name("engine_client.py")
-    variables = stock.variables | {"PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
-    log = stock.work / "engine-client.log"
-    with Driver(
-        "engine-client", [stock.python, script], env=variables, log=log
-    ).killed_on_failure() as client:
-        client.event("ready", within=60)
-        return client
-
-
 class Bench:
     """The peers that stay, and the servers that take turns."""
 
@@ -97,8 +85,8 @@ class Bench:
         prefix = f"engine-{who}-{self._turn}"
         folder = self.models[model]
         start: Start = starters(self._stock, folder, self._work)[who]
-        socket = self._work / f"{prefix}.key.sock"
-        with start(prefix, [self._address]):
+        socket = self._work / f"{prefix}-{BLOCKS.start}.key.sock"
+        with start(prefix, [self._address], BLOCKS):
             self._client.ask(
                 "load", key=prefix, model=str(folder), prefix=prefix, peers=[self._address], reference=False
             )
@@ -164,7 +152,7 @@ def main() -> None:
     samples: dict[str, dict[str, list[float]]] = {}
     beside: dict[str, list[dict[str, float]]] = {"stock": [], "ours": []}
     bootstrap, address = start_bootstrap(stock)
-    with bootstrap, start_client(stock) as client:
+    with bootstrap, start_client(stock, threads=1) as client:
         bench = Bench(work, stock, client, address, options=options)
         for number in range(options.pairs):
             order = ["stock", "ours"] if number % 2 == 0 else ["ours", "stock"]

@@ -14,13 +14,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "interop" / "stock"))
+# in place of this folder, where another module is called petals
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "tests" / "interop" / "stock")
 
-import torch
-from petals_client import Commands, serve
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from petals_client import Commands, serve  # noqa: E402
 
 PROMPT_TOKENS = 8
+NEW_TOKENS = 64
 WARM_STEPS = 4
+
+
+def _tokens_per_second(model: Any) -> float:
+    """After a prompt of 8 tokens."""
+    prompt = torch.arange(3, 3 + PROMPT_TOKENS).view(1, -1)
+    how = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    with torch.inference_mode():
+        model.generate(prompt, max_new_tokens=NEW_TOKENS // 8, **how)
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=NEW_TOKENS, **how)
+        return NEW_TOKENS / (time.perf_counter() - start)
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -43,6 +57,28 @@ class EngineCommands(Commands):
             key, sessions=sessions, tokens=tokens, at_start=lambda: began.append(time.perf_counter())
         )
         return (time.perf_counter() - min(began)) * 1000 / (sessions * tokens)
+
+    def tokens_per_second(self, key: str) -> float:
+        """Of one session that generates, embeddings and head included."""
+        return _tokens_per_second(self._models[key].remote)
+
+    def local_tokens_per_second(self, model: str) -> float:
+        """The same of transformers in this process."""
+        local = transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
+        return _tokens_per_second(local)
+
+    def cache_held(self, key: str, sessions: int, max_length: int, tokens: int) -> int:
+        """Tokens of KV cache, of each block, that so many open sessions take, which have used so many each."""
+        before = self._cache_left(key)
+        try:
+            for _ in range(sessions):
+                self.hold(key, max_length, tokens)
+            return before - self._cache_left(key)
+        finally:
+            self.release(key)
+
+    def _cache_left(self, key: str) -> int:
+        return int(self.info(key)[0]["cache_tokens_available"]) // len(self._models[key].blocks)
 
     def passes(self, key: str, batch: int, tokens: int, repeats: int, backward: bool) -> float:
         """The median of a forward pass, and of the backward pass that follows it."""
@@ -137,5 +173,4 @@ class EngineCommands(Commands):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     serve(EngineCommands())

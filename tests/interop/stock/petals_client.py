@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,18 +51,6 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def token_ids(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
-
-
-def median_seconds(measure: Callable[[], Any], repeats: int, warm_up: int = 2) -> float:
-    """The median duration of a call."""
-    for _ in range(warm_up):
-        measure()
-    durations = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        measure()
-        durations.append(time.perf_counter() - start)
-    return statistics.median(durations)
 
 
 class Commands:
@@ -292,23 +279,6 @@ class Commands:
             for child in psutil.Process().children(recursive=True):
                 child.kill()
         os.kill(os.getpid(), signal.SIGKILL)
-
-    def speed(self, key: str, new_tokens: int = 64, repeats: int = 5) -> dict[str, float]:
-        """Tokens per second: of one session that generates, and of forward passes of 1 x 128 and 8 x 128 tokens."""
-        models = self._models[key]
-        prompt = torch.arange(3, 11).view(1, -1)
-        how = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-        with torch.inference_mode():
-            models.remote.generate(prompt, max_new_tokens=8, **how)
-            start = time.perf_counter()
-            models.remote.generate(prompt, max_new_tokens=new_tokens, **how)
-            generated = new_tokens / (time.perf_counter() - start)
-            one, eight = (torch.randn(batch, 128, models.blocks.config.hidden_size) for batch in (1, 8))
-            return {
-                "generate": generated,
-                "forward_1x128": 128 / median_seconds(lambda: models.blocks(one), repeats),
-                "forward_8x128": 8 * 128 / median_seconds(lambda: models.blocks(eight), repeats, warm_up=1),
-            }
 
 
 @contextmanager
