@@ -588,9 +588,12 @@ its peer had more than its share. Two pieces a second leave most of the time to 
 PAGE_TOKENS: Final = 16
 """Tokens of one page of the KV cache: half of it is what a sequence wastes on average."""
 
-CACHE_PROMISE_TOKENS: Final = 64
-"""What a session is promised of the KV cache beyond what it uses, up to its maximum length: as soon as it needs more
-than was promised, it is promised as much again. Most sessions end long before the length that their clients ask for."""
+CACHE_PROMISE_TOKENS: Final = 128
+"""What a session is promised of the KV cache when it opens, up to its maximum length. Most sessions end long before the
+length that their clients ask for."""
+
+CACHE_AHEAD_TOKENS: Final = 64
+"""What it is promised beyond what it uses, as soon as it needs more than was promised."""
 
 CACHE_GROWTH_SECONDS: Final = 20.0
 """How long a step waits for room in the KV cache that its session was not promised yet, while others may end. Well

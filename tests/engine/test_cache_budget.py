@@ -185,13 +185,13 @@ async def test_sessions_cost_what_their_cache_takes(engine: Engine) -> None:
 
 async def test_a_long_session_costs_what_it_uses(engine: Engine) -> None:
     """And what it is promised beyond that; going back gives nothing away that was promised."""
-    ample = defaults.CACHE_PROMISE_TOKENS // PAGE
+    first, ahead = defaults.CACHE_PROMISE_TOKENS // PAGE, defaults.CACHE_AHEAD_TOKENS // PAGE
     async with engine.open_session(range(BLOCKS), 1, 256) as session:
-        assert promised(engine) == ample
+        assert promised(engine) == first
         await session.step(torch.zeros(1, 128, HIDDEN))
-        assert promised(engine) == ample
+        assert promised(engine) == first
         await session.step(torch.zeros(1, 1, HIDDEN))
-        assert promised(engine) == min(256 // PAGE, 128 // PAGE + 1 + ample)
+        assert promised(engine) == 128 // PAGE + 1 + ahead
         await session.step(torch.zeros(1, 127, HIDDEN))
         assert promised(engine) == 256 // PAGE
         assert engine._room.allocator.free(0) == engine._room.budget.pages - 256 // PAGE
@@ -206,6 +206,7 @@ async def test_a_session_that_outgrows_the_cache_waits_and_is_refused(
 ) -> None:
     """Its own state stays: once others have ended it goes on."""
     monkeypatch.setattr(defaults, "CACHE_PROMISE_TOKENS", PAGE)
+    monkeypatch.setattr(defaults, "CACHE_AHEAD_TOKENS", PAGE)
     engine = await Engine.load(EngineConfig(str(llama_folder), cache_tokens=4 * PAGE))
     all_of_it = 4 * PAGE
     tokens = torch.randn(1, all_of_it, HIDDEN)

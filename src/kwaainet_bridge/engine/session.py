@@ -157,7 +157,7 @@ class Session:
 
     async def _grow(self, needed: int, length: int) -> None:
         most = self.batch_size * pages_for(self.max_length)
-        ample = min(most, needed + self.batch_size * pages_for(defaults.CACHE_PROMISE_TOKENS))
+        ample = min(most, needed + self.batch_size * pages_for(defaults.CACHE_AHEAD_TOKENS))
         budget = self._room.budget
         if not budget.growing and budget.take_now(self._inner, ample - self._promised):
             self._promised = ample
