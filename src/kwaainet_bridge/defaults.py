@@ -552,6 +552,13 @@ MAX_LENGTH: Final = 8192
 MAX_BATCH_TOKENS: Final = 8192
 """Batch times tokens of one forward or backward request (stock servers of grouped-query models: 8192)."""
 
+PARALLEL_SECONDS: Final = 120.0
+"""How long one of the processes that share a model waits for the others within one piece of work, or while they start:
+importing transformers takes a slow machine half a minute."""
+
+PARALLEL_END_SECONDS: Final = 5.0
+"""How long they may take to end."""
+
 MERGED_STEP_TOKENS: Final = 64
 """Batch times tokens that all steps of one ragged batch may have together; a longer step is cut into pieces. On two
 cores a block takes some four times as long for 64 tokens as for one."""

@@ -53,6 +53,8 @@ class ModelConfig(Section):
     """Most tokens (batch x length) in one request."""
     threads: Positive | None = None
     """Threads of torch; left out: as many as cores."""
+    tensor_parallel: Positive = 1
+    """Processes that share each block, with ``device: cuda`` one for each of the first GPUs."""
     compression: CompressionName = "NONE"
     """Compression of hidden states on the wire. All servers of a model should announce the same."""
     throughput: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"

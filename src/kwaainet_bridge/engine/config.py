@@ -23,6 +23,8 @@ class EngineConfig:
     room of the KV cache for all sessions together: tokens of one sequence through all served blocks.
     ``max_length`` is in tokens per session, ``max_batch_tokens`` in batch times tokens per forward or
     backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
+    ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
+    of its own, from the first on.
     """
 
     model: str
@@ -33,6 +35,7 @@ class EngineConfig:
     max_length: int = defaults.MAX_LENGTH
     max_batch_tokens: int = defaults.MAX_BATCH_TOKENS
     threads: int | None = None
+    tensor_parallel: int = 1
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -43,8 +46,19 @@ class EngineConfig:
         for name in ("cache_tokens", "max_length", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tensor_parallel < 1:
+            raise ConfigError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
+        if self.tensor_parallel > 1 and self.device not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"tensor_parallel {self.tensor_parallel} takes the first GPUs: give cuda for a device, "
+                f"not {self.device}"
+            )
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
+
+    def device_of(self, rank: int) -> str:
+        """Where the process number ``rank`` of those that share the model computes."""
+        return f"cuda:{rank}" if self.device == "cuda" and self.tensor_parallel > 1 else self.device
 
 
 @dataclass(frozen=True, slots=True)

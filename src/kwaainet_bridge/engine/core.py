@@ -13,18 +13,18 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import EngineCounts
-from kwaainet_bridge.engine import passes
 from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
 from kwaainet_bridge.engine.compute import ComputeThread, Pieces, Priority
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
-from kwaainet_bridge.engine.pages import PageAllocator
+from kwaainet_bridge.engine.pages import PageAllocator, pages_for
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
-from kwaainet_bridge.engine.session import CacheRoom, Session, pages_for
+from kwaainet_bridge.engine.session import CacheRoom, Session
 from kwaainet_bridge.errors import AllocationFailed, ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from kwaainet_bridge.engine.family import Family
+    from kwaainet_bridge.engine.parallel import Followers, LeadingRunner
     from kwaainet_bridge.engine.runner import Runner
     from kwaainet_bridge.engine.span import Span
 
@@ -37,7 +37,14 @@ class Engine:
     """Serves a span of blocks to any number of tasks of one trio run. Made by :meth:`load`."""
 
     def __init__(
-        self, config: EngineConfig, model: ModelInfo, span: Span, runner: Runner, compute: ComputeThread
+        self,
+        config: EngineConfig,
+        model: ModelInfo,
+        span: Span,
+        runner: Runner | LeadingRunner,
+        compute: ComputeThread,
+        *,
+        followers: Followers | None = None,
     ) -> None:
         self.model = model
         self.blocks = span.blocks
@@ -55,6 +62,7 @@ class Engine:
         self._span = span
         self._runner = runner
         self._compute = compute
+        self._followers = followers
 
     @classmethod
     async def load(
@@ -82,6 +90,7 @@ class Engine:
             abandon_on_cancel=True,  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
         )
         compute = ComputeThread()
+        followers: Followers | None = None
         try:
             skeleton = await compute.run(partial(_construct, config, checkpoint))
             blocks = config.blocks
@@ -103,13 +112,16 @@ class Engine:
                     abandon_on_cancel=True,  # type: ignore[call-arg]  # as above
                 )
             tell(0, None)
+            if config.tensor_parallel > 1:
+                followers = await compute.run(partial(_start_followers, config, span))
+                await compute.run(partial(followers.meet, span))
             for done, block in enumerate(span.blocks, start=1):
                 await compute.run(partial(span.load, block))
                 tell(done, None)
-            runner = await compute.run(partial(_complete, config, model, span))
+            runner = await compute.run(partial(_complete, config, span, followers))
             compute.merged = runner.run_merged
         except BaseException:
-            await compute.aclose()
+            await _end(compute, followers)
             raise
         log.info(
             "loaded blocks %d:%d of %s as %s, %d MiB",
@@ -119,7 +131,7 @@ class Engine:
             model.dtype,
             sum(sizes) // defaults.MIB,
         )
-        return cls(config, model, span, runner, compute)
+        return cls(config, model, span, runner, compute, followers=followers)
 
     @property
     def counts(self) -> EngineCounts:
@@ -200,7 +212,7 @@ class Engine:
         prompts = self._check_batch(hidden, blocks, prompts)
 
         def pieces(_contended: object) -> Generator[None, None, torch.Tensor]:
-            return passes.forward(self._span, hidden.detach(), blocks=blocks, prompts=prompts)
+            return self._runner.forward(hidden.detach(), blocks, prompts)
 
         output: torch.Tensor = await self._compute.run(Pieces(pieces, peer), Priority.BATCH)
         return output
@@ -231,9 +243,7 @@ class Engine:
             )
 
         def pieces(_contended: object) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
-            return passes.backward(
-                self._span, hidden.detach(), grad_output.detach(), blocks=blocks, prompts=prompts
-            )
+            return self._runner.backward(hidden.detach(), grad_output.detach(), blocks, prompts)
 
         grads: tuple[torch.Tensor, torch.Tensor | None] = await self._compute.run(
             Pieces(pieces, peer), Priority.BATCH
@@ -243,16 +253,16 @@ class Engine:
     async def check(self) -> None:
         """Return once the compute thread has had a turn for this, which takes no time: it lives and gets on.
 
-        Raises EngineError if it is closed. Cancelled: nothing remains.
+        Raises EngineError if it is closed, or if processes that share the model are gone. Cancelled: nothing remains.
         """
-        await self._compute.run(lambda: None)
+        await self._compute.run(self._runner.check)
 
     async def aclose(self) -> None:
         """Stop computing: waiting work fails with EngineError, the running piece ends, the thread is joined.
 
         Not cancellable for as long as that piece takes. Open sessions stay accounted for until they are left.
         """
-        await self._compute.aclose()
+        await _end(self._compute, self._followers)
 
     def _check_batch(
         self, hidden: torch.Tensor, blocks: range, prompts: torch.Tensor | None
@@ -270,7 +280,7 @@ def _construct(config: EngineConfig, checkpoint: Checkpoint) -> Family:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        torch.empty(1, device=config.device)
+        torch.empty(1, device=config.device_of(0))
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device {config.device} cannot be used: {reason}") from error
@@ -289,7 +299,7 @@ def _prepare(
         check_blocks(blocks, range(model.num_blocks))
     except InvalidRequest as error:
         raise ConfigError(f"{config.model} has blocks 0:{model.num_blocks}: {error}") from error
-    span = Span(model, checkpoint, blocks, config.dtype, config.device)
+    span = Span(model, checkpoint, blocks, config.dtype, config.device_of(0))
     return span, ModelInfo(
         name=config.model,
         repository=checkpoint.repository,
@@ -304,19 +314,30 @@ def _prepare(
     )
 
 
-def _complete(config: EngineConfig, model: ModelInfo, span: Span) -> Runner:
-    """Check the loaded blocks and make their KV cache. Runs in the compute thread."""
-    from kwaainet_bridge.engine.ragged import PagedStore
+def _start_followers(config: EngineConfig, span: Span) -> Followers:
+    """The processes that share the model with this one. Runs in the compute thread."""
+    from kwaainet_bridge.engine import sharding
+    from kwaainet_bridge.engine.parallel import Followers
+
+    sharding.check(span.model, config.tensor_parallel)
+    return Followers(config, span.blocks)
+
+
+def _complete(config: EngineConfig, span: Span, followers: Followers | None) -> Runner | LeadingRunner:
+    """What runs the loaded blocks. Runs in the compute thread."""
+    from kwaainet_bridge.engine.parallel import LeadingRunner
     from kwaainet_bridge.engine.runner import Runner
 
-    pages = pages_for(config.cache_tokens)
-    try:
-        store = PagedStore(span.blocks, pages, (model.num_kv_heads, model.head_dim), span.dtype, span.device)
-    except (RuntimeError, MemoryError) as error:
-        num_bytes = pages * defaults.PAGE_TOKENS * len(span.blocks) * 2 * model.num_kv_heads * model.head_dim
-        raise ConfigError(
-            f"the KV cache of {num_bytes * span.dtype.itemsize // defaults.MIB} MiB does not fit into the memory of "
-            f"{config.device}: lower cache_tokens ({config.cache_tokens}) or serve fewer blocks"
-        ) from error
-    span.check(store)
-    return Runner(span, store)
+    if followers is None:
+        return Runner.make(config, span)
+    followers.wait()
+    followers.tell()
+    return LeadingRunner(Runner.make(config, span), followers)
+
+
+async def _end(compute: ComputeThread, followers: Followers | None) -> None:
+    """Not cancellable for as long as the running piece takes."""
+    await compute.aclose()
+    if followers is not None:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(followers.close)

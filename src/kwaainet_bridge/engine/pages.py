@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import EngineError
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens of one sequence take in each block."""
+    return -(-tokens // defaults.PAGE_TOKENS)
 
 
 class OutOfPages(Exception):

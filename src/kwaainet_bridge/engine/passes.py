@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine.prompts import add_prompt
@@ -89,8 +90,9 @@ class _Room:
         taken: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
             if not isinstance(tensor, torch.nn.Parameter):
+                here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                storage = here.untyped_storage()
                 taken[storage.data_ptr()] = storage.nbytes()
             return tensor
 

@@ -10,11 +10,15 @@ import outcome
 import torch
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.engine import passes
 from kwaainet_bridge.engine.attention import RaggedCache
+from kwaainet_bridge.engine.config import EngineConfig
+from kwaainet_bridge.engine.pages import pages_for
 from kwaainet_bridge.engine.prompts import add_prompt
 from kwaainet_bridge.engine.ragged import PagedStore, RaggedBatch
 from kwaainet_bridge.engine.span import Span
 from kwaainet_bridge.engine.step import Step
+from kwaainet_bridge.errors import ConfigError
 
 
 class Runner:
@@ -26,6 +30,37 @@ class Runner:
         self.hidden_size = int(span.model.config.hidden_size)
         self.dtype = span.dtype
         self._block_weights = span.weight_bytes(span.blocks.start) // span.dtype.itemsize
+
+    @classmethod
+    def make(cls, config: EngineConfig, span: Span) -> Runner:
+        """Check the loaded blocks and make their KV cache. Raises CheckpointError, ConfigError."""
+        model = span.model
+        pages = pages_for(config.cache_tokens)
+        try:
+            store = PagedStore(span.blocks, pages, (span.kv_heads, model.head_dim), span.dtype, span.device)
+        except (RuntimeError, MemoryError) as error:
+            num_bytes = pages * defaults.PAGE_TOKENS * len(span.blocks) * 2 * span.kv_heads * model.head_dim
+            raise ConfigError(
+                f"the KV cache of {num_bytes * span.dtype.itemsize // defaults.MIB} MiB does not fit into the memory "
+                f"of {span.device}: lower cache_tokens ({config.cache_tokens}) or serve fewer blocks"
+            ) from error
+        span.check(store)
+        return cls(span, store)
+
+    def check(self) -> None:
+        """Raise EngineError if it can run nothing any more."""
+
+    def forward(
+        self, hidden: torch.Tensor, blocks: range, prompts: torch.Tensor | None
+    ) -> Generator[None, None, torch.Tensor]:
+        """[B, T, H] through ``blocks``, see :func:`passes.forward`."""
+        return passes.forward(self._span, hidden, blocks=blocks, prompts=prompts)
+
+    def backward(
+        self, hidden: torch.Tensor, grad_output: torch.Tensor, blocks: range, prompts: torch.Tensor | None
+    ) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
+        """Gradients of that, see :func:`passes.backward`."""
+        return passes.backward(self._span, hidden, grad_output, blocks=blocks, prompts=prompts)
 
     def run_merged(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
         """The outputs [B, T, H] of each, on the CPU, from one ragged batch.

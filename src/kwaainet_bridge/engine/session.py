@@ -12,12 +12,13 @@ import torch
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.compute import ComputeThread, Merged, Pieces
-from kwaainet_bridge.engine.pages import OutOfPages, PageAllocator, PageTable
+from kwaainet_bridge.engine.pages import OutOfPages, PageAllocator, PageTable, pages_for
 from kwaainet_bridge.engine.requests import check_hidden, check_hypo_ids, check_prompts
 from kwaainet_bridge.engine.step import Step
 from kwaainet_bridge.errors import AllocationFailed, InvalidRequest
 
 if TYPE_CHECKING:
+    from kwaainet_bridge.engine.parallel import LeadingRunner
     from kwaainet_bridge.engine.runner import Runner
 
 
@@ -38,11 +39,6 @@ class CacheRoom:
         return range(blocks.start - self.first_block, blocks.stop - self.first_block)
 
 
-def pages_for(tokens: int) -> int:
-    """Pages that so many tokens of one sequence take in each block."""
-    return -(-tokens // defaults.PAGE_TOKENS)
-
-
 class Session:
     """What :meth:`Engine.open_session` yields; unusable after its block ends.
 
@@ -51,7 +47,7 @@ class Session:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | LeadingRunner,
         compute: ComputeThread,
         room: CacheRoom,
         blocks: range,

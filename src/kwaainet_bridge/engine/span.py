@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class Span:
         if self.dtype not in SUPPORTED_DTYPES:
             raise CheckpointError(f"{checkpoint.name} is stored as {stored}: choose a dtype instead of auto")
         self.device = torch.device(device)
+        self.kv_heads = model.num_kv_heads
+        """Heads of keys that are in this process."""
+        self.share: Callable[[torch.Tensor, torch.Tensor, torch.device], torch.Tensor] | None = None
+        """What this process has of a whole tensor, for one of the model's parameters; None: all of it."""
         self._rotary = RotaryTable(model, self.dtype, self.device)
         self._own = None
         if model.attends_itself:
@@ -66,14 +70,19 @@ class Span:
     def load(self, block: int) -> None:
         """Read one block's tensors from its files, which must have been fetched, into memory of their own."""
         layer = self._layers[block]
-        shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
+        parameters = layer.state_dict()
         where = {part.name: (name, part) for name, parts in self._parts[block].items() for part in parts}
         tensors: dict[str, torch.Tensor] = {}
         for source, tensor in self._checkpoint.read({name: part.shape for name, (_, part) in where.items()}):
             name, part = where[source]
             if name not in tensors:
-                tensors[name] = torch.empty(shapes[name], dtype=self.dtype, device=self.device)
+                place = "cpu" if self.share is not None else self.device
+                tensors[name] = torch.empty(parameters[name].shape, dtype=self.dtype, device=place)
             part.of(tensors[name]).copy_(tensor)
+        if self.share is not None:
+            tensors = {
+                name: self.share(parameters[name], tensor, self.device) for name, tensor in tensors.items()
+            }
         layer.load_state_dict(tensors, strict=True, assign=True)
         layer.requires_grad_(requires_grad=False)
         left = [name for name, tensor in _tensors(layer) if tensor.is_meta]
@@ -81,7 +90,7 @@ class Span:
             raise CheckpointError(
                 f"block {block} of {self._checkpoint.name} computes {left[0]} itself: not supported"
             )
-        if self._packs:
+        if self._packs and self.share is None:
             packed.pack(layer)
 
     def run(self, block: int, hidden: torch.Tensor, *, cache: RaggedCache | None = None) -> torch.Tensor:

@@ -242,6 +242,7 @@ class ModelService:
             max_length=config.max_length,
             max_batch_tokens=config.max_batch_tokens,
             threads=config.threads,
+            tensor_parallel=config.tensor_parallel,
         )
         return await self._load_engine(
             engine_config, progress=self._report_loading, on_described=on_described, choose=choose
