@@ -563,6 +563,9 @@ MERGED_STEP_TOKENS: Final = 64
 """Batch times tokens that all steps of one ragged batch may have together; a longer step is cut into pieces. On two
 cores a block takes some four times as long for 64 tokens as for one."""
 
+MAX_TREE_TOKENS: Final = MERGED_STEP_TOKENS
+"""Candidates of one tree step: it always runs within one batch of steps, and its mask is small."""
+
 ONE_THREAD_WEIGHTS: Final = 1 << 20
 """Tokens of a batch of steps times weights of a block up to which one thread computes alone: a tenth of a millisecond
 of arithmetic, which a second thread shortens by less than it takes to wake it where the machine is busy."""

@@ -154,24 +154,49 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Ru
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
-def _by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """[B, heads, T, D] as :func:`causal`, without softcap and sinks."""
+def masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, allowed: torch.Tensor
+) -> torch.Tensor:
+    """[B, heads, T, D] of queries that see what ``allowed`` [T, L] says; the rule's window is in it already."""
+    if rule.plain:
+        return _by_torch(query, key, value, rule, allowed)
+    size = max(1, defaults.ATTENTION_SCORE_BYTES // (4 * query.shape[0] * query.shape[1] * key.shape[2]))
+    pairs = zip(query.split(size, 2), allowed.split(size), strict=True)
+    return torch.cat([_by_scores(part, key, value, rule, mask) for part, mask in pairs], 2)
+
+
+def _by_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rule: Rule,
+    allowed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, heads, T, D] as :func:`causal`, or :func:`masked`, without softcap and sinks."""
     queries, keys = query.shape[2], key.shape[2]
     window = rule.window if rule.window is not None and keys > rule.window else None
-    full = queries == keys and window is None
+    full = allowed is None and queries == keys and window is None
+    if allowed is None and not full:
+        allowed = causal_mask(queries, keys, window, query.device)
     return scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if full else causal_mask(queries, keys, window, query.device),
+        attn_mask=allowed,
         is_causal=full,
         scale=rule.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
-def _by_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """[B, heads, T, D] as :func:`causal`, step by step."""
+def _by_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rule: Rule,
+    allowed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[B, heads, T, D] as :func:`causal`, or :func:`masked`, step by step."""
     batch, heads, queries, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     scaling = size**-0.5 if rule.scaling is None else rule.scaling
@@ -180,8 +205,9 @@ def _by_scores(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     scores = scores.reshape(batch, heads, queries, keys)
-    if queries > 1 or (rule.window is not None and keys > rule.window):
+    if allowed is None and (queries > 1 or (rule.window is not None and keys > rule.window)):
         allowed = causal_mask(queries, keys, rule.window, query.device)
+    if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     if rule.sinks is None:
         weights = scores.softmax(-1)

@@ -152,27 +152,28 @@ class PageTable:
         """Different pages in use."""
         return len({page for row in self.rows for page in row})
 
-    def needed(self, length: int, *, start: int, order: Sequence[int] | None = None) -> int:
+    def needed(self, length: int, *, start: int, order: Sequence[int] | None = None, keep: int = 0) -> int:
         """How many pages will be in use after :meth:`prepare` with the same arguments."""
-        kept, fresh, copied = self._plan(length, start, order)
+        kept, fresh, copied = self._plan(length, start, order, keep)
         return kept + fresh + copied
 
     def prepare(
-        self, length: int, *, start: int, order: Sequence[int] | None = None
+        self, length: int, *, start: int, order: Sequence[int] | None = None, keep: int = 0
     ) -> list[tuple[int, int]]:
         """Go back to ``start`` tokens, make row i what row ``order[i]`` was, and have room for ``length`` tokens.
 
         Returns pages to be copied, (from, to), before anything is written from ``start`` on. Raises OutOfPages, with
-        the table unchanged. No step of the session may be running: pages that it no longer needs are free at once.
+        the table unchanged. No step of the session may be running: pages that it no longer needs are free at once,
+        but for those of the first ``keep`` tokens, from which something is yet to be moved.
         """
         if not 0 <= start <= self.length or not start <= length <= self._max_length:
             raise EngineError(
                 f"no room for tokens {start}:{length} of {self._max_length}, after {self.length}"
             )
-        kept, fresh, copied = self._plan(length, start, order)
+        kept, fresh, copied = self._plan(length, start, order, keep)
         if fresh + copied > self._allocator.common(self.blocks) + self.held - kept:
             raise OutOfPages
-        old, count = self.rows, self._pages(start)
+        old, count = self.rows, self._pages(max(start, keep))
         self.rows = [row[:count] for row in (old if order is None else [old[row] for row in order])]
         for row in self.rows:
             self._allocator.share(self.blocks, row)
@@ -187,15 +188,15 @@ class PageTable:
         self.length = length
         return copies
 
-    def _plan(self, length: int, start: int, order: Sequence[int] | None) -> tuple[int, int, int]:
+    def _plan(self, length: int, start: int, order: Sequence[int] | None, keep: int) -> tuple[int, int, int]:
         """Different pages that are kept, new ones, and new ones that begin as copies."""
-        count = self._pages(start)
+        count = self._pages(max(start, keep))
         rows = [row[:count] for row in (self.rows if order is None else [self.rows[row] for row in order])]
         kept = len({page for row in rows for page in row})
-        fresh = len(rows) * (self._pages(length) - count)
+        fresh = len(rows) * max(0, self._pages(length) - count)
         if length == start or not start % self._page_tokens:
             return kept, fresh, 0
-        return kept, fresh, len(rows) - len({row[-1] for row in rows})
+        return kept, fresh, len(rows) - len({row[start // self._page_tokens] for row in rows})
 
     def _own_partial(self, start: int) -> list[tuple[int, int]]:
         """A page of its own for each row but one of those that share the page that is about to be written."""
