@@ -203,6 +203,41 @@ def test_tensors_over_a_mebibyte_go_through_the_streaming_calls(austen: Swarm):
     assert austen.ask("backward", ids=ids) < 1e-4
 
 
+# --- adapters ------------------------------------------------------------------------------------------------
+
+
+def test_a_stock_client_chooses_an_adapter(client: Driver, bootstrap: str, serve: Serve, tmp_path: Path):
+    """Two adapters that peft has saved, and none, on one node; a client that wants another one finds no server."""
+    folders = {name: tmp_path / name for name in ("one", "two")}
+    for seed, (folder, modules) in enumerate(
+        zip(folders.values(), (["q_proj", "v_proj"], ["o_proj", "gate_proj", "down_proj"]), strict=True)
+    ):
+        client.ask(
+            "make_adapter", model=str(LLAMA), folder=str(folder), seed=seed, modules=modules, rank=2 + seed
+        )
+    swarm = Swarm("adapted", LLAMA, "adapted-hf", bootstrap, client)
+    wait_until_ready(
+        serve("adapted", LLAMA, swarm.prefix, ALL, adapters=[str(folder) for folder in folders.values()])
+    )
+    swarm.load("adapted")
+    batch = swarm.batch()
+    texts = []
+    for name in (None, *folders):
+        options = {} if name is None else {"active_adapter": name, "adapter": str(folders[name])}
+        key = swarm.load(f"adapted-{name}", **options)
+        assert max(client.ask("forward", key=key, ids=batch).values()) < 1e-5
+        assert client.ask("backward", key=key, ids=batch) < 1e-4
+        tokens = client.ask("generate", key=key, ids=batch, new_tokens=12)
+        assert tokens["swarm"] == tokens["local"]
+        texts.append(tokens["swarm"])
+        client.ask("forget", key=key)
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+    key = swarm.load("adapted-else", active_adapter="else")
+    with pytest.raises(PeerError, match="No servers holding blocks"):
+        client.ask("route", key=key)
+    client.ask("forget", key=key)
+
+
 # --- sessions and their cache --------------------------------------------------------------------------------
 
 

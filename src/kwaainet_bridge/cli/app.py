@@ -192,6 +192,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0 for all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 avoids repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="LoRA adapter that the servers must have.")] = None,
     show_route: Annotated[
         bool, typer.Option("--show-route", help="Print which peers hold which blocks.")
     ] = False,
@@ -210,6 +211,7 @@ def generate(
         sampling=sampling_of(temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty),
         seed=seed,
         show_route=show_route,
+        adapter=adapter,
     )
     trio.run(generate_text, node_config, options)
 

@@ -39,6 +39,7 @@ class GenerateOptions:
     sampling: Sampling = GREEDY
     seed: int | None = None
     show_route: bool = False
+    adapter: str | None = None
 
 
 def sampling_of(temperature: float, *, top_k: int, top_p: float, repetition_penalty: float) -> Sampling:
@@ -68,10 +69,10 @@ async def generate_text(config: NodeConfig, options: GenerateOptions) -> None:
         with _progress(console) as progress:
             weights, tokenizer = await _load(model, progress)
         prefix = swarm_prefix(model.name, weights.family, model.dht_prefix)
-        directory = Directory(visit.dht, prefix, weights.num_blocks)
-        swarm = Swarm(
-            visit.rpc, directory, ping=visit.dht.ping, others=_others(config, model, visit, weights)
-        )
+        directory = Directory(visit.dht, prefix, weights.num_blocks, adapter=options.adapter)
+        # no request of KwaaiNet can ask for an adapter
+        others = _others(config, model, visit, weights) if options.adapter is None else []
+        swarm = Swarm(visit.rpc, directory, ping=visit.dht.ping, others=others)
         await _write_text(swarm, weights, tokenizer, options, console)
 
 

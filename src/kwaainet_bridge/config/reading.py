@@ -57,18 +57,19 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> NodeConf
 def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
     """The same configuration with its paths made absolute: from ``folder``, ~ from the home folder.
 
-    A model's name is a path if it looks like one, or if there is such a folder. Raises ConfigError for one that
-    looks like a path where there is none.
+    The name of a model or an adapter is a path if it looks like one, or if there is such a folder. Raises ConfigError
+    for one that looks like a path where there is none.
     """
     path = _absolute("identity.path", config.identity.path, folder)
     identity = config.identity.model_copy(update={"path": path})
     model = config.model
-    if model is not None and model.name != EMBEDDED_MODEL:
-        path = _absolute("model.name", Path(model.name), folder)
-        if path.is_dir():
-            model = model.model_copy(update={"name": str(path)})
-        elif model.name.startswith(("/", "./", "../", "~")):
-            raise ConfigError(f"model.name: there is no folder {path}")
+    if model is not None:
+        names: dict[str, Any] = {
+            "adapters": tuple(_source("model.adapters", name, folder) for name in model.adapters)
+        }
+        if model.name != EMBEDDED_MODEL:
+            names["name"] = _source("model.name", model.name, folder)
+        model = model.model_copy(update=names)
     admin = config.admin
     address = parse_admin_address(admin.listen)
     if isinstance(address, UnixAddress) and address.path is not None:
@@ -78,6 +79,16 @@ def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
         token_file = _absolute("admin.token_file", admin.token_file, folder)
         admin = admin.model_copy(update={"token_file": token_file})
     return config.model_copy(update={"identity": identity, "model": model, "admin": admin})
+
+
+def _source(key: str, name: str, folder: Path) -> str:
+    """A hub repository's name as it is, a folder's absolute. Raises ConfigError for a folder that does not exist."""
+    path = _absolute(key, Path(name), folder)
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")):
+        raise ConfigError(f"{key}: there is no folder {path}")
+    return name
 
 
 def _absolute(key: str, path: Path, folder: Path) -> Path:

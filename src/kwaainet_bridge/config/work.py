@@ -53,6 +53,8 @@ class ModelConfig(Section):
     """Most tokens (batch x length) in one request."""
     threads: Positive | None = None
     """Threads of torch; left out: as many as cores."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that requests may ask for: folders (relative to the configuration file) or hub repositories."""
     tensor_parallel: Positive = 1
     """Processes that share each block, with ``device: cuda`` one for each of the first GPUs."""
     compression: CompressionName = "NONE"

@@ -3,6 +3,7 @@ network."""
 
 from __future__ import annotations
 
+from kwaainet_bridge.engine.adapters import names_of
 from kwaainet_bridge.engine.client_weights import ClientModel, load_client_weights
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
 from kwaainet_bridge.engine.core import Engine
@@ -18,4 +19,5 @@ __all__ = [
     "ModelOutline",
     "Session",
     "load_client_weights",
+    "names_of",
 ]

@@ -24,7 +24,7 @@ class EngineConfig:
     ``max_length`` is in tokens per session, ``max_batch_tokens`` in batch times tokens per forward or
     backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
     ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
-    of its own, from the first on.
+    of its own, from the first on. ``adapters`` are LoRA adapters, folders or hub repository ids.
     """
 
     model: str
@@ -36,6 +36,7 @@ class EngineConfig:
     max_batch_tokens: int = defaults.MAX_BATCH_TOKENS
     threads: int | None = None
     tensor_parallel: int = 1
+    adapters: tuple[str, ...] = ()
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +54,8 @@ class EngineConfig:
                 f"tensor_parallel {self.tensor_parallel} takes the first GPUs: give cuda for a device, "
                 f"not {self.device}"
             )
+        if self.tensor_parallel > 1 and self.adapters:
+            raise ConfigError("adapters do not go with tensor_parallel: leave one of them out")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}")
 

@@ -13,6 +13,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import EngineCounts
+from kwaainet_bridge.engine.adapters import Adapter, names_of
 from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
 from kwaainet_bridge.engine.compute import ComputeThread, Pieces, Priority
@@ -59,6 +60,8 @@ class Engine:
             defaults.PAGE_TOKENS * self.cache_bytes_per_token,
             span.blocks.start,
         )
+        self.adapters = names_of(config.adapters)
+        """Names of the LoRA adapters that requests may ask for."""
         self._span = span
         self._runner = runner
         self._compute = compute
@@ -104,6 +107,13 @@ class Engine:
             def tell(blocks_done: int, file: str | None) -> None:
                 report(LoadProgress(blocks_done, len(sizes), sum(sizes[:blocks_done]), sum(sizes), file))
 
+            adapters = [
+                await trio.to_thread.run_sync(
+                    partial(Adapter, source, download=download),
+                    abandon_on_cancel=True,  # type: ignore[call-arg]  # as above
+                )
+                for source in config.adapters
+            ]
             for file in span.files():
                 tell(0, file)
                 await trio.to_thread.run_sync(
@@ -117,6 +127,7 @@ class Engine:
                 await compute.run(partial(followers.meet, span))
             for done, block in enumerate(span.blocks, start=1):
                 await compute.run(partial(span.load, block))
+                await compute.run(partial(span.adapt, block, adapters))
                 tell(done, None)
             runner = await compute.run(partial(_complete, config, span, followers))
             compute.merged = runner.run_merged
@@ -156,6 +167,7 @@ class Engine:
         max_length: int,
         *,
         timeout: float = 0.0,
+        adapter: str | None = None,
         peer: Hashable = None,
     ) -> AsyncIterator[Session]:
         """An inference session of ``batch_size`` sequences of up to ``max_length`` tokens on ``blocks``.
@@ -163,10 +175,12 @@ class Engine:
         It is promised room in the KV cache for its first ``defaults.CACHE_PROMISE_TOKENS`` tokens on entry: it waits up
         to ``timeout`` seconds for them, first come first served; with 0 not at all. Further room is taken as its steps
         need it. Raises AllocationFailed without room, InvalidRequest for blocks that are not served or lengths that no
-        session can have. On exit, however it comes about, the memory is free. ``peer`` is on whose behalf it is: all
-        sessions of one share in its turn, and errors name it.
+        session can have. On exit, however it comes about, the memory is free. ``adapter`` is the name of one of
+        :attr:`adapters` or None. ``peer`` is on whose behalf it is: all sessions of one share in its turn, and errors
+        name it.
         """
         check_blocks(blocks, self.blocks)
+        self._check_adapter(adapter)
         if batch_size < 1:
             raise InvalidRequest(f"the batch size of a session must be at least 1, got {batch_size}")
         if not 0 <= max_length <= self.max_length:
@@ -188,6 +202,7 @@ class Engine:
             blocks,
             (batch_size, max_length),
             promised=promised,
+            adapter=adapter,
             peer=peer,
         )
         try:
@@ -201,6 +216,7 @@ class Engine:
         blocks: range,
         prompts: torch.Tensor | None = None,
         *,
+        adapter: str | None = None,
         peer: Hashable = None,
     ) -> torch.Tensor:
         """Run [B, T, H] through ``blocks`` at positions 0 … T-1, causally and without a cache; no gradients.
@@ -209,10 +225,11 @@ class Engine:
         Returns [B, T, H] in the engine's dtype, on the CPU. Raises InvalidRequest. Cancelled: what waits
         never runs, the block that runs is finished first.
         """
+        self._check_adapter(adapter)
         prompts = self._check_batch(hidden, blocks, prompts)
 
         def pieces(_contended: object) -> Generator[None, None, torch.Tensor]:
-            return self._runner.forward(hidden.detach(), blocks, prompts)
+            return self._runner.forward(hidden.detach(), blocks, prompts, adapter)
 
         output: torch.Tensor = await self._compute.run(Pieces(pieces, peer), Priority.BATCH)
         return output
@@ -224,6 +241,7 @@ class Engine:
         blocks: range,
         prompts: torch.Tensor | None = None,
         *,
+        adapter: str | None = None,
         peer: Hashable = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients of :meth:`forward` for ``grad_output`` [B, T, H]: with regard to ``hidden`` and to
@@ -233,6 +251,7 @@ class Engine:
         prompts came with batch 1; None without prompts. Weights never change. Raises and is cancelled as
         forward.
         """
+        self._check_adapter(adapter)
         prompts = self._check_batch(hidden, blocks, prompts)
         check_hidden(
             grad_output, self.model.hidden_size, what="gradients of the outputs", batch=hidden.shape[0]
@@ -243,7 +262,7 @@ class Engine:
             )
 
         def pieces(_contended: object) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
-            return self._runner.backward(hidden.detach(), grad_output.detach(), blocks, prompts)
+            return self._runner.backward(hidden.detach(), grad_output.detach(), blocks, prompts, adapter)
 
         grads: tuple[torch.Tensor, torch.Tensor | None] = await self._compute.run(
             Pieces(pieces, peer), Priority.BATCH
@@ -263,6 +282,10 @@ class Engine:
         Not cancellable for as long as that piece takes. Open sessions stay accounted for until they are left.
         """
         await _end(self._compute, self._followers)
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self.adapters:
+            raise InvalidRequest(f"adapter {adapter[:200]} not found")
 
     def _check_batch(
         self, hidden: torch.Tensor, blocks: range, prompts: torch.Tensor | None

@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine.attention import RaggedCache, causal_mask
 from kwaainet_bridge.engine.family import Family, alibi_builder
-from kwaainet_bridge.engine.ragged import RaggedBatch
+from kwaainet_bridge.engine.lora import Active
+from kwaainet_bridge.engine.ragged import RaggedBatch, visible
 from kwaainet_bridge.engine.rotary import FIRST_TABLE, Places, RotaryTable
 from kwaainet_bridge.engine.step import SequencePart
 
@@ -87,7 +88,10 @@ class Piece:
 class OwnAttention:
     """Runs such layers of one model."""
 
-    def __init__(self, model: Family, rotary: RotaryTable, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: Family, rotary: RotaryTable, adapters: Active, like: torch.Tensor) -> None:
+        """``like`` has the dtype and the device of hidden states."""
+        dtype, device = like.dtype, like.device
+        self.adapters = adapters
         self._rotary = rotary
         self._heads = int(model.config.num_attention_heads)
         self._alibi = Alibi(model, dtype, device) if model.uses_alibi else None
@@ -140,7 +144,8 @@ class OwnAttention:
                 if len(cache.pieces) == 1:
                     piece.bias = bias
             part = hidden[:, offset : offset + piece.batch.tokens]
-            outputs.append(self._call(layer, part, piece.batch.places, bias, GatheringCache(piece.batch)))
+            with self.adapters.to_rows(piece.batch.adapted):
+                outputs.append(self._call(layer, part, piece.batch.places, bias, GatheringCache(piece.batch)))
             offset += piece.batch.tokens
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
@@ -220,6 +225,11 @@ def _pairs(batch: RaggedBatch, device: torch.device) -> tuple[torch.Tensor, torc
     number = torch.arange(len(ends))
     query_of, key_of = number.repeat_interleave(counts), number.repeat_interleave(ends)
     query_at = torch.cat([torch.arange(part.start, part.start + part.count) for part in batch.sequences])
-    key_at = torch.cat([torch.arange(int(end)) for end in ends])
-    allowed = (key_of[None] == query_of[:, None]) & (key_at[None] <= query_at[:, None])
-    return allowed.to(device), key_at.to(device), int(ends.max())
+    slots = [torch.arange(int(end)) for end in ends]
+    allowed = (key_of[None] == query_of[:, None]) & (torch.cat(slots)[None] <= query_at[:, None])
+    for index, part in enumerate(batch.sequences):
+        if part.tree is not None:
+            nodes = torch.tensor(part.tree.positions())
+            slots[index][part.tree.base :] = nodes[: int(ends[index]) - part.tree.base]
+            allowed[(query_of == index).nonzero(), (key_of == index).nonzero().T] = visible(part)
+    return allowed.to(device), torch.cat(slots).to(device), int(ends.max())

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def forward(
-    span: Span, hidden: torch.Tensor, *, blocks: range, prompts: torch.Tensor | None
+    span: Span,
+    hidden: torch.Tensor,
+    *,
+    blocks: range,
+    prompts: torch.Tensor | None,
+    adapter: str | None = None,
 ) -> Generator[None, None, torch.Tensor]:
     """[B, T, H] through ``blocks``; prompts [n, B or 1, P, H] are added before their block."""
     outputs: list[torch.Tensor] = []
@@ -31,7 +36,8 @@ def forward(
         for index, block in enumerate(blocks):
             if index:
                 yield
-            state = span.run(block, add_prompt(state, _of_rows(prompts, index, rows)))
+            with span.adapters.to_all(adapter):
+                state = span.run(block, add_prompt(state, _of_rows(prompts, index, rows)))
         outputs.append(state)
     return _collect(outputs)
 
@@ -43,6 +49,7 @@ def backward(
     *,
     blocks: range,
     prompts: torch.Tensor | None,
+    adapter: str | None = None,
 ) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
     """Gradients with regard to [B, T, H] inputs and, if there are prompts, to them, as [n, B, P, H].
 
@@ -59,14 +66,16 @@ def backward(
         state = hidden[rows].to(span.device, span.dtype)
         for index, block in enumerate(blocks):
             state = add_prompt(state.detach(), _of_rows(prompts, index, rows))
-            output = room.run(span, block, state)
+            with span.adapters.to_all(adapter):
+                output = room.run(span, block, state)
             kept.append((state, output if output.requires_grad else None))
             state = output
             yield
         grad = grad_output[rows].to(span.device, span.dtype)
         of_blocks: list[torch.Tensor] = []
         for index, block in reversed(list(enumerate(blocks))):
-            grad = _gradient(span, block, *kept.pop(), grad)
+            with span.adapters.to_all(adapter):  # parts of a block may run a second time
+                grad = _gradient(span, block, *kept.pop(), grad)
             if prompts is not None:
                 of_blocks.append(grad[:, : prompts.shape[2]])
             if index:

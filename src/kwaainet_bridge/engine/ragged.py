@@ -41,6 +41,16 @@ class PagedStore:
         sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
         part.index_copy_(3, targets, part.index_select(3, sources))
 
+    def move(self, blocks: range, pages: Sequence[int], pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy single tokens, (from, to), of a sequence in ``pages``, in some blocks of the model."""
+        first = blocks.start - self.blocks.start
+        part = self._storage[first : first + len(blocks)]
+        sources, targets = (
+            torch.tensor([_slot(pages, token) for token in side], device=self.device)
+            for side in zip(*pairs, strict=True)
+        )
+        part.index_copy_(3, targets, part.index_select(3, sources))
+
 
 class RaggedBatch:
     """The plan of one batch, the same for all blocks: made once, used by every layer."""
@@ -70,13 +80,17 @@ class RaggedBatch:
             self._parts.append((offset, count, end, base))
             offset += count
         self.tokens = offset
-        self.places = [
-            (part.start, part.count, max(part.until, part.start + part.count)) for part in sequences
-        ]
+        self.places = [place for part in sequences for place in _places(part)]
         """Where the tokens are in their sequences: see rotary.Places."""
+        self.adapted: list[tuple[str, int, int]] = []
+        """Adapters, and to which of the batch's tokens each applies."""
+        for sequence, (first, count, _, _) in zip(sequences, self._parts, strict=True):
+            if sequence.adapter is not None:
+                self.adapted.append((sequence.adapter, first, first + count))
         self._slots = torch.tensor(slots, device=store.device)
         self._indices: dict[tuple[int, int], torch.Tensor] = {}
         self._all_slots: torch.Tensor | None = None
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def write(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the batch's keys and values [1, kv_heads, N, head_dim] into their pages."""
@@ -91,7 +105,11 @@ class RaggedBatch:
         single = query.view(keys.shape[0], -1, tokens, size).permute(2, 0, 1, 3)
         outputs = []
         for index, (offset, count, end, base) in enumerate(self._parts):
-            first = max(0, end - rule.window - count + 1) if rule.window is not None else 0
+            tree = self.sequences[index].tree
+            first = 0
+            if rule.window is not None:
+                lowest = end - count if tree is None else tree.base
+                first = max(0, lowest - rule.window + 1)
             if base is not None:
                 key, value = (
                     keys[None, :, base + first : base + end],
@@ -100,7 +118,12 @@ class RaggedBatch:
             else:
                 slots = self._gathered(index, end)[first:]
                 key, value = keys.index_select(1, slots)[None], values.index_select(1, slots)[None]
-            if count == 1 and rule.plain:
+            if tree is not None:
+                part = query[:, :, offset : offset + count]
+                allowed = self._mask(index, rule.window)[:, first:]
+                attended = attention.masked(part, key, value, rule, allowed)
+                outputs.append(attended.transpose(1, 2).reshape(count, keys.shape[0], -1, size))
+            elif count == 1 and rule.plain:
                 part = single[offset : offset + 1]
                 outputs.append(scaled_dot_product_attention(part, key, value, scale=rule.scaling))
             else:
@@ -125,6 +148,13 @@ class RaggedBatch:
         keys, values = (tensor.index_select(1, self._all_slots)[None] for tensor in pair)
         return keys, values
 
+    def _mask(self, index: int, window: int | None) -> torch.Tensor:
+        """bool [count, end]: what the nodes of a tree see of their sequence."""
+        key = index, window
+        if key not in self._masks:
+            self._masks[key] = visible(self.sequences[index], window).to(self.store.device)
+        return self._masks[key]
+
     def _gathered(self, index: int, end: int) -> torch.Tensor:
         """Slots of the first ``end`` tokens of a sequence."""
         key = index, end
@@ -133,3 +163,27 @@ class RaggedBatch:
             within = torch.arange(defaults.PAGE_TOKENS, device=self.store.device)
             self._indices[key] = (pages[:, None] * defaults.PAGE_TOKENS + within).flatten()[:end]
         return self._indices[key]
+
+
+def visible(part: SequencePart, window: int | None = None) -> torch.Tensor:
+    """bool [count, start + count]: True where a token of a part of a tree sees one of its sequence."""
+    tree = part.tree
+    assert tree is not None
+    first, end = part.start - tree.base, part.start + part.count
+    among = tree.visible()[first : first + part.count, : end - tree.base]
+    allowed = torch.cat([torch.ones(part.count, tree.base, dtype=torch.bool), among], 1)
+    if window is not None:
+        key_at = torch.tensor([*range(tree.base), *tree.positions()])[:end]
+        query_at = torch.tensor(part.positions())
+        allowed &= key_at[None] > query_at[:, None] - window
+    return allowed
+
+
+def _slot(pages: Sequence[int], token: int) -> int:
+    return pages[token // defaults.PAGE_TOKENS] * defaults.PAGE_TOKENS + token % defaults.PAGE_TOKENS
+
+
+def _places(part: SequencePart) -> list[tuple[int, int, int]]:
+    if part.tree is not None:  # each node as the step that it would be without the others
+        return [(position, 1, position + 1) for position in part.positions()]
+    return [(part.start, part.count, max(part.until, part.start + part.count))]

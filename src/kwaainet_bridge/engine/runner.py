@@ -51,16 +51,23 @@ class Runner:
         """Raise EngineError if it can run nothing any more."""
 
     def forward(
-        self, hidden: torch.Tensor, blocks: range, prompts: torch.Tensor | None
+        self, hidden: torch.Tensor, blocks: range, prompts: torch.Tensor | None, adapter: str | None
     ) -> Generator[None, None, torch.Tensor]:
         """[B, T, H] through ``blocks``, see :func:`passes.forward`."""
-        return passes.forward(self._span, hidden, blocks=blocks, prompts=prompts)
+        return passes.forward(self._span, hidden, blocks=blocks, prompts=prompts, adapter=adapter)
 
     def backward(
-        self, hidden: torch.Tensor, grad_output: torch.Tensor, blocks: range, prompts: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        grad_output: torch.Tensor,
+        blocks: range,
+        prompts: torch.Tensor | None,
+        adapter: str | None,
     ) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
         """Gradients of that, see :func:`passes.backward`."""
-        return passes.backward(self._span, hidden, grad_output, blocks=blocks, prompts=prompts)
+        return passes.backward(
+            self._span, hidden, grad_output, blocks=blocks, prompts=prompts, adapter=adapter
+        )
 
     def run_merged(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
         """The outputs [B, T, H] of each, on the CPU, from one ragged batch.
@@ -130,6 +137,8 @@ class Runner:
     def _copy(self, step: Step) -> None:
         if step.copies:
             self._store.copy(step.blocks, step.copies)
+        if step.moves:
+            self._store.move(step.blocks, step.rows[0], step.moves)
 
     def _begin(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, H] of [B, T, H], row by row."""

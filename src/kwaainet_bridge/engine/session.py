@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from kwaainet_bridge.engine.compute import ComputeThread, Merged, Pieces
 from kwaainet_bridge.engine.pages import OutOfPages, PageAllocator, PageTable, pages_for
 from kwaainet_bridge.engine.requests import check_hidden, check_hypo_ids, check_prompts
 from kwaainet_bridge.engine.step import Step
+from kwaainet_bridge.engine.tree import Tree, plant
 from kwaainet_bridge.errors import AllocationFailed, InvalidRequest
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Session:
         shape: tuple[int, int],
         *,
         promised: int,
+        adapter: str | None,
         peer: Hashable,
     ) -> None:
         self.blocks = blocks
@@ -63,9 +65,12 @@ class Session:
         self._room = room
         self._inner = room.inner(blocks)
         self._promised = promised
+        self._adapter = adapter
         self._peer = peer
         self._table = PageTable(room.allocator, self._inner, *shape, page_tokens=defaults.PAGE_TOKENS)
         self._position = 0
+        self._tree: Tree | None = None
+        """Of the last step, if it had one: its tokens lie behind the position until the next step."""
         self._unusable: str | None = None
 
     @property
@@ -79,6 +84,9 @@ class Session:
         prompts: torch.Tensor | None = None,
         hypo_ids: torch.Tensor | None = None,
         start_from_position: int | None = None,
+        *,
+        tree: Sequence[int] | None = None,
+        accept: Sequence[int] = (),
     ) -> torch.Tensor:
         """Run [B, T, H] at positions ``position`` … ``position + T - 1`` through the blocks and remember
         them.
@@ -89,6 +97,12 @@ class Session:
         nothing is computed or reordered, and an empty tensor of the same shape comes back. Returns [B, T, H]
         in the engine's dtype, on the CPU.
 
+        With ``tree`` the tokens, at most ``defaults.MAX_TREE_TOKENS``, are candidates: ``tree[i]`` is the earlier token
+        of the step that token i follows, -1 for what the session has. Each is computed as if the path to it were all
+        that comes; the session stays where it is. The next step says in ``accept`` which of them, a path from the
+        beginning on, the session has before this step; all others are forgotten, also if it says nothing. Sessions of
+        one sequence only, without prompts. A tree needs room within ``max_length`` for all its tokens.
+
         It may have to wait for room in the KV cache, at most ``defaults.CACHE_GROWTH_SECONDS``; then
         AllocationFailed is raised. Raises that and InvalidRequest, for what does not fit it, with the session
         unchanged. A step that is cancelled or fails may leave blocks at different positions, so the session then
@@ -98,8 +112,10 @@ class Session:
         if self._unusable is not None:
             raise InvalidRequest(self._unusable)
         check_hidden(hidden, self._runner.hidden_size, batch=self.batch_size)
-        start = self._check_start(start_from_position)
+        path, moves = self._check_accepted(accept, hidden)
+        start = self._check_start(start_from_position, self._position + len(path))
         tokens = hidden.shape[1]
+        planted = None if tree is None else self._check_tree(tree, hidden, start, prompts)
         if start + tokens > self.max_length:
             raise InvalidRequest(
                 f"Maximum length exceeded: prefix {start} + current {tokens} "
@@ -109,17 +125,33 @@ class Session:
         order = check_hypo_ids(hypo_ids, self.batch_size)
         if hidden.numel() == 0:
             self._table.prepare(start, start=start)
-            self._position = start
+            self._position, self._tree = start, None
             return hidden.detach().to(self._runner.dtype)
         self._unusable = "a step of this session is running"
         try:
-            copies = await self._take_pages(start, tokens, None if order is None else order.tolist())
+            copies = await self._take_pages(
+                start,
+                tokens,
+                None if order is None else order.tolist(),
+                keep=max((source + 1 for source, _ in moves), default=0),
+            )
         finally:
             self._unusable = None
         rows = [list(row) for row in self._table.rows]
-        step = Step(self.blocks, hidden.detach(), start, rows, copies, prompts)
+        step = Step(
+            self.blocks,
+            hidden.detach(),
+            start,
+            rows,
+            copies,
+            prompts,
+            self._adapter,
+            moves=moves,
+            tree=planted,
+        )
         output = await self._run(step)
-        self._position = start + tokens
+        self._position = start + (tokens if planted is None else 0)
+        self._tree = planted
         return output
 
     def close(self) -> None:
@@ -130,24 +162,45 @@ class Session:
             self._promised = 0
         self._unusable = "the session is closed"
 
-    def _check_start(self, start: int | None) -> int:
+    def _check_tree(
+        self, tree: Sequence[int], hidden: torch.Tensor, start: int, prompts: torch.Tensor | None
+    ) -> Tree:
+        if self.batch_size != 1 or (prompts is not None and prompts.numel()):
+            raise InvalidRequest("a tree goes with a session of one sequence, without prompts")
+        return plant(tree, base=start, tokens=hidden.shape[1])
+
+    def _check_accepted(
+        self, accept: Sequence[int], hidden: torch.Tensor
+    ) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+        """The accepted path of the last step's tree, and what must be moved for it."""
+        if not accept:
+            return (), []
+        if self._tree is None:
+            raise InvalidRequest("nothing can be accepted: the last step of this session had no tree")
+        if hidden.shape[1] == 0:
+            raise InvalidRequest("what is accepted must come with the tokens that follow it")
+        path = self._tree.path(accept)
+        return path, self._tree.moves(path)
+
+    def _check_start(self, start: int | None, most: int) -> int:
         if start is None:
-            return self._position
-        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start <= self._position:
+            return most
+        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start <= most:
             raise InvalidRequest(
-                f"start_from_position must be an integer in 0..{self._position} "
-                f"(the session's position), got {start!r}"
+                f"start_from_position must be an integer in 0..{most} (the session's position), got {start!r}"
             )
         return start
 
-    async def _take_pages(self, start: int, tokens: int, order: list[int] | None) -> list[tuple[int, int]]:
+    async def _take_pages(
+        self, start: int, tokens: int, order: list[int] | None, *, keep: int
+    ) -> list[tuple[int, int]]:
         """Have room for ``tokens`` from ``start`` on, after going back and reordering; pages that must be copied."""
         end = start + tokens
-        needed = self._table.needed(end, start=start, order=order)
+        needed = self._table.needed(end, start=start, order=order, keep=keep)
         if needed > self._promised:
             await self._grow(needed, end)
         try:
-            return self._table.prepare(end, start=start, order=order)
+            return self._table.prepare(end, start=start, order=order, keep=keep)
         except OutOfPages:  # sessions on other blocks have left no page that is free on all of these
             raise AllocationFailed(self._refusal(needed, end)("immediately")) from None
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from kwaainet_bridge.engine import attention, packed
+from kwaainet_bridge.engine import attention, lora, packed
+from kwaainet_bridge.engine.adapters import Adapter
 from kwaainet_bridge.engine.attention import RaggedCache, Rule
 from kwaainet_bridge.engine.checkpoint import Checkpoint
 from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
@@ -48,10 +49,12 @@ class Span:
         """Heads of keys that are in this process."""
         self.share: Callable[[torch.Tensor, torch.Tensor, torch.device], torch.Tensor] | None = None
         """What this process has of a whole tensor, for one of the model's parameters; None: all of it."""
+        self.adapters = lora.Active()
         self._rotary = RotaryTable(model, self.dtype, self.device)
         self._own = None
         if model.attends_itself:
-            self._own = OwnAttention(model, self._rotary, self.dtype, self.device)
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            self._own = OwnAttention(model, self._rotary, self.adapters, like)
         self._parts = {block: self._find(block) for block in blocks}
         self._packs = self.device.type == "cpu" and self._own is None and packed.supported(self.dtype)
 
@@ -93,6 +96,11 @@ class Span:
         if self._packs and self.share is None:
             packed.pack(layer)
 
+    def adapt(self, block: int, adapters: Sequence[Adapter]) -> None:
+        """Have these adapters at hand in a block that is loaded. Raises CheckpointError for one that does not fit."""
+        pairs = {adapter.name: adapter.of(block, self.dtype, self.device) for adapter in adapters}
+        lora.install(self._layers[block], block, pairs, self.adapters)
+
     def run(self, block: int, hidden: torch.Tensor, *, cache: RaggedCache | None = None) -> torch.Tensor:
         """One block's output for [B, T, H] at the positions 0 … T-1, which see each other only.
 
@@ -111,14 +119,15 @@ class Span:
         else:
             places = cache.batch.places
             further = {"use_cache": True, "ragged": cache.batch}
-        output = layer(
-            hidden,
-            attention_mask=None,
-            position_ids=self._rotary.positions(places),
-            past_key_values=cache,
-            position_embeddings=self._rotary.embeddings(places, kind),
-            **further,
-        )
+        with self.adapters.to_rows(() if cache is None else cache.batch.adapted):
+            output = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=self._rotary.positions(places),
+                past_key_values=cache,
+                position_embeddings=self._rotary.embeddings(places, kind),
+                **further,
+            )
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

@@ -6,18 +6,29 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kwaainet_bridge.engine.tree import Tree
+
 
 @dataclass(frozen=True, slots=True)
 class SequencePart:
     """Tokens ``start`` to ``start + count`` of one sequence, and its pages.
 
-    The step that they are of goes up to ``until``, or no further than they do.
+    The step that they are of goes up to ``until``, or no further than they do. With a ``tree`` they are nodes of it.
     """
 
     pages: list[int]
     start: int
     count: int
     until: int = 0
+    adapter: str | None = None
+    tree: Tree | None = None
+
+    def positions(self) -> list[int]:
+        """Where the tokens are in their sequence."""
+        if self.tree is None:
+            return list(range(self.start, self.start + self.count))
+        first = self.start - self.tree.base
+        return self.tree.positions()[first : first + self.count]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +36,9 @@ class Step:
     """Tokens of one session: ``hidden`` [B, T, H] at the positions from ``start`` on, through ``blocks``.
 
     ``rows`` are the pages of each of the B sequences, with room for these tokens; ``copies`` are pages to be copied
-    first. ``prompts`` [blocks, B or 1, P, H] are added to the first P tokens before their block.
+    first. ``prompts`` [blocks, B or 1, P, H] are added to the first P tokens before their block. ``adapter`` is the one
+    that the session has chosen. ``moves`` are slots of the one sequence whose content is moved first, (from, to); with
+    a ``tree``, of one sequence, the tokens are its nodes.
     """
 
     blocks: range
@@ -34,6 +47,9 @@ class Step:
     rows: list[list[int]]
     copies: list[tuple[int, int]] = field(default_factory=list)
     prompts: torch.Tensor | None = None
+    adapter: str | None = None
+    moves: list[tuple[int, int]] = field(default_factory=list)
+    tree: Tree | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,4 +58,7 @@ class Step:
 
     def parts(self, offset: int, count: int) -> list[SequencePart]:
         until = self.start + int(self.hidden.shape[1])
-        return [SequencePart(pages, self.start + offset, count, until) for pages in self.rows]
+        return [
+            SequencePart(pages, self.start + offset, count, until, adapter=self.adapter, tree=self.tree)
+            for pages in self.rows
+        ]

@@ -38,6 +38,7 @@ class Offer:
     repository: str | None
     torch_dtype: str
     public_name: str | None = None
+    adapters: tuple[str, ...] = ()
     throughput: Throughput = Throughput(0.0)  # noqa: RUF009 - it is frozen
     using_relay: bool = False
     cache_tokens: Callable[[], int | None] = lambda: None
@@ -112,6 +113,7 @@ class PetalsPublisher:
             network_rps=offer.throughput.network_rps,
             forward_rps=offer.throughput.forward_rps,
             inference_rps=offer.throughput.inference_rps,
+            adapters=offer.adapters,
             torch_dtype=offer.torch_dtype,
             quant_type="none",
             using_relay=offer.using_relay,

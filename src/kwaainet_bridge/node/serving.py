@@ -17,7 +17,7 @@ import torch
 import trio
 
 from kwaainet_bridge.config import ModelConfig
-from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo
+from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo, names_of
 from kwaainet_bridge.errors import BridgeError, ConfigError, EngineError
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
@@ -243,6 +243,7 @@ class ModelService:
             max_batch_tokens=config.max_batch_tokens,
             threads=config.threads,
             tensor_parallel=config.tensor_parallel,
+            adapters=config.adapters,
         )
         return await self._load_engine(
             engine_config, progress=self._report_loading, on_described=on_described, choose=choose
@@ -306,6 +307,7 @@ class ModelService:
             repository=model.repository,
             torch_dtype=str(model.dtype).removeprefix("torch."),
             public_name=self._config.public_name,
+            adapters=names_of(self._config.adapters),
         )
         if self._throughput is not None:
             offer.throughput = self._throughput

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import petals
 import psutil
 import torch
@@ -67,9 +68,10 @@ class Commands:
         *,
         dtype: str = "float32",
         reference: bool = True,
+        adapter: str | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Open the model of a folder, and without ``reference=False`` load it here too.
+        """Open the model of a folder, and without ``reference=False`` load it here too, with the adapter of a folder.
 
         ``options`` go to the Petals configuration (tuning_mode, pre_seq_len, ...).
         """
@@ -87,6 +89,8 @@ class Commands:
         local = None
         if reference:
             local = transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
+            if adapter is not None:
+                local = peft.PeftModel.from_pretrained(local, adapter).merge_and_unload()
             local.requires_grad_(False)
         self._models[key] = Loaded(remote, local)
         return {
@@ -95,6 +99,19 @@ class Commands:
             "hidden_size": remote.config.hidden_size,
             "vocabulary": remote.config.vocab_size,
         }
+
+    def make_adapter(self, model: str, folder: str, seed: int, modules: list[str], rank: int) -> None:
+        """Save a random LoRA adapter as peft does."""
+        torch.manual_seed(seed)
+        base = transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
+        adapted = peft.get_peft_model(
+            base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
+        )
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:  # zeros in a new adapter
+                    parameter.normal_(std=0.05)
+        adapted.save_pretrained(folder, safe_serialization=True)
 
     def forget(self, key: str) -> None:
         """Stop asking the swarm for the servers of a model, and drop it."""

@@ -43,6 +43,7 @@ class LiveSession:
     session_id: str | None
     blocks: range
     batch_size: int
+    adapter: str | None
     call: ServerStream[ExpertRequest, ExpertResponse]
     request: ExpertRequest | None
     """The step that is served now. Its tensors hold all the bytes that it came with, so nobody else keeps it."""
@@ -119,15 +120,21 @@ class InferenceService:
         if not 0 <= max_length <= engine.max_length:
             raise Refusal(f"Cannot allocate KV cache for {max_length} tokens, max = {engine.max_length}")
         metadata.check_common()
+        adapter = metadata.adapter(engine.adapters)
         batch_size = _batch_size(first)
-        live = LiveSession(call.context.peer, metadata.session_id, blocks, batch_size, call, first)
+        live = LiveSession(call.context.peer, metadata.session_id, blocks, batch_size, adapter, call, first)
         alloc_timeout = metadata.alloc_timeout
         del first, metadata  # the session may outlive them by half an hour
         try:
             with self._registered(live), live.limit:
                 live.limit.deadline = trio.current_time() + defaults.SESSION_TIMEOUT_SECONDS
                 async with engine.open_session(
-                    blocks, batch_size, max_length, timeout=alloc_timeout, peer=live.peer
+                    blocks,
+                    batch_size,
+                    max_length,
+                    timeout=alloc_timeout,
+                    adapter=live.adapter,
+                    peer=live.peer,
                 ) as session:
                     await self._run(live, session)
         except (InvalidRequest, AllocationFailed) as e:
@@ -176,6 +183,9 @@ class InferenceService:
         times = [self._clock()]
         try:
             metadata.check_common()
+            adapter = metadata.adapter(self._span.engine.adapters)
+            if adapter not in (None, live.adapter):
+                raise Refusal("a session keeps the adapter that it was opened with", kind="ValueError")
             tensors = await decode_tensors(request.tensors)
             hidden, prompts, hypo_ids, *_ = [*metadata.arrange(tensors), None, None, None]
             if hidden is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,15 @@ class Metadata:
         return value
 
     def check_common(self) -> None:
-        """Refuse what no request may carry: points that are no number, an adapter that is not loaded."""
+        """Refuse what no request may carry: points that are no number."""
         self._get("points", (int, float))
-        if adapter := self._get("active_adapter", str):
+
+    def adapter(self, known: Collection[str]) -> str | None:
+        """The adapter that the caller asks for. Refuses one that is not loaded."""
+        adapter: str | None = self._get("active_adapter", str) or None
+        if adapter is not None and adapter not in known:
             raise Refusal(f"adapter {adapter[:200]} not found", kind="KeyError")
+        return adapter
 
     def _identifier(self, key: str) -> str | None:
         value: str | None = self._get(key, str)

@@ -164,9 +164,12 @@ class StatelessService:
     ) -> list[TensorMessage]:
         blocks = self._span.chain(uid)
         metadata.check_common()
+        adapter = metadata.adapter(self._span.engine.adapters)
         hidden, prompts = _arguments(metadata, await decode_tensors(messages), 2)
         compression = metadata.output_compression(self._span.compression, 1)
-        output = await self._span.engine.forward(hidden, blocks, optional(prompts), peer=peer)
+        output = await self._span.engine.forward(
+            hidden, blocks, optional(prompts), adapter=adapter, peer=peer
+        )
         return self._counted(hidden, messages, await encode_tensors([output], compression))
 
     async def _backward(
@@ -174,12 +177,13 @@ class StatelessService:
     ) -> list[TensorMessage]:
         blocks = self._span.chain(uid)
         metadata.check_common()
+        adapter = metadata.adapter(self._span.engine.adapters)
         hidden, gradients, prompts = _arguments(metadata, await decode_tensors(messages), 3)
         if gradients is None:
             raise Refusal("the gradient of the outputs is missing", kind="ValueError")
         compression = metadata.output_compression(self._span.compression, 1 if is_dummy(prompts) else 2)
         grad_inputs, grad_prompts = await self._span.engine.backward(
-            hidden, gradients, blocks, optional(prompts), peer=peer
+            hidden, gradients, blocks, optional(prompts), adapter=adapter, peer=peer
         )
         grads = [grad_inputs] if grad_prompts is None else [grad_inputs, grad_prompts]
         return self._counted(hidden, messages, await encode_tensors(grads, compression))
