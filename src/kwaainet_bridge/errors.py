@@ -169,5 +169,9 @@ class InvalidRequest(EngineError):
     """Tensors or numbers that do not fit the served span or the session."""
 
 
+class TreesNotTaken(InvalidRequest):
+    """A server of the session takes no steps with so many candidates, or none at all: take steps of single tokens."""
+
+
 class AllocationFailed(EngineError):
     """The KV cache has no room for the session."""

@@ -10,7 +10,13 @@ import torch
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.bridge.kwaai_directory import KWAAINET, read_nodes
-from kwaainet_bridge.errors import InvalidRequest, LeaseDenied, ProtocolNotSupported, RemoteError
+from kwaainet_bridge.errors import (
+    InvalidRequest,
+    LeaseDenied,
+    ProtocolNotSupported,
+    RemoteError,
+    TreesNotTaken,
+)
 from kwaainet_bridge.hivemind.client.directory import RecordSource, Span
 from kwaainet_bridge.hivemind.client.history import Chunk, History
 from kwaainet_bridge.hivemind.client.part import NextServer, SessionShape
@@ -135,10 +141,21 @@ class KwaaiPart:
         hypo_ids: torch.Tensor | None,
         step_id: str,  # noqa: ARG002 - the protocol has neither steps' names nor pushes
         next_servers: Sequence[NextServer] = (),  # noqa: ARG002
+        tree: Sequence[int] | None = None,
     ) -> torch.Tensor:
         assert hypo_ids is None, "sessions with the model's ends have none"
+        if tree is not None:
+            raise TreesNotTaken(
+                f"{self.hop}: KwaaiNet's protocol knows no trees: take steps of single tokens"
+            )
         await self.catch_up()
         return await self._run(chunk)
+
+    async def tree_tokens(self) -> int:
+        return 0  # the protocol knows none
+
+    def accept(self, path: Sequence[int]) -> None:
+        assert not path, "no step had a tree"
 
     async def _lease(self) -> None:
         """Have the server keep a place for the session; what it began goes on without a lease. Raises LeaseDenied."""

@@ -8,6 +8,7 @@ from kwaainet_bridge.engine.client_weights import ClientModel, load_client_weigh
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
 from kwaainet_bridge.engine.core import Engine
 from kwaainet_bridge.engine.session import Session
+from kwaainet_bridge.engine.tree import Tree, plant
 
 __all__ = [
     "Choose",
@@ -18,6 +19,8 @@ __all__ = [
     "ModelInfo",
     "ModelOutline",
     "Session",
+    "Tree",
     "load_client_weights",
     "names_of",
+    "plant",
 ]

@@ -2,6 +2,7 @@
 
 from kwaainet_bridge.hivemind.client.coverage import Coverage
 from kwaainet_bridge.hivemind.client.directory import Directory, RecordSource, Span
+from kwaainet_bridge.hivemind.client.drafts import Candidates, Draft, LookupDraft
 from kwaainet_bridge.hivemind.client.generation import GREEDY, ClientWeights, Sampling, generate
 from kwaainet_bridge.hivemind.client.remote import ForwardPass, Gradients, backward, forward
 from kwaainet_bridge.hivemind.client.session import InferenceSession, open_session
@@ -18,13 +19,16 @@ from kwaainet_bridge.hivemind.client.text import TextStream
 
 __all__ = [
     "GREEDY",
+    "Candidates",
     "Check",
     "ClientWeights",
     "Coverage",
     "Directory",
+    "Draft",
     "ForwardPass",
     "Gradients",
     "InferenceSession",
+    "LookupDraft",
     "RecordSource",
     "Sampling",
     "Span",

@@ -16,6 +16,7 @@ import torch
 from kwaainet_bridge import defaults
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.errors import InvalidRequest, Refusal, RemoteError
+from kwaainet_bridge.hivemind.experts import trees
 from kwaainet_bridge.hivemind.experts.methods import RPC_INFO
 from kwaainet_bridge.hivemind.experts.requests import decode_tensors, encode_tensors
 from kwaainet_bridge.rpc import RpcClient
@@ -40,12 +41,13 @@ class ServerTraits:
     """What a client needs of a server's rpc_info.
 
     ``inference`` and ``training`` are the compressions it wants requests in. ``rolls_back`` tells whether it
-    heeds ``start_from_position``.
+    heeds ``start_from_position``. ``tree_tokens`` is how many tokens a tree step may have there, 0: it takes none.
     """
 
     version: str
     inference: CompressionType
     training: CompressionType
+    tree_tokens: int = 0
 
     @property
     def rolls_back(self) -> bool:
@@ -68,6 +70,7 @@ def parse_traits(serialized_info: bytes) -> ServerTraits:
         version=version if isinstance(version, str) else "",
         inference=_announced_compression(info, "inference_schema"),
         training=_announced_compression(info, "forward_schema"),
+        tree_tokens=trees.announced(info),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +12,10 @@ import torch
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import InvalidRequest
+from kwaainet_bridge.errors import InvalidRequest, TreesNotTaken
+from kwaainet_bridge.hivemind.client.drafts import Candidates, Draft
+
+log = logging.getLogger(__name__)
 
 
 class ClientWeights(Protocol):
@@ -37,6 +42,14 @@ class Steps(Protocol):
         ...
 
     async def step(self, hidden: torch.Tensor, *, ids: torch.Tensor) -> torch.Tensor: ...
+
+    async def tree_tokens(self) -> int: ...
+
+    async def step_tree(
+        self, hidden: torch.Tensor, parents: Sequence[int], *, ids: torch.Tensor
+    ) -> torch.Tensor: ...
+
+    def accept(self, path: Sequence[int]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,7 @@ def generate(
     sampling: Sampling = GREEDY,
     eos_token_ids: Collection[int] = (),
     seed: int | None = None,
+    draft: Draft | None = None,
 ) -> AsyncIterator[list[int]]:
     """Continue ``input_ids`` (int64 [batch, tokens]): iterate over one token per sequence and step.
 
@@ -103,6 +117,10 @@ def generate(
     last one given for its sequence, and is repeated while others go on. The prompts of a batch have the same
     length: the protocol knows no padding. ``seed`` makes sampling repeatable; None draws a new one.
 
+    ``draft`` guesses, for a session of one sequence, what comes next; one step checks its guesses, and tokens of which
+    it guessed right come without a step of their own. They are the same tokens as without it. Where a server of
+    the chain takes no such steps, which stock servers and KwaaiNet's do not, tokens come one by one.
+
     Raises InvalidRequest for ids without a new token; iterating raises what ``session.step`` does. Torch work
     runs in a worker thread. Cancelled, or not read to the end: the session stays usable.
     """
@@ -112,13 +130,20 @@ def generate(
             f"token ids {list(input_ids.shape)} {input_ids.dtype}: expected int64 [batch, tokens] with more "
             f"than the {done} tokens that the session has done"
         )
-    return _Generation(_Chooser(weights, sampling, eos_token_ids, seed), session, input_ids, max_new_tokens)
+    if draft is not None and input_ids.shape[0] != 1:
+        raise InvalidRequest(f"a draft guesses for one sequence, not for {input_ids.shape[0]}")
+    chooser = _Chooser(weights, sampling, eos_token_ids, seed)
+    return _Generation(chooser, session, input_ids, max_new_tokens, draft)
 
 
 class _Generation(AsyncIterator[list[int]]):
     """An object rather than an async generator: it may be left at any token without being closed."""
 
-    def __init__(self, chooser: _Chooser, session: Steps, input_ids: torch.Tensor, left: int) -> None:
+    def __init__(
+        self, chooser: _Chooser, session: Steps, input_ids: torch.Tensor, left: int, draft: Draft | None
+    ) -> None:
+        self._draft = draft
+        self._checked: deque[int] = deque()  # tokens that a draft guessed right, and the one after them
         self._chooser = chooser
         self._session = session
         self._ids = input_ids
@@ -128,9 +153,15 @@ class _Generation(AsyncIterator[list[int]]):
         self._thread = trio.CapacityLimiter(1)
 
     async def __anext__(self) -> list[int]:
+        if self._checked:
+            return [self._checked.popleft()]
         chooser, ids = self._chooser, self._ids
         if self._left <= 0 or chooser.finished:
             raise StopAsyncIteration
+        if self._draft is not None and self._session.position == ids.shape[1] - 1:
+            await self._check_guesses(self._draft)
+            if self._checked:
+                return [self._checked.popleft()]
         # after a cancelled call some or all of the tokens are done
         new = ids[:, self._session.position :]
         # a long prompt in several steps, so that no server gets more than it takes at a time
@@ -144,6 +175,37 @@ class _Generation(AsyncIterator[list[int]]):
         self._ids = torch.cat([ids, tokens[:, None]], dim=1)
         self._left -= 1
         return [int(token) for token in tokens]
+
+    async def _check_guesses(self, draft: Draft) -> None:
+        """Run the last token and the draft's candidates for what follows it in one step; keep what is right."""
+        session, ids = self._session, self._ids
+        most = await session.tree_tokens()
+        if most == 0:
+            log.info("the draft is not used: a server of the chain takes no tree steps")
+            self._draft = None
+            return
+        guess = await trio.to_thread.run_sync(self._guess, draft, ids, most - 1, limiter=self._thread)
+        if not guess.tokens:
+            return
+        parents = (-1, *(parent + 1 for parent in guess.parents))
+        part = torch.tensor([[int(ids[0, -1]), *guess.tokens]])
+        hidden = await trio.to_thread.run_sync(self._chooser.embed, part, limiter=self._thread)
+        try:
+            outputs = await session.step_tree(hidden, parents, ids=part)
+        except TreesNotTaken as e:  # of a server that has come into the chain meanwhile
+            log.info("the draft is not used any more: %s", e)
+            self._draft = None
+            return
+        path, tokens = await trio.to_thread.run_sync(
+            self._chooser.follow, ids, outputs, part, parents, self._left, limiter=self._thread
+        )
+        session.accept(path)
+        self._ids = torch.cat([ids, torch.tensor([tokens])], dim=1)
+        self._left -= len(tokens)
+        self._checked.extend(tokens)
+
+    def _guess(self, draft: Draft, ids: torch.Tensor, most: int) -> Candidates:
+        return draft(ids).first(min(most, defaults.MAX_TREE_TOKENS - 1))
 
 
 class _Chooser:
@@ -184,3 +246,31 @@ class _Chooser:
                 tokens = torch.where(self._ended, ids[:, -1], tokens)
             self._ended = torch.isin(tokens, self._eos)
         return tokens
+
+    def follow(
+        self,
+        ids: torch.Tensor,
+        outputs: torch.Tensor,
+        candidates: torch.Tensor,
+        parents: Sequence[int],
+        most: int,
+    ) -> tuple[list[int], list[int]]:
+        """The candidates that are what would be chosen anyway, from the first on, and what is chosen after each.
+
+        ``outputs`` [1, candidates, hidden size]; ``most`` tokens are chosen at most.
+        """
+        path, tokens = [0], []
+        while True:
+            token = self.choose(ids, outputs[:, path[-1]], is_scores=False)
+            tokens.append(int(token))
+            ids = torch.cat([ids, token[:, None]], dim=1)
+            if self.finished or len(tokens) == most:
+                return path, tokens
+            following = [
+                node
+                for node, parent in enumerate(parents)
+                if parent == path[-1] and int(candidates[0, node]) == tokens[-1]
+            ]
+            if not following:
+                return path, tokens
+            path.append(following[0])

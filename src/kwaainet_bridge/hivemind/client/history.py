@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,11 @@ class Chunk:
     def tail(self, tokens: int) -> Chunk:
         """All but the first ``tokens`` tokens, without prompts."""
         return Chunk(self.hidden[:, tokens:], None, None if self.ids is None else self.ids[:, tokens:])
+
+    def take(self, tokens: Sequence[int]) -> Chunk:
+        """The tokens with these numbers, without prompts."""
+        chosen = list(tokens)
+        return Chunk(self.hidden[:, chosen], None, None if self.ids is None else self.ids[:, chosen])
 
     def rows(self, indices: torch.Tensor) -> Chunk:
         """The sequences ``indices`` (int64 [batch]) of the batch."""

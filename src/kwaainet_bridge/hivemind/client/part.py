@@ -65,11 +65,22 @@ class Part(Protocol):
         hypo_ids: torch.Tensor | None,
         step_id: str,
         next_servers: Sequence[NextServer] = (),
+        tree: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run ``chunk`` through the server's blocks after catching up.
 
-        Raises NetworkError or RemoteError. After that, and when cancelled, it must be reset.
+        With ``tree``, the parents of its tokens, they are candidates, and what follows is :meth:`accept` or another
+        step, which forgets them. Raises NetworkError or RemoteError; TreesNotTaken if the server takes no such tree.
+        After that, and when cancelled, it must be reset.
         """
+        ...
+
+    async def tree_tokens(self) -> int:
+        """How many tokens a tree may have here; 0: no trees are taken. Raises NetworkError or RemoteError."""
+        ...
+
+    def accept(self, path: Sequence[int]) -> None:
+        """Of the candidates of the last step these have become the session's, as ``history`` says already."""
         ...
 
     async def finish(self) -> None:

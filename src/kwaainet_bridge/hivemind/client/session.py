@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import torch
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.engine import Tree, plant
 from kwaainet_bridge.errors import InvalidRequest
 from kwaainet_bridge.hivemind.client.attempts import RECOVERABLE, Attempts
 from kwaainet_bridge.hivemind.client.history import Chunk, History
@@ -80,6 +82,8 @@ class InferenceSession:
         """Each chain that was in use, as ``chain`` says it, with the position from which on."""
         self._position = 0
         self._parts: list[Part] = []
+        self._candidates: tuple[Tree, list[Chunk]] | None = None
+        """Of the last step, if it had any: their tree, and what each part was given."""
 
     @property
     def position(self) -> int:
@@ -105,6 +109,7 @@ class InferenceSession:
         if not 0 <= position <= self._position:
             raise InvalidRequest(f"cannot go from position {self._position} back to {position}")
         self._position = position
+        self._candidates = None
         for part in self._parts:
             part.history.truncate(position)
 
@@ -131,10 +136,10 @@ class InferenceSession:
         it was before the step, and the step may be repeated.
         """
         self._check(hidden, prompts, hypo_ids)
-        if self.shape.ends and (ids is None or tuple(ids.shape) != tuple(hidden.shape[:2])):
-            raise InvalidRequest("a session with the model's ends needs the token ids of each step")
+        self._check_ids(hidden, ids)
         if self.shape.ends and (prompts is not None or hypo_ids is not None):
             raise InvalidRequest("a session with the model's ends takes neither deep prompts nor hypo ids")
+        self._candidates = None
         with torch.no_grad():
             prompts = None if prompts is None else prompts.detach().cpu()
             chunk = Chunk(hidden.detach().cpu(), prompts, ids)
@@ -150,6 +155,59 @@ class InferenceSession:
                 part.history.append(seen)
         self._position += chunk.tokens
         return output
+
+    async def tree_tokens(self) -> int:
+        """How many candidates the next step may have: 0 where a server of the chain takes none, or no chain is chosen.
+
+        Raises NetworkError or RemoteError if a server cannot be asked.
+        """
+        most = self.shape.max_length - self._position if self.shape.batch_size == 1 else 0
+        for part in self._parts:
+            most = min(most, await part.tree_tokens())
+        return most if self._parts else 0
+
+    async def step_tree(
+        self, hidden: torch.Tensor, parents: Sequence[int], *, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run candidates, ``hidden`` [1, tokens, hidden size], and return their outputs, as :meth:`step`.
+
+        ``parents[i]`` is the earlier candidate that candidate i follows, -1: what the session has. Each is computed as
+        if the path to it were all that comes. The session stays where it is, until :meth:`accept` takes a path of them;
+        any step before that forgets them. Raises what :meth:`step` does; TreesNotTaken if a server takes no such tree,
+        then the session goes on with other steps.
+        """
+        self._check(hidden, None, None)
+        self._check_ids(hidden, ids)
+        if self.shape.batch_size != 1:
+            raise InvalidRequest("a tree goes with a session of one sequence")
+        tree = plant(parents, base=self._position, tokens=hidden.shape[1])
+        self._candidates = None
+        if not self._parts:
+            raise InvalidRequest("a session begins with a step without candidates")
+        with torch.no_grad():
+            chunk = Chunk(hidden.detach().cpu(), None, ids)
+            inputs, output = await self._run(chunk, None, tree.parents)
+        self._candidates = tree, inputs
+        return output
+
+    def accept(self, path: Sequence[int]) -> None:
+        """Go on from these candidates of the last step, which follow each other from the session on.
+
+        Servers are told with the next step. Raises InvalidRequest for what is no such path.
+        """
+        if self._candidates is None:
+            raise InvalidRequest("nothing can be accepted: the last step of this session had no tree")
+        tree, inputs = self._candidates
+        path = tree.path(path)
+        self._candidates = None
+        for part, seen in zip(self._parts, inputs, strict=True):
+            part.history.append(seen.take(path))
+            part.accept(path)
+        self._position += len(path)
+
+    def _check_ids(self, hidden: torch.Tensor, ids: torch.Tensor | None) -> None:
+        if self.shape.ends and (ids is None or tuple(ids.shape) != tuple(hidden.shape[:2])):
+            raise InvalidRequest("a session with the model's ends needs the token ids of each step")
 
     def _check(
         self, hidden: torch.Tensor, prompts: torch.Tensor | None, hypo_ids: torch.Tensor | None
@@ -191,7 +249,9 @@ class InferenceSession:
         tokens = shape.batch_size * shape.max_length
         return await self._swarm.session_chain(blocks, tokens, ends=shape.ends, instead=instead)
 
-    async def _run(self, chunk: Chunk, hypo_ids: torch.Tensor | None) -> tuple[list[Chunk], torch.Tensor]:
+    async def _run(
+        self, chunk: Chunk, hypo_ids: torch.Tensor | None, tree: Sequence[int] | None = None
+    ) -> tuple[list[Chunk], torch.Tensor]:
         """Pass ``chunk`` along the chain; returns the input of every part, and the output of the last.
 
         Replaces parts that fail. Leaves the histories to the caller.
@@ -204,7 +264,8 @@ class InferenceSession:
             while len(inputs) < len(self._parts):
                 inputs.append(feed)
                 may_begin_anew = begun_anew < defaults.MAX_ATTEMPTS
-                output = await self._run_part(len(inputs) - 1, feed, hypo_ids, step_id, may_begin_anew)
+                step = partial(self._step_part, feed=feed, hypo_ids=hypo_ids, step_id=step_id, tree=tree)
+                output = await self._run_part(len(inputs) - 1, step, may_begin_anew=may_begin_anew)
                 if output is None:
                     begun_anew += 1
                     inputs, feed = [], chunk
@@ -219,17 +280,29 @@ class InferenceSession:
             raise
         return inputs, feed.hidden
 
+    async def _step_part(
+        self,
+        index: int,
+        *,
+        feed: Chunk,
+        hypo_ids: torch.Tensor | None,
+        step_id: str,
+        tree: Sequence[int] | None,
+    ) -> torch.Tensor:
+        following = self._next_servers(index)
+        return await self._parts[index].step(
+            feed, hypo_ids=hypo_ids, step_id=step_id, next_servers=following, tree=tree
+        )
+
     async def _run_part(
-        self, index: int, feed: Chunk, hypo_ids: torch.Tensor | None, step_id: str, may_begin_anew: bool
+        self, index: int, step: Callable[[int], Awaitable[torch.Tensor]], *, may_begin_anew: bool
     ) -> torch.Tensor | None:
         """The output of one part, or of what takes its place; None when another chain took the place of all parts."""
         attempts = Attempts(self._swarm, self._parts[index].hop.blocks)
         while True:
             part = self._parts[index]
             try:
-                output = await part.step(
-                    feed, hypo_ids=hypo_ids, step_id=step_id, next_servers=self._next_servers(index)
-                )
+                output = await step(index)
             except RECOVERABLE as e:
                 await part.reset()
                 await attempts.failed(part.hop, e)

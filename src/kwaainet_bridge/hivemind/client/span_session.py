@@ -12,11 +12,12 @@ import torch
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import NetworkError, RemoteError, StreamClosed, StreamReset
+from kwaainet_bridge.errors import NetworkError, RemoteError, StreamClosed, StreamReset, TreesNotTaken
 from kwaainet_bridge.hivemind.client import calls
 from kwaainet_bridge.hivemind.client.history import Chunk, History
 from kwaainet_bridge.hivemind.client.part import NextServer, SessionShape
 from kwaainet_bridge.hivemind.client.routing import Hop
+from kwaainet_bridge.hivemind.experts import trees
 from kwaainet_bridge.hivemind.experts.methods import RPC_INFERENCE
 from kwaainet_bridge.rpc import ClientStream
 from kwaainet_bridge.wire import msgpack
@@ -52,6 +53,8 @@ class SpanSession:
         self._swarm = swarm
         self._shape = shape
         self._new_id = new_id
+        self._accepted: tuple[int, ...] = ()
+        """What the server is still to be told of the candidates of the last step."""
         self._stream: ClientStream[ExpertRequest, ExpertResponse] | None = None
         self._exit = contextlib.AsyncExitStack()
 
@@ -91,19 +94,34 @@ class SpanSession:
         hypo_ids: torch.Tensor | None,
         step_id: str,
         next_servers: Sequence[NextServer] = (),
+        tree: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Run ``chunk`` through the server's blocks after catching up; returns hidden states of its shape.
 
-        Raises NetworkError or RemoteError. After that, and when cancelled, the stream must be reset.
+        Raises NetworkError or RemoteError, TreesNotTaken. After that, and when cancelled, the stream must be reset.
         """
+        if tree is not None and len(tree) > (most := await self.tree_tokens()):
+            raise TreesNotTaken(
+                f"{self.hop} takes trees of {most} tokens, not of {len(tree)}: take steps of single tokens"
+            )
         await self.catch_up()
-        return await self._exchange(chunk, hypo_ids, step_id, self.history.tokens, next_servers)
+        return await self._exchange(chunk, hypo_ids, step_id, self.history.tokens, next_servers, tree=tree)
+
+    async def tree_tokens(self) -> int:
+        """How many tokens a tree may have here, 0: none is taken. Raises NetworkError or RemoteError."""
+        return (await self._swarm.traits(self.hop)).tree_tokens
+
+    def accept(self, path: Sequence[int]) -> None:
+        """Of the candidates of the last step these are the session's: the server is told with the next step."""
+        self._accepted = tuple(path)
+        self.position += len(path)
 
     async def _open(self) -> None:
         stream = self._swarm.rpc.stream(self.hop.peer, RPC_INFERENCE, open_timeout=defaults.CONNECT_SECONDS)
         self._stream = await self._exit.enter_async_context(stream)
         self.session_id = self._new_id()
         self.steps = self.position = 0
+        self._accepted = ()
 
     async def _exchange(
         self,
@@ -112,6 +130,8 @@ class SpanSession:
         step_id: str,
         start: int,
         next_servers: Sequence[NextServer],
+        *,
+        tree: Sequence[int] | None = None,
     ) -> torch.Tensor:
         stream = self._stream
         if stream is None:
@@ -125,7 +145,9 @@ class SpanSession:
         request = ExpertRequest(
             uid=self._swarm.uid(self.hop.blocks),
             tensors=await calls.encode_arguments(arguments, traits.inference),
-            metadata=msgpack.pack(self._metadata(step_id, start, next_servers)),
+            metadata=msgpack.pack(
+                self._metadata(step_id, start, next_servers) | trees.to_metadata(self._tree_fields(tree))
+            ),
         )
         # a server that refused says why before it closes: read on although sending failed
         with contextlib.suppress(StreamReset):
@@ -136,8 +158,12 @@ class SpanSession:
             raise StreamClosed(f"{self.hop.peer} ended the session without an answer") from e
         (hidden,) = await calls.decode_answer(answer.tensors, [chunk.hidden.shape], chunk.hidden.dtype)
         self.steps += 1
-        self.position = start + chunk.tokens
+        self.position = start + (chunk.tokens if tree is None else 0)
+        self._accepted = ()
         return hidden
+
+    def _tree_fields(self, tree: Sequence[int] | None) -> trees.TreeFields:
+        return trees.TreeFields(None if tree is None else tuple(tree), self._accepted)
 
     def _metadata(self, step_id: str, start: int, next_servers: Sequence[NextServer]) -> dict[str, Any]:
         metadata: dict[str, Any] = {"session_id": self.session_id, "step_id": step_id}
@@ -177,6 +203,7 @@ class SpanSession:
         """Drop the stream, so that the server frees its cache at once. Never raises, may be repeated."""
         self._stream = None
         self.steps = self.position = 0
+        self._accepted = ()
         dropped = _Dropped()
         await self._exit.__aexit__(_Dropped, dropped, None)
 

@@ -18,6 +18,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import Session
 from kwaainet_bridge.errors import AllocationFailed, BridgeError, InvalidRequest, Refusal
+from kwaainet_bridge.hivemind.experts import trees
 from kwaainet_bridge.hivemind.experts.push import Pusher, PushLimit
 from kwaainet_bridge.hivemind.experts.requests import (
     Metadata,
@@ -190,12 +191,15 @@ class InferenceService:
             hidden, prompts, hypo_ids, *_ = [*metadata.arrange(tensors), None, None, None]
             if hidden is None:
                 raise Refusal("the first argument must be the hidden states", kind="ValueError")
+            fields = trees.from_metadata(metadata.raw)
             times.append(self._clock())
             output = await session.step(
                 hidden,
                 prompts=optional(prompts),
                 hypo_ids=optional(hypo_ids),
                 start_from_position=metadata.start_from_position,
+                tree=fields.parents,
+                accept=fields.accept,
             )
         except BridgeError as e:
             if not metadata.pushed:

@@ -15,6 +15,7 @@ import trio
 from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.errors import AllocationFailed, InvalidRequest, Refusal
+from kwaainet_bridge.hivemind.experts import trees
 from kwaainet_bridge.hivemind.experts.requests import (
     Metadata,
     count_bytes,
@@ -59,6 +60,7 @@ class StatelessService:
             "version": f"kwaainet-bridge {__version__}",
             "dht_client_mode": False,  # blocks are served by nodes that hold records too
             "cache_tokens_available": engine.cache_bytes_left // engine.cache_bytes_per_token,
+            trees.KEY: trees.announcement(),
         }
         if request.uid:
             if self._span.block(request.uid) is None:
