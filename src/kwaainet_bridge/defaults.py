@@ -844,20 +844,20 @@ ENGINE_CHECK_SECONDS: Final = 10.0
 ENGINE_PATIENCE_SECONDS: Final = 30.0
 """Longest wait for a turn: many times the longest piece of work of a large model on a slow machine."""
 
-ADMIN_CONNECTIONS: Final = 32
-"""Connections to the admin side at one time; a scraper and a few people need one each. Further ones are closed."""
+WEB_CONNECTIONS: Final = 32
+"""HTTP connections to each side at one time; a scraper and a few people need one each. Further ones are closed."""
 
-ADMIN_IDLE_SECONDS: Final = 15
-"""A connection to the admin side without a request is closed after that; scrapers ask every 5 to 60 s."""
+WEB_IDLE_SECONDS: Final = 15
+"""An HTTP connection without a request is closed after that; scrapers ask every 5 to 60 s."""
 
-ADMIN_SEND_SECONDS: Final = 10.0
-"""How long a client of the admin side may take to read what the system's buffers do not hold of an answer."""
+WEB_SEND_SECONDS: Final = 10.0
+"""How long an HTTP client may take to read what the system's buffers do not hold of an answer."""
 
-ADMIN_LINGER_SECONDS: Final = 0.25
-"""How long a client of the admin side that has closed its end may still be answered. Hypercorn would keep its place for
-ADMIN_IDLE_SECONDS."""
+WEB_LINGER_SECONDS: Final = 0.25
+"""How long an HTTP client that has closed its end may still be answered. Hypercorn would keep its place for
+WEB_IDLE_SECONDS."""
 
-ADMIN_TOKEN_CHARACTERS: Final = 16
+WEB_TOKEN_CHARACTERS: Final = 16
 """Shortest token that is accepted: about as many bits as nobody guesses over a network."""
 
 STATUS_SECONDS: Final = 5.0

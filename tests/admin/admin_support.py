@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress
 from kwaainet_bridge.node.admin.server import open_admin
-from kwaainet_bridge.node.admin.sockets import reachable
 from kwaainet_bridge.node.state import NodeState
+from kwaainet_bridge.node.web.sockets import reachable
 
 DOCS = Path(__file__).parents[2] / "docs" / "monitoring.md"
 

@@ -19,9 +19,9 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress, parse_admin_address
 from kwaainet_bridge.config import anchored, parse_config
 from kwaainet_bridge.errors import ConfigError
-from kwaainet_bridge.node.admin import http, server
-from kwaainet_bridge.node.admin.tokens import admits, read_token
 from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.node.web import connections, server
+from kwaainet_bridge.node.web.tokens import admits, read_token
 
 TOKEN = "0123456789abcdef0123"
 
@@ -139,12 +139,12 @@ def test_tokens_are_compared_whole():
 )
 def test_tokens_that_are_none(tmp_path, text, mode, error):
     with pytest.raises(ConfigError, match=error):
-        read_token(token_file(tmp_path, text, mode))
+        read_token(token_file(tmp_path, text, mode), key="admin.token_file")
 
 
 def test_a_token_file_that_does_not_exist(tmp_path):
     with pytest.raises(ConfigError, match=r"admin\.token_file: .*none: No such file"):
-        read_token(tmp_path / "none")
+        read_token(tmp_path / "none", key="admin.token_file")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ async def test_a_client_that_hangs_holds_up_neither_others_nor_the_end(tmp_path,
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(defaults, "ADMIN_SEND_SECONDS", 0.3)
+    monkeypatch.setattr(defaults, "WEB_SEND_SECONDS", 0.3)
     address = UnixAddress(tmp_path / "node.sock")
     async with served(address):
         hung = await connected(address)
@@ -272,7 +272,7 @@ async def test_a_client_that_reads_nothing_is_cut_off(tmp_path, monkeypatch):
 
 
 async def test_connections_beyond_the_limit_are_closed_and_places_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(defaults, "ADMIN_CONNECTIONS", 2)
+    monkeypatch.setattr(defaults, "WEB_CONNECTIONS", 2)
     address = UnixAddress(tmp_path / "node.sock")
     async with served(address):
         async with asking(address) as client:
@@ -341,8 +341,10 @@ async def test_a_defect_in_a_route_is_an_answer_of_500_and_the_node_goes_on(tmp_
 
 
 async def test_what_goes_wrong_on_one_connection_ends_that_one_alone(tmp_path, monkeypatch):
-    make, told = http.make_handler, []
-    quiet = SimpleNamespace(info=lambda *_args, **_more: None, exception=told.append)
+    make, told = connections.make_handler, []
+    quiet = SimpleNamespace(
+        info=lambda *_args, **_more: None, exception=lambda text, **more: told.append((text, more))
+    )
     monkeypatch.setattr(server, "log", quiet)
 
     def make_failing(*arguments, **options):
@@ -356,7 +358,7 @@ async def test_what_goes_wrong_on_one_connection_ends_that_one_alone(tmp_path, m
 
         return handle
 
-    monkeypatch.setattr(http, "make_handler", make_failing)
+    monkeypatch.setattr(connections, "make_handler", make_failing)
     address = UnixAddress(tmp_path / "node.sock")
     async with served(address):
         first = await connected(address)
@@ -365,7 +367,7 @@ async def test_what_goes_wrong_on_one_connection_ends_that_one_alone(tmp_path, m
         await first.aclose()
         async with asking(address) as client:
             assert (await client.get("/livez")).status_code == 200
-    assert told == ["a connection to the admin side failed"]
+    assert told == [("a connection failed", {"to": "admin"})]
 
 
 async def test_it_is_there_while_a_node_starts(tmp_path):

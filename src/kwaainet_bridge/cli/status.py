@@ -19,8 +19,8 @@ from kwaainet_bridge.admin_address import UnixAddress
 from kwaainet_bridge.cli.printing import console, counted, print_table, printable
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import ConfigError, NetworkError, RemoteError
-from kwaainet_bridge.node.admin.sockets import reachable
-from kwaainet_bridge.node.admin.tokens import bearer, read_token
+from kwaainet_bridge.node.web.sockets import reachable
+from kwaainet_bridge.node.web.tokens import bearer, read_token
 
 Fetch = Callable[[], Any]
 
@@ -66,7 +66,7 @@ def _asking(config: NodeConfig) -> Iterator[Fetch]:
         raise ConfigError("admin.listen is off in this configuration: nobody can be asked for a status")
     headers = {}
     if config.admin.token_file is not None:
-        headers["Authorization"] = bearer(read_token(config.admin.token_file))
+        headers["Authorization"] = bearer(read_token(config.admin.token_file, key="admin.token_file"))
     if isinstance(address, UnixAddress):
         assert address.path is not None
         with _name_of(address.path, str(address)) as name:

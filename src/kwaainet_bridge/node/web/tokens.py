@@ -1,4 +1,4 @@
-"""The token of the admin side: read from its file, compared in constant time."""
+"""A token that HTTP clients must send: read from its file, compared in constant time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import ConfigError
 
 
-def read_token(path: Path) -> str:
-    """The token in a file, without the blanks around it.
+def read_token(path: Path, *, key: str) -> str:
+    """The token in a file, without the blanks around it. ``key`` is the configuration's, for errors.
 
     Raises ConfigError for a file that cannot be read or that others can read, and for a token that is too short or has
     other than visible ASCII characters.
@@ -19,16 +19,14 @@ def read_token(path: Path) -> str:
         mode = path.stat().st_mode
         token = path.read_text(encoding="ascii").strip()
     except OSError as e:
-        raise ConfigError(f"admin.token_file: {path}: {e.strerror}") from e
+        raise ConfigError(f"{key}: {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
-        raise ConfigError(f"admin.token_file: {path}: not ASCII text") from e
+        raise ConfigError(f"{key}: {path}: not ASCII text") from e
     if mode & 0o077:
+        raise ConfigError(f"{key}: {path} can be used by others (mode {mode & 0o777:o}): chmod 600 it")
+    if len(token) < defaults.WEB_TOKEN_CHARACTERS or not all("!" <= c <= "~" for c in token):
         raise ConfigError(
-            f"admin.token_file: {path} can be used by others (mode {mode & 0o777:o}): chmod 600 it"
-        )
-    if len(token) < defaults.ADMIN_TOKEN_CHARACTERS or not all("!" <= c <= "~" for c in token):
-        raise ConfigError(
-            f"admin.token_file: {path} must hold at least {defaults.ADMIN_TOKEN_CHARACTERS} visible characters without "
+            f"{key}: {path} must hold at least {defaults.WEB_TOKEN_CHARACTERS} visible characters without "
             f"a blank: openssl rand -hex 32 > {path}"
         )
     return token

@@ -1,4 +1,4 @@
-"""The socket of the admin side: made so that nobody else can use it, and found again by clients."""
+"""The sockets of what a node serves: made so that nobody else can use it, and found again by clients."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _LONGEST_PATH: Final = 107
 
 
 @contextmanager
-def listening(address: UnixAddress | TcpAddress) -> Iterator[socket.socket]:
+def listening(address: UnixAddress | TcpAddress, *, key: str) -> Iterator[socket.socket]:
     """Listen there within the block; the file of a socket is made for its owner alone, and removed at the end.
 
-    A file that a crashed node has left is replaced. Raises ConfigError if somebody else listens there, for a file that
-    is no socket, or where none can be made.
+    A file that a crashed node has left is replaced. ``key`` is the configuration's, for errors. Raises ConfigError if
+    somebody else listens there, for a file that is no socket, or where none can be made.
     """
-    with _bound_unix(address) if isinstance(address, UnixAddress) else _bound_tcp(address) as bound:
+    with _bound_unix(address, key) if isinstance(address, UnixAddress) else _bound_tcp(address, key) as bound:
         bound.listen(_BACKLOG)
         bound.setblocking(False)
         yield bound
 
 
 @contextmanager
-def _bound_tcp(address: TcpAddress) -> Iterator[socket.socket]:
+def _bound_tcp(address: TcpAddress, key: str) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -41,27 +41,27 @@ def _bound_tcp(address: TcpAddress) -> Iterator[socket.socket]:
             bound.bind((address.host, address.port))
         except OSError as e:
             raise ConfigError(
-                f"admin.listen: {address} cannot be listened on: {e.strerror}; choose another port, or unix"
+                f"{key}: {address} cannot be listened on: {e.strerror}; choose another port, or unix"
             ) from e
         yield bound
 
 
 @contextmanager
-def _bound_unix(address: UnixAddress) -> Iterator[socket.socket]:
+def _bound_unix(address: UnixAddress, key: str) -> Iterator[socket.socket]:
     path = address.path
     assert path is not None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
         # Linux makes the file with the mode of the socket: at no time can others connect
         os.fchmod(bound.fileno(), 0o600)
         try:
-            _remove_left(path)
+            _remove_left(path, key)
             with reachable(path) as name:
                 bound.bind(name)
             path.chmod(0o600)
             made = path.lstat().st_ino
         except OSError as e:
             raise ConfigError(
-                f"admin.listen: no socket can be made at {path}: {e.strerror or e}; "
+                f"{key}: no socket can be made at {path}: {e.strerror or e}; "
                 "name another path (unix:<path>), or off"
             ) from e
         try:
@@ -72,14 +72,14 @@ def _bound_unix(address: UnixAddress) -> Iterator[socket.socket]:
                     path.unlink()
 
 
-def _remove_left(path: Path) -> None:
+def _remove_left(path: Path, key: str) -> None:
     """Remove the socket of a node that is gone. Raises ConfigError for one in use, and for what is no socket."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"admin.listen: {path} exists and is no socket: name another path (unix:<path>)")
+        raise ConfigError(f"{key}: {path} exists and is no socket: name another path (unix:<path>)")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, reachable(path) as name:
         probe.setblocking(False)
         try:
@@ -90,7 +90,7 @@ def _remove_left(path: Path) -> None:
         except BlockingIOError:  # its queue is full
             pass
     raise ConfigError(
-        f"admin.listen: another program listens at {path}: stop it, or name another path (unix:<path>)"
+        f"{key}: another program listens at {path}: stop it, or name another path (unix:<path>)"
     )
 
 

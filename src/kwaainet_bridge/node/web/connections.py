@@ -1,0 +1,101 @@
+"""What speaks HTTP on a connection, and who may ask. Imported when somebody asks for the first time."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from kwaainet_bridge import defaults
+from kwaainet_bridge.node.web.tokens import admits
+
+_MAX_HEAD_BYTES: Final = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask: with a ``token``, which ``token_key`` of the configuration names, whoever sends it.
+
+    ``open_paths`` may be asked without. ``local_names_only``: refuse requests that name another host than this machine,
+    as a page in a browser makes them that has its own name point here.
+    """
+
+    token: str | None
+    token_key: str
+    open_paths: Sequence[str] = ()
+    local_names_only: bool = False
+
+
+def make_handler(
+    app: ASGIApp, access: Access, *, silent_seconds: int | None = defaults.WEB_IDLE_SECONDS
+) -> Callable[[Any], Awaitable[None]]:
+    """What serves one connection, given its stream. Raises what Hypercorn raises for what it did not foresee.
+
+    ``silent_seconds``: how long a client may send nothing, while it is answered, too; None for as long as it likes.
+    """
+    config = Config()
+    config.accesslog = None
+    config.errorlog = logging.getLogger(__name__)
+    config.include_server_header = False
+    config.h11_max_incomplete_size = _MAX_HEAD_BYTES
+    config.keep_alive_timeout = defaults.WEB_IDLE_SECONDS
+    config.read_timeout = silent_seconds
+    guarded: Any = _Guard(app, access)  # two packages type the same thing apart
+    wrapped = wrap_app(guarded, config.wsgi_max_body_size, "asgi")
+    context = WorkerContext(None)
+
+    async def handle(stream: Any) -> None:
+        await TCPServer(wrapped, config, context, ConnectionState({}), stream).run()
+
+    return handle
+
+
+class _Guard:
+    """Lets through HTTP requests that may be answered: no WebSockets, the right token, a name of this machine."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
+        refusal = self._refusal(Request(scope))
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        access = self._access
+        if access.local_names_only and not _is_local(request.headers.get("host", "")):
+            return PlainTextResponse("this is served to this machine only\n", status_code=421)
+        if access.token is None or request.scope["path"] in access.open_paths:
+            return None
+        if admits(access.token, request.headers.get("authorization", "")):
+            return None
+        return PlainTextResponse(
+            f"needs the header Authorization: Bearer <token>, with what {access.token_key} holds\n",
+            status_code=401,
+            headers={"www-authenticate": "Bearer"},
+        )
+
+
+def _is_local(host: str) -> bool:
+    """Whether a ``Host`` header names this machine by a name that nobody else can give to another."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
