@@ -605,6 +605,10 @@ length that their clients ask for."""
 CACHE_AHEAD_TOKENS: Final = 64
 """What it is promised beyond what it uses, as soon as it needs more than was promised."""
 
+PREFIX_SHARE: Final = 0.25
+"""How much beginnings of prompts that are kept may take, pages with their outputs, as a share of the KV cache's bytes: the
+outputs lie beside it, in the host's memory, and free pages between kept ones break the runs in which sessions grow."""
+
 CACHE_GROWTH_SECONDS: Final = 20.0
 """How long a step waits for room in the KV cache that its session was not promised yet, while others may end. Well
 below the 180 s after which stock clients give up on an answer."""
@@ -843,6 +847,21 @@ ENGINE_CHECK_SECONDS: Final = 10.0
 
 ENGINE_PATIENCE_SECONDS: Final = 30.0
 """Longest wait for a turn: many times the longest piece of work of a large model on a slow machine."""
+
+OPENAI_REQUESTS: Final = 8
+"""Requests to the OpenAI endpoint that are answered at one time: each holds a session at every server of a chain."""
+
+OPENAI_REQUESTS_PER_MINUTE: Final = 60
+"""Most that begin in a minute where others than this machine can ask."""
+
+OPENAI_BODY_BYTES: Final = 1 * MIB
+"""Longest request: a conversation of some 200,000 tokens."""
+
+COMPLETION_TOKENS: Final = 16
+"""Length of a completion without max_tokens, as in OpenAI's reference."""
+
+CHAT_TOKENS: Final = 512
+"""The same of a turn of a conversation, which OpenAI's reference does not bound: a page of text."""
 
 WEB_CONNECTIONS: Final = 32
 """HTTP connections to each side at one time; a scraper and a few people need one each. Further ones are closed."""

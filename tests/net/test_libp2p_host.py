@@ -140,6 +140,30 @@ async def test_a_host_does_not_dial_itself(server: Host) -> None:
     assert caught.value.hop == "address"
 
 
+async def test_a_host_calls_what_it_serves_itself(server: Host) -> None:
+    """Over memory, with the same errors as elsewhere."""
+
+    async def echo(stream: Stream) -> None:
+        await stream.write(await stream.read(100))
+
+    async def fail(stream: Stream) -> None:
+        raise RemoteError("not this one")
+
+    server.serve("itself.echo", echo)
+    server.serve("itself.fail", fail)
+    stream = await server.open_stream(server.peer_id, "itself.echo")
+    assert stream.remote == server.peer_id
+    await stream.write(b"words")
+    assert await stream.read(100) == b"words"
+    assert await stream.read(100) == b""
+    await stream.close()
+    stream = await server.open_stream(server.peer_id, "itself.fail")
+    with pytest.raises(StreamReset):
+        await stream.read(100)
+    with pytest.raises(ProtocolNotSupported, match=r"itself\.else"):
+        await server.open_stream(server.peer_id, "itself.else")
+
+
 async def test_malformed_addresses_are_named(client: Host) -> None:
     peer = PeerId(b"\x12\x20" + bytes(32))
     with pytest.raises(RemoteError, match=r"/ip4/1\.2\.3/tcp/1"):

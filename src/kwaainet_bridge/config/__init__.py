@@ -2,7 +2,7 @@
 
 from kwaainet_bridge.config.reading import anchored, load_config, merge_settings, parse_config
 from kwaainet_bridge.config.schema import NodeConfig
-from kwaainet_bridge.config.sections import LimitsConfig, NetworksConfig
+from kwaainet_bridge.config.sections import LimitsConfig, NetworksConfig, OpenAIConfig
 from kwaainet_bridge.config.values import AUTO, EMBEDDED_MODEL, PRESETS
 from kwaainet_bridge.config.work import AveragingConfig, AveragingRun, ModelConfig
 
@@ -16,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "NetworksConfig",
     "NodeConfig",
+    "OpenAIConfig",
     "anchored",
     "load_config",
     "merge_settings",

@@ -78,7 +78,19 @@ def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
     if admin.token_file is not None:
         token_file = _absolute("admin.token_file", admin.token_file, folder)
         admin = admin.model_copy(update={"token_file": token_file})
-    return config.model_copy(update={"identity": identity, "model": model, "admin": admin})
+    sources = [
+        name if name == EMBEDDED_MODEL else _source("openai.models", name, folder)
+        for name in config.openai.models
+    ]
+    openai = config.openai.model_copy(update={"models": tuple(sources)})
+    if openai.token_file is not None:
+        token_file = _absolute("openai.token_file", openai.token_file, folder)
+        openai = openai.model_copy(update={"token_file": token_file})
+    address = parse_admin_address(openai.listen)
+    if isinstance(address, UnixAddress) and address.path is not None:
+        listen = f"{UNIX_PREFIX}{_absolute('openai.listen', address.path, folder)}"
+        openai = openai.model_copy(update={"listen": listen})
+    return config.model_copy(update={"identity": identity, "model": model, "admin": admin, "openai": openai})
 
 
 def _source(key: str, name: str, folder: Path) -> str:

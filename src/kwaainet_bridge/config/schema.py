@@ -18,6 +18,7 @@ from kwaainet_bridge.config.sections import (
     LimitsConfig,
     LogConfig,
     NetworksConfig,
+    OpenAIConfig,
     ProtocolsConfig,
     ReachabilityConfig,
 )
@@ -44,6 +45,7 @@ class NodeConfig(Section):
     reachability: ReachabilityConfig = ReachabilityConfig()
     limits: LimitsConfig = LimitsConfig()
     admin: AdminConfig = AdminConfig()
+    openai: OpenAIConfig = OpenAIConfig()
     log: LogConfig = LogConfig()
 
     @property
@@ -54,6 +56,19 @@ class NodeConfig(Section):
             identity = self.identity.path
             return UnixAddress(identity.with_name(f"{identity.name}.sock"))
         return address
+
+    @property
+    def openai_models(self) -> tuple[str, ...]:
+        """What clients of the endpoint may ask for."""
+        return self.openai.models or (() if self.model is None else (self.model.name,))
+
+    @model_validator(mode="after")
+    def _check_openai_has_a_model(self) -> NodeConfig:
+        if self.openai.listen != "off" and not self.openai_models:
+            raise ValueError(
+                "openai.listen is set, but there is no model to generate with: give openai.models"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_averaging_has_a_network(self) -> NodeConfig:

@@ -170,6 +170,48 @@ class AdminConfig(Section):
         return self
 
 
+class OpenAIConfig(Section):
+    """An HTTP endpoint as OpenAI's, whose text the swarms generate; see docs/openai.md."""
+
+    listen: Annotated[str, checked(parse_admin_address)] = "off"
+    """``<IP address>:<port>``, ``unix:<path>``, or ``off``."""
+    token_file: Path | None = None
+    """File with a token that clients must send. Required to listen on an address that is not loopback."""
+    models: tuple[str, ...] = ()
+    """Folders or hub repositories that clients may ask for. Left out: the model whose blocks are served."""
+    at_once: Positive = defaults.OPENAI_REQUESTS
+    """Requests that are answered at one time; further ones are refused."""
+    requests_per_minute: Positive | None = None
+    """Most requests that begin in a minute. Left out: any number on a loopback address or a socket, 60 elsewhere."""
+
+    @field_validator("listen", mode="before")
+    @classmethod
+    def _check_listen(cls, value: Any) -> Any:
+        if value == "unix":
+            raise ValueError("name the socket: unix:<path>")
+        return "off" if value is False else value  # YAML 1.1 reads off so
+
+    @model_validator(mode="after")
+    def _check_strangers_need_a_token(self) -> OpenAIConfig:
+        if self._is_exposed and self.token_file is None:
+            raise ValueError(
+                f"listen: others can reach {self.listen}, so it needs token_file: name a file that holds a long random "
+                "text, or listen on 127.0.0.1"
+            )
+        return self
+
+    @property
+    def _is_exposed(self) -> bool:
+        address = parse_admin_address(self.listen)
+        return isinstance(address, TcpAddress) and not address.is_loopback
+
+    @property
+    def most_per_minute(self) -> int | None:
+        """:attr:`requests_per_minute` with its default."""
+        exposed = defaults.OPENAI_REQUESTS_PER_MINUTE if self._is_exposed else None
+        return self.requests_per_minute or exposed
+
+
 class LogConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "text", "json"] = "auto"

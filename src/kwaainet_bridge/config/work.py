@@ -57,6 +57,8 @@ class ModelConfig(Section):
     """LoRA adapters that requests may ask for: folders (relative to the configuration file) or hub repositories."""
     tensor_parallel: Positive = 1
     """Processes that share each block, with ``device: cuda`` one for each of the first GPUs."""
+    share_prefixes: Literal["off", "peer", "all"] = "peer"
+    """Which sessions compute a common beginning of their prompts once: those of one peer, or all."""
     compression: CompressionName = "NONE"
     """Compression of hidden states on the wire. All servers of a model should announce the same."""
     throughput: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
@@ -85,6 +87,11 @@ class ModelConfig(Section):
         if value is True:
             raise ValueError("say how often, in seconds, or off")
         return 0 if value is False or value == "off" else value  # YAML 1.1 reads off as false
+
+    @field_validator("share_prefixes", mode="before")
+    @classmethod
+    def _check_sharing(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads off as false
 
     @model_validator(mode="after")
     def _check_auto_knows_how_many(self) -> ModelConfig:

@@ -43,6 +43,7 @@ from kwaainet_bridge.net.kademlia import KAD, Kademlia
 from kwaainet_bridge.net.library import check_library, noise_transport
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.net.membership import Membership
+from kwaainet_bridge.net.memory import open_to_self
 from kwaainet_bridge.net.own_addresses import OwnAddresses
 from kwaainet_bridge.net.ping import PING, answer_pings
 from kwaainet_bridge.net.relay_service import RelayLimits
@@ -252,6 +253,9 @@ class Libp2pHost(Host):
         return peer
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        if peer == self.peer_id:  # a client in this process that uses what this host serves
+            await trio.lowlevel.checkpoint()
+            return open_to_self(peer, protocol, self._handlers, self._nursery)
         return await self.open_stream_on(await self._connection(peer), protocol)
 
     async def open_stream_at(self, peer: PeerId, addresses: Sequence[Address], protocol: str) -> Stream:

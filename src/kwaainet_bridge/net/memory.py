@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from kwaainet_bridge.errors import PeerUnreachable, ProtocolNotSupported, StreamClosed, StreamReset
+from kwaainet_bridge.errors import (
+    NetworkError,
+    PeerUnreachable,
+    ProtocolNotSupported,
+    RemoteError,
+    StreamClosed,
+    StreamReset,
+)
 from kwaainet_bridge.net.host import Host, StreamHandler
 from kwaainet_bridge.net.pruning import Protection
 from kwaainet_bridge.net.stream import Stream
@@ -113,6 +120,18 @@ def memory_stream_pair(
     return MemoryStream(server, protocol, down, up), MemoryStream(client, protocol, up, down)
 
 
+def open_to_self(
+    peer: PeerId, protocol: str, handlers: Mapping[str, StreamHandler], nursery: trio.Nursery
+) -> Stream:
+    """A stream from a host to itself; its handler runs in ``nursery``. Raises ProtocolNotSupported."""
+    handler = handlers.get(protocol)
+    if handler is None:
+        raise ProtocolNotSupported(f"{peer} does not serve {protocol}")
+    ours, theirs = memory_stream_pair(peer, peer, protocol)
+    nursery.start_soon(_serve, handler, theirs)
+    return ours
+
+
 class MemoryNetwork:
     """Hosts of one process that reach each other without a socket; for simulations and tests.
 
@@ -202,6 +221,9 @@ class MemoryHost(Host):
 async def _serve(handler: StreamHandler, stream: Stream) -> None:
     try:
         await handler(stream)
+    except (RemoteError, NetworkError) as e:
+        log.debug("%s from %s: %s", stream.protocol, stream.remote, e)
+        await stream.reset()
     except Exception:
         log.exception("handler of %s failed", stream.protocol)
         await stream.reset()

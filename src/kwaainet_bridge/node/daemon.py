@@ -19,6 +19,7 @@ from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node.admin.server import open_admin
 from kwaainet_bridge.node.networks import network_protocols
+from kwaainet_bridge.node.openai.server import open_openai
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.serving import ModelService
 from kwaainet_bridge.node.state import NodeState, Phase
@@ -139,7 +140,8 @@ async def _run_host(
         async with _networks(config, host, state, reachability) as networks:
             state.bootstrap = {network.name: network.watch for network in networks}
             with work:
-                await _work(config, networks, state, stop, reachability)
+                async with open_openai(config.openai, config.openai_models, networks):
+                    await _work(config, networks, state, stop, reachability)
         services.cancel_scope.cancel()
 
 

@@ -8,11 +8,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import trio
 
 from kwaainet_bridge.bridge.kwaai_directory import spans_for_choice
+from kwaainet_bridge.bridge.kwaai_servers import KwaaiServers
 from kwaainet_bridge.config import ModelConfig, NodeConfig
-from kwaainet_bridge.engine import Engine, ModelInfo, ModelOutline
+from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, ModelOutline
 from kwaainet_bridge.hivemind.client.directory import Span
+from kwaainet_bridge.hivemind.client.part import OtherNetwork
+from kwaainet_bridge.hivemind.client.swarm import Swarm
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.peer import Peer
+from kwaainet_bridge.kwaai.client import KwaaiClient
 from kwaainet_bridge.kwaai.model import ServedModel, check_ends
 from kwaainet_bridge.kwaai.mux_endpoint import MuxEndpoint
 from kwaainet_bridge.kwaai.server import KwaaiProtocols, KwaaiServer, serve_kwaai
@@ -20,6 +24,7 @@ from kwaainet_bridge.net import Libp2pHost
 from kwaainet_bridge.node.announcing import KwaaiPublisher, Publisher
 from kwaainet_bridge.node.averaging import AveragingService
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
+from kwaainet_bridge.node.generating import nothing_to_read
 from kwaainet_bridge.node.models import kwaainet_prefix
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.rpc import RpcClient, RpcServer
@@ -41,6 +46,7 @@ class KwaaiSide:
         self._network = config.networks.kwaainet
         self._leases = config.protocols.kwaai_lease
         self._dht = peer.dht
+        self._client = peer.client
         self._server = server
 
     async def run(self) -> None:
@@ -63,6 +69,17 @@ class KwaaiSide:
 
     def _bootstrap(self) -> Sequence[PeerId]:
         return sorted(self._network.peers - {self._dht.peer_id})
+
+    def text_swarm(self, name: str, weights: ClientModel, others: Sequence[OtherNetwork]) -> Swarm:
+        """Without the Petals network; ``others`` are further ones, none so far."""
+        servers = self.text_servers(name, weights)
+        directory = nothing_to_read(servers.prefix, weights.num_blocks)
+        return Swarm(self._client, directory, others=[servers, *others])
+
+    def text_servers(self, name: str, weights: ClientModel) -> KwaaiServers:
+        prefix = kwaainet_prefix(name, self._network.dht_prefix)
+        client = KwaaiClient(self._client)
+        return KwaaiServers(self._dht, client, prefix, weights.num_blocks, vocab_size=weights.vocab_size)
 
     def check_blocks(self, model: ModelInfo, blocks: range) -> None:
         check_ends(model, blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
@@ -10,8 +10,10 @@ import trio
 from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.counting import ServingCounts
-from kwaainet_bridge.engine import Engine, ModelInfo, ModelOutline
+from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, ModelOutline
 from kwaainet_bridge.hivemind.client.directory import Directory, Span
+from kwaainet_bridge.hivemind.client.part import OtherNetwork
+from kwaainet_bridge.hivemind.client.swarm import Swarm
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
 from kwaainet_bridge.hivemind.experts.records import ServerState
@@ -75,6 +77,18 @@ class PetalsSide:
         own = self._peer.dht.peer_id
         directory = Directory(self._peer.dht, prefix, model.num_blocks, blocked=[own])
         return await directory.read(states=(ServerState.JOINING, ServerState.ONLINE))
+
+    def text_swarm(self, name: str, weights: ClientModel, others: Sequence[OtherNetwork]) -> Swarm:
+        prefix = swarm_prefix(name, weights.family, self._given_prefix(name))
+        directory = Directory(self._peer.dht, prefix, weights.num_blocks)
+        return Swarm(self._peer.client, directory, ping=self._peer.dht.ping, others=others)
+
+    def text_servers(self, name: str, weights: ClientModel) -> None:
+        """This network's servers are those of its own swarm."""
+
+    def _given_prefix(self, name: str) -> str | None:
+        model = self._config.model
+        return model.dht_prefix if model is not None and model.name == name else None
 
     def check_blocks(self, model: ModelInfo, blocks: range) -> None:
         """Any can be served."""

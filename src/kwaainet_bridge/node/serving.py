@@ -244,6 +244,7 @@ class ModelService:
             threads=config.threads,
             tensor_parallel=config.tensor_parallel,
             adapters=config.adapters,
+            share_prefixes=config.share_prefixes,
         )
         return await self._load_engine(
             engine_config, progress=self._report_loading, on_described=on_described, choose=choose

@@ -1,0 +1,1 @@
+"""An HTTP endpoint as OpenAI's, whose text the swarms generate."""

@@ -1,0 +1,8 @@
+"""Nodes come from the tests of the node."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "node"))
