@@ -46,6 +46,10 @@ WORDS = {
     "averaging.runs.max_rms": "none",
     "averaging.peers": "none",
     "admin.token_file": "none",
+    "model.adapters": "none",
+    "openai.token_file": "none",
+    "openai.models": "none",
+    "openai.requests_per_minute": "none",
 }
 VALUES_OF_WORDS = {"none": (None, ()), "off": (None,), "all": (None,), "derived": (None,)} | {
     "torch's choice": (None,),
