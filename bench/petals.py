@@ -77,7 +77,8 @@ def starters(stock: StockEnvironment, model: Path, work: Path) -> dict[str, Star
 
     def our_node(prefix: str, peers: list[str], blocks: range) -> Process:
         name = f"{prefix}-{blocks.start}"
-        options = {"threads": stock.threads, "cache_tokens": CACHE_TOKENS}
+        # prompts come again from run to run: each is to be computed, as a stock server does
+        options = {"threads": stock.threads, "cache_tokens": CACHE_TOKENS, "share_prefixes": "off"}
         node = start_node(work, name, model=model, prefix=prefix, blocks=blocks, peers=peers, **options)
         with node.killed_on_failure():
             wait_until_ready(node)

@@ -33,6 +33,15 @@ def test_there_is_a_configuration_for_each_use():
     assert {p.stem for p in CONFIGS.glob("*.yaml")} == {"private-swarm", "petals-public", "kwaainet", "both"}
 
 
+def test_common_beginnings_are_shared_by_whom_one_says():
+    assert parse_config("model: {}", "x").model.share_prefixes == "peer"
+    for text, meaning in {"off": "off", "'off'": "off", "all": "all"}.items():
+        assert parse_config(f"model: {{share_prefixes: {text}}}", "x").model.share_prefixes == meaning
+    for text in ("on", "some", "1"):
+        with pytest.raises(ConfigError, match=r"model\.share_prefixes"):
+            parse_config(f"model: {{share_prefixes: {text}}}", "node.yaml")
+
+
 def test_template_is_good():
     config = parse_config(TEMPLATE.format(name="node.yaml", kind="rsa"), "template")
     assert config.model.name == "austen"

@@ -25,6 +25,7 @@ class EngineConfig:
     backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
     ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
     of its own, from the first on. ``adapters`` are LoRA adapters, folders or hub repository ids.
+    ``share_prefixes`` says which sessions compute a common beginning once: those of one peer, all, or none.
     """
 
     model: str
@@ -36,6 +37,7 @@ class EngineConfig:
     max_batch_tokens: int = defaults.MAX_BATCH_TOKENS
     threads: int | None = None
     tensor_parallel: int = 1
+    share_prefixes: Literal["off", "peer", "all"] = "peer"
     adapters: tuple[str, ...] = ()
     revision: str | None = None
 
@@ -54,6 +56,8 @@ class EngineConfig:
                 f"tensor_parallel {self.tensor_parallel} takes the first GPUs: give cuda for a device, "
                 f"not {self.device}"
             )
+        if self.share_prefixes not in ("off", "peer", "all"):
+            raise ConfigError(f"share_prefixes must be off, peer or all, got {self.share_prefixes}")
         if self.tensor_parallel > 1 and self.adapters:
             raise ConfigError("adapters do not go with tensor_parallel: leave one of them out")
         if self.threads is not None and self.threads < 1:

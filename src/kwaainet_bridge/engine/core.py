@@ -19,6 +19,7 @@ from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
 from kwaainet_bridge.engine.compute import ComputeThread, Pieces, Priority
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
 from kwaainet_bridge.engine.pages import PageAllocator, pages_for
+from kwaainet_bridge.engine.prefix import PrefixCache
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
 from kwaainet_bridge.engine.session import CacheRoom, Session
 from kwaainet_bridge.errors import AllocationFailed, ConfigError, InvalidRequest
@@ -54,12 +55,14 @@ class Engine:
         self.cache_bytes_per_token = 2 * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         """Bytes of keys and values of one block for one token of one sequence."""
         pages = pages_for(config.cache_tokens)
-        self._room = CacheRoom(
-            PageAllocator(pages, len(span.blocks)),
-            PageBudget(pages, len(span.blocks)),
-            defaults.PAGE_TOKENS * self.cache_bytes_per_token,
-            span.blocks.start,
-        )
+        allocator, budget = PageAllocator(pages, len(span.blocks)), PageBudget(pages, len(span.blocks))
+        page_bytes = defaults.PAGE_TOKENS * self.cache_bytes_per_token
+        self._share_prefixes = config.share_prefixes if span.repeats else "off"
+        prefixes = None
+        if self._share_prefixes != "off":
+            max_bytes = int(pages * len(span.blocks) * page_bytes * defaults.PREFIX_SHARE)
+            prefixes = PrefixCache(allocator, budget, page_bytes=page_bytes, max_bytes=max_bytes)
+        self._room = CacheRoom(allocator, budget, page_bytes, span.blocks.start, prefixes)
         self.adapters = names_of(config.adapters)
         """Names of the LoRA adapters that requests may ask for."""
         self._span = span
@@ -176,8 +179,8 @@ class Engine:
         to ``timeout`` seconds for them, first come first served; with 0 not at all. Further room is taken as its steps
         need it. Raises AllocationFailed without room, InvalidRequest for blocks that are not served or lengths that no
         session can have. On exit, however it comes about, the memory is free. ``adapter`` is the name of one of
-        :attr:`adapters` or None. ``peer`` is on whose behalf it is: all sessions of one share in its turn, and errors
-        name it.
+        :attr:`adapters` or None. ``peer`` is on whose behalf it is: all sessions of one share in its turn and, unless
+        the configuration says otherwise, in what their prompts have in common; errors name it.
         """
         check_blocks(blocks, self.blocks)
         self._check_adapter(adapter)
@@ -204,6 +207,7 @@ class Engine:
             promised=promised,
             adapter=adapter,
             peer=peer,
+            scope=peer if self._share_prefixes == "peer" else self._share_prefixes,
         )
         try:
             yield session

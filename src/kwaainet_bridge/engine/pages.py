@@ -142,6 +142,8 @@ class PageTable:
         self._allocator = allocator
         self._page_tokens = page_tokens
         self._max_length = max_length
+        self._adopted: int | None = None
+        """The last page that the row has from another session: what follows begins a run of its own."""
         self._places = [allocator.claim(blocks, self._pages(max_length)) for _ in range(rows)]
 
     def _pages(self, tokens: int) -> int:
@@ -170,8 +172,9 @@ class PageTable:
             raise EngineError(
                 f"no room for tokens {start}:{length} of {self._max_length}, after {self.length}"
             )
-        kept, fresh, copied = self._plan(length, start, order, keep)
-        if fresh + copied > self._allocator.common(self.blocks) + self.held - kept:
+        _, fresh, copied = self._plan(length, start, order, keep)
+        short = fresh + copied - self._allocator.common(self.blocks)
+        if short > 0 and short > self._freed(start, order, keep):
             raise OutOfPages
         old, count = self.rows, self._pages(max(start, keep))
         self.rows = [row[:count] for row in (old if order is None else [old[row] for row in order])]
@@ -183,7 +186,7 @@ class PageTable:
         for row, place in zip(self.rows, self._places, strict=True):
             more = self._pages(length) - len(row)
             if more > 0:
-                near = row[-1] + 1 if row else place.start
+                near = row[-1] + 1 if row and row[-1] != self._adopted else place.start
                 row.extend(self._allocator.take(self.blocks, more, near=near))
         self.length = length
         return copies
@@ -196,17 +199,42 @@ class PageTable:
         fresh = len(rows) * max(0, self._pages(length) - count)
         if length == start or not start % self._page_tokens:
             return kept, fresh, 0
-        return kept, fresh, len(rows) - len({row[start // self._page_tokens] for row in rows})
+        copied = 0
+        mine = Counter(page for row in self.rows for page in row[start // self._page_tokens :])
+        for page, users in Counter(row[start // self._page_tokens] for row in rows).items():
+            others = self._allocator.owners(self.blocks, page) > mine[page]
+            kept -= others
+            copied += users - (not others)
+        return kept, fresh, copied
+
+    def _freed(self, start: int, order: Sequence[int] | None, keep: int) -> int:
+        """Pages that going back to ``start`` sets free."""
+        count = self._pages(max(start, keep))
+        rows = self.rows if order is None else [self.rows[row] for row in order]
+        stay = {page for row in rows for page in row[:count]}
+        mine = Counter(page for row in self.rows for page in row)
+        return sum(
+            page not in stay and self._allocator.owners(self.blocks, page) == users
+            for page, users in mine.items()
+        )
+
+    def adopt(self, pages: Sequence[int]) -> None:
+        """Let the one row, whose pages are full, go on with these, which are in use and full."""
+        (row,) = self.rows
+        if len(row) * self._page_tokens != self.length:
+            raise EngineError(f"pages can be adopted where one ends, not after {self.length} tokens")
+        self._allocator.share(self.blocks, pages)
+        row.extend(pages)
+        self.length += len(pages) * self._page_tokens
+        self._adopted = row[-1] if pages else None
 
     def _own_partial(self, start: int) -> list[tuple[int, int]]:
-        """A page of its own for each row but one of those that share the page that is about to be written."""
+        """A page of its own for each row whose page, which is about to be written, has other owners."""
         index = start // self._page_tokens
-        users = Counter(row[index] for row in self.rows)
         copies = []
         for row in self.rows:
             page = row[index]
-            if users[page] > 1:
-                users[page] -= 1
+            if self._allocator.owners(self.blocks, page) > 1:
                 (row[index],) = self._allocator.take(self.blocks, 1, near=page + 1)
                 self._allocator.release(self.blocks, [page])
                 copies.append((page, row[index]))

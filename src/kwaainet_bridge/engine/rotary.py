@@ -25,7 +25,7 @@ class RotaryTable:
         self._module = module if module is None else module.to(device)
         self._per_type = module is not None and family.takes_layer_type(module)
         # longrope has two sets of frequencies and chooses by the last position of a step: nothing to keep
-        self._keep = "longrope" not in family.rope_types(model.config)
+        self.keeps = "longrope" not in family.rope_types(model.config)
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._positions = torch.empty(1, 0, dtype=torch.int64, device=device)
         self._tables: dict[str, Embeddings] = {}
@@ -56,7 +56,7 @@ class RotaryTable:
         last = self._last.get(key)
         if last is not None and last[0] == places:
             return last[1]
-        if self._keep:
+        if self.keeps:
             self.positions(places)
             if key not in self._tables:
                 self._tables[key] = self._compute(self._positions, layer_type)

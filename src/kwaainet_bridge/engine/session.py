@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.compute import ComputeThread, Merged, Pieces
 from kwaainet_bridge.engine.pages import OutOfPages, PageAllocator, PageTable, pages_for
+from kwaainet_bridge.engine.prefix import Key, PrefixCache, SessionPrefix
 from kwaainet_bridge.engine.requests import check_hidden, check_hypo_ids, check_prompts
 from kwaainet_bridge.engine.step import Step
 from kwaainet_bridge.engine.tree import Tree, plant
@@ -34,6 +36,7 @@ class CacheRoom:
     budget: PageBudget
     page_bytes: int
     first_block: int
+    prefixes: PrefixCache | None = None
 
     def inner(self, blocks: range) -> range:
         """Numbers from 0 on for blocks of the model."""
@@ -57,6 +60,7 @@ class Session:
         promised: int,
         adapter: str | None,
         peer: Hashable,
+        scope: Hashable = None,
     ) -> None:
         self.blocks = blocks
         self.batch_size, self.max_length = shape
@@ -68,10 +72,14 @@ class Session:
         self._adapter = adapter
         self._peer = peer
         self._table = PageTable(room.allocator, self._inner, *shape, page_tokens=defaults.PAGE_TOKENS)
+        self._prefix: SessionPrefix | None = None
+        if room.prefixes is not None and scope is not None and shape[0] == 1:
+            self._prefix = SessionPrefix(room.prefixes, (scope, blocks, adapter), self._table)
         self._position = 0
         self._tree: Tree | None = None
         """Of the last step, if it had one: its tokens lie behind the position until the next step."""
         self._unusable: str | None = None
+        self._closed = False
 
     @property
     def position(self) -> int:
@@ -114,6 +122,7 @@ class Session:
         check_hidden(hidden, self._runner.hidden_size, batch=self.batch_size)
         path, moves = self._check_accepted(accept, hidden)
         start = self._check_start(start_from_position, self._position + len(path))
+        moves = [(source, target) for source, target in moves if target < start]
         tokens = hidden.shape[1]
         planted = None if tree is None else self._check_tree(tree, hidden, start, prompts)
         if start + tokens > self.max_length:
@@ -124,42 +133,64 @@ class Session:
         prompts = check_prompts(prompts, self.blocks, hidden)
         order = check_hypo_ids(hypo_ids, self.batch_size)
         if hidden.numel() == 0:
-            self._table.prepare(start, start=start)
+            self._prepare(start, start=start)
             self._position, self._tree = start, None
             return hidden.detach().to(self._runner.dtype)
-        self._unusable = "a step of this session is running"
-        try:
-            copies = await self._take_pages(
-                start,
-                tokens,
-                None if order is None else order.tolist(),
-                keep=max((source + 1 for source, _ in moves), default=0),
-            )
-        finally:
-            self._unusable = None
-        rows = [list(row) for row in self._table.rows]
         step = Step(
-            self.blocks,
-            hidden.detach(),
-            start,
-            rows,
-            copies,
-            prompts,
-            self._adapter,
-            moves=moves,
-            tree=planted,
+            self.blocks, hidden.detach(), start, [], [], prompts, self._adapter, moves=moves, tree=planted
         )
-        output = await self._run(step)
+        keys, found, rest = await self._begin(step, None if order is None else order.tolist())
+        outputs = [output[None] for output in found]
+        if rest is not None:
+            outputs.append(await self._run(rest))
+        output = torch.cat(outputs, 1) if found else outputs[0]
         self._position = start + (tokens if planted is None else 0)
         self._tree = planted
+        if self._prefix is not None:
+            self._promised -= self._prefix.keep(keys, start, output)
         return output
+
+    async def _begin(
+        self, step: Step, order: list[int] | None
+    ) -> tuple[Sequence[Key], list[torch.Tensor], Step | None]:
+        """Have pages for a step. Returns keys of its whole pages, outputs of those that are kept, and what is left of
+        it to be computed, if anything is.
+
+        There are no keys where the inputs would not tell what the pages hold.
+        """
+        tokens, keep = step.hidden.shape[1], max((source + 1 for source, _ in step.moves), default=0)
+        keys: Sequence[Key] = ()
+        found: list[torch.Tensor] = []
+        self._unusable = "a step of this session is running"
+        try:
+            if self._prefix is not None:
+                plain = step.prompts is None and step.tree is None and self._tree is None
+                keys = await self._prefix.keys(step.hidden, step.start, plain=plain)
+                found = self._prefix.adopt(keys, step.start)
+            first = len(found) * defaults.PAGE_TOKENS
+            start = step.start + first
+            try:
+                copies = await self._take_pages(start, tokens - first, order, keep=keep)
+            except BaseException:
+                if found:
+                    self._prepare(step.start, start=step.start)
+                raise
+        finally:
+            self._unusable = None
+        if first == tokens:
+            return keys, found, None
+        rows = [list(row) for row in self._table.rows]
+        hidden = step.hidden[:, first:]
+        return keys, found, dataclasses.replace(step, hidden=hidden, start=start, rows=rows, copies=copies)
 
     def close(self) -> None:
         """Free the cache. No step may be running."""
-        if self._promised:
+        if not self._closed:
+            self._closed = True
             self._table.close()
+            if self._prefix is not None:
+                self._prefix.settle()
             self._room.budget.give_back(self._inner, self._promised)
-            self._promised = 0
         self._unusable = "the session is closed"
 
     def _check_tree(
@@ -197,12 +228,30 @@ class Session:
         """Have room for ``tokens`` from ``start`` on, after going back and reordering; pages that must be copied."""
         end = start + tokens
         needed = self._table.needed(end, start=start, order=order, keep=keep)
+        if self._prefix is not None:
+            needed -= self._prefix.staying(start)
         if needed > self._promised:
             await self._grow(needed, end)
         try:
-            return self._table.prepare(end, start=start, order=order, keep=keep)
+            return self._prepare(end, start=start, order=order, keep=keep)
         except OutOfPages:  # sessions on other blocks have left no page that is free on all of these
             raise AllocationFailed(self._refusal(needed, end)("immediately")) from None
+
+    def _prepare(
+        self, length: int, *, start: int, order: list[int] | None = None, keep: int = 0
+    ) -> list[tuple[int, int]]:
+        """As :meth:`PageTable.prepare`; prefixes that no session has give way."""
+        prefixes = self._room.prefixes
+        while True:
+            try:
+                copies = self._table.prepare(length, start=start, order=order, keep=keep)
+                break
+            except OutOfPages:
+                if prefixes is None or not prefixes.evict(self._inner):
+                    raise
+        if self._prefix is not None:
+            self._prefix.settle()
+        return copies
 
     async def _grow(self, needed: int, length: int) -> None:
         most = self.batch_size * pages_for(self.max_length)

@@ -58,6 +58,11 @@ class Span:
         self._parts = {block: self._find(block) for block in blocks}
         self._packs = self.device.type == "cpu" and self._own is None and packed.supported(self.dtype)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether what a token gives depends on what is before it alone, not also on how long its step is."""
+        return self._rotary.keeps
+
     def weight_bytes(self, block: int) -> int:
         """Bytes of one block's weights in the engine's dtype."""
         values = sum(int(tensor.numel()) for tensor in self._layers[block].state_dict().values())
