@@ -606,8 +606,8 @@ CACHE_AHEAD_TOKENS: Final = 64
 """What it is promised beyond what it uses, as soon as it needs more than was promised."""
 
 PREFIX_SHARE: Final = 0.25
-"""How much beginnings of prompts that are kept may take, pages with their outputs, as a share of the KV cache's bytes: the
-outputs lie beside it, in the host's memory, and free pages between kept ones break the runs in which sessions grow."""
+"""How much beginnings of prompts that are kept may take, pages with their outputs, as a share of the KV cache's bytes:
+outputs lie beside it, in the host's memory, and kept pages break the runs in which sessions grow."""
 
 CACHE_GROWTH_SECONDS: Final = 20.0
 """How long a step waits for room in the KV cache that its session was not promised yet, while others may end. Well
