@@ -672,11 +672,8 @@ REACHABILITY_CHECKS_AT_ONCE: Final = 4
 # --- kwaai ----------------------------------------------------------------------------------------------
 
 KWAAI_SESSION_TOKENS: Final = 2048
-"""Tokens of KV cache that a session is promised, or what its prompt and KWAAI_REPLY_TOKENS need if that is more: a
-request says nothing of how long the session will be."""
-
-KWAAI_REPLY_TOKENS: Final = 1024
-"""Room kept behind a long prompt: replies of chat clients rarely have more."""
+"""How long sessions are taken to become where places are counted for leases: a request says nothing of it. They take
+room in the KV cache as they need it."""
 
 KWAAI_SESSION_IDLE_SECONDS: Final = 600.0
 """A session without a request for this long is closed (KwaaiNet: 600 s). There is no message that closes one."""

@@ -10,7 +10,7 @@ import trio.testing
 from kwaai_world import peer
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.errors import EngineError, InvalidRequest, Refusal
+from kwaainet_bridge.errors import AllocationFailed, EngineError, InvalidRequest, Refusal
 from kwaainet_bridge.kwaai.lease import Leases, Places
 from kwaainet_bridge.kwaai.sessions import Sessions
 from kwaainet_bridge.wire.kwaai_lease import Denied, Granted
@@ -20,9 +20,19 @@ LENGTH = 100
 
 
 class ToySession:
-    def __init__(self):
+    def __init__(self, engine):
+        self.engine = engine
         self.position = 0
+        self.promised = 0
         self.steps = 0
+        self.need(min(engine.max_length, defaults.CACHE_PROMISE_TOKENS))
+
+    def need(self, tokens):
+        more = max(0, tokens - self.promised)
+        if more > self.engine.cache_bytes_left:
+            raise AllocationFailed(f"Could not allocate {more} bytes: out of memory")
+        self.promised += more
+        self.engine.cache_bytes_left -= more
 
     async def step(self, tokens, *, seconds=0.0, error=None):
         self.steps += 1
@@ -31,6 +41,7 @@ class ToySession:
             await trio.sleep(seconds)
             if error is not None:
                 raise error
+            self.need(self.position + tokens)
             self.position += tokens
         finally:
             self.steps -= 1
@@ -51,16 +62,15 @@ class ToyEngine:
     async def open_session(self, blocks, batch_size, max_length, *, peer):
         assert (blocks, batch_size) == (self.blocks, 1)
         assert peer is not None
-        self.cache_bytes_left -= max_length
-        assert self.cache_bytes_left >= 0
+        assert max_length == min(self.max_length, self.cache_bytes_total)
+        session = ToySession(self)
         self.open += 1
-        session = ToySession()
         try:
             yield session
         finally:
             assert not session.steps
             self.open -= 1
-            self.cache_bytes_left += max_length
+            self.cache_bytes_left += session.promised
 
 
 class Desk:
@@ -252,24 +262,75 @@ async def test_a_refused_replacement_gives_its_place_back(desk, autojump_clock):
     assert desk.sessions._share.used == 0
 
 
-@pytest.mark.parametrize(
-    ("limits", "tokens", "promised"),
-    [
-        ((8192, 16384), 1, 2048),
-        ((8192, 16384), 1500, 2524),
-        ((8192, 16384), 8000, 8192),
-        ((100, 16384), 1, 100),
-        ((8192, 512), 1, 512),
-    ],
-)
-async def test_what_a_session_is_promised(limits, tokens, promised, desk, autojump_clock):
-    maximum, total = limits
+def resized(desk, maximum, total):
+    """The desk with a longest session and a cache of so many tokens."""
     desk.engine.max_length = maximum
     desk.engine.cache_bytes_total = desk.engine.cache_bytes_left = total
-    sessions = Sessions(desk.engine, desk.places, desk.sessions._nursery, clock=trio.current_time)
-    desk.sessions = sessions
+    desk.sessions = Sessions(desk.engine, desk.places, desk.sessions._nursery, clock=trio.current_time)
+    return desk
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens", "counted"),
+    [
+        ((8192, 16384), 1, 128),
+        ((8192, 16384), 1500, 1500),
+        ((8192, 16384), 8000, 8000),
+        ((100, 16384), 1, 100),
+        ((8192, 256), 1, 128),
+    ],
+)
+async def test_what_a_session_takes_at_first(limits, tokens, counted, desk, autojump_clock):
+    resized(desk, *limits)
     await desk.step(ONE, 1, 0, tokens)
-    assert desk.engine.cache_bytes_left == total - promised
+    assert desk.sessions._share.held(ONE) == counted
+    assert desk.engine.cache_bytes_left == limits[1] - counted
+
+
+async def test_a_session_takes_more_as_it_needs_it(desk, autojump_clock):
+    resized(desk, 1000, 4000)
+    await desk.step(ONE, 1, 0, 128)
+    for position in range(128, 1000):
+        await desk.step(ONE, 1, position)
+        assert position < desk.sessions._share.held(ONE) <= position + 1 + defaults.CACHE_AHEAD_TOKENS
+    assert desk.engine.cache_bytes_left == 3000
+    with pytest.raises(Refusal, match=r"has room for 1000 tokens, 1000 \+ 1 are more: none may be longer"):
+        await desk.step(ONE, 1, 1000)
+    assert desk.sessions.open_sessions == 1
+    await desk.step(ONE, 1, 0)
+    assert desk.sessions._share.held(ONE) == 128
+
+
+async def test_one_peer_s_sessions_grow_no_further_than_what_is_left_for_others(desk, autojump_clock):
+    resized(desk, 1000, 1000)
+    await desk.step(ONE, 1, 0, 200)
+    await desk.step(ONE, 2, 0, 200)
+    with pytest.raises(
+        Refusal, match="your sessions hold 400 tokens of the KV cache, the rest is for others"
+    ):
+        await desk.step(ONE, 2, 200, 220)
+    await desk.step(TWO, 1, 0, 200)
+    await trio.sleep(defaults.KWAAI_LEFT_SESSION_SECONDS)
+    await desk.step(ONE, 2, 200, 220)  # where it was, in the room of the one that was left
+    assert desk.sessions.uses() == {ONE: 1, TWO: 1}
+
+
+async def test_a_step_for_which_the_cache_has_no_room_leaves_the_session_as_it_was(desk, autojump_clock):
+    resized(desk, 1000, 1000)
+    await desk.step(ONE, 1, 0, 128)
+    desk.engine.cache_bytes_left -= 872  # of sessions in the other network
+    with pytest.raises(AllocationFailed, match="out of memory"):
+        await desk.step(ONE, 1, 128)
+    desk.engine.cache_bytes_left += 872
+    await desk.step(ONE, 1, 128)
+
+
+async def test_places_are_counted_by_the_usual_length_but_one_that_can_begin_may(desk, autojump_clock):
+    resized(desk, 8192, 3 * defaults.KWAAI_SESSION_TOKENS)
+    assert desk.sessions.room() == 3
+    for left, room in ((2 * defaults.KWAAI_SESSION_TOKENS - 1, 1), (200, 1), (128, 1), (127, 0)):
+        desk.engine.cache_bytes_left = left
+        assert desk.sessions.room() == room
 
 
 # --- leases

@@ -1,4 +1,4 @@
-"""Sessions of KwaaiNet callers: who has which, how much of the KV cache each is promised, and when they end.
+"""Sessions of KwaaiNet callers: who has which, how much of the KV cache each peer's may take, and when they end.
 
 KwaaiNet names a session by a number alone, that its caller chose; here it is the caller's own. There is no message that
 opens or closes one: position 0 begins it, silence ends it.
@@ -16,7 +16,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, Session
-from kwaainet_bridge.errors import InvalidRequest, Refusal
+from kwaainet_bridge.errors import AllocationFailed, InvalidRequest, Refusal
 from kwaainet_bridge.kwaai.lease import Places
 from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.wire.peer_id import PeerId
@@ -33,16 +33,18 @@ class _Live:
     lock: trio.Lock = field(default_factory=trio.Lock)
     session: Session | None = None
     opened: AsyncExitStack = field(default_factory=AsyncExitStack)
-    length: int = 0
+    counted: int = 0
+    """Tokens of KV cache that count as its peer's."""
     last_used: float = 0.0
 
 
 class Sessions:
     """The sessions on one engine's blocks, all of them. ``clock`` gives seconds, as trio's deadlines count them.
 
-    A task in ``nursery`` closes those that are idle, as long as there are any. No peer gets more of the KV cache than
-    is left for all others, nor more than ``defaults.KWAAI_SESSIONS_PER_PEER`` sessions; beyond, and where the cache is
-    full, its own oldest session is closed that has been idle for ``defaults.KWAAI_LEFT_SESSION_SECONDS``.
+    A task in ``nursery`` closes those that are idle, as long as there are any. The engine gives sessions room in the KV
+    cache as they need it. No peer gets more of it than is left for all others, nor more than
+    ``defaults.KWAAI_SESSIONS_PER_PEER`` sessions; beyond, and where the cache is full, its own oldest session is closed
+    that has been idle for ``defaults.KWAAI_LEFT_SESSION_SECONDS``.
     """
 
     def __init__(
@@ -68,9 +70,9 @@ class Sessions:
         return self._counts.total()
 
     def room(self) -> int:
-        """How many more sessions of the usual length fit into the KV cache."""
-        left: int = self._engine.cache_bytes_left
-        return left // (self._token_bytes * self._length(1))
+        """How many more sessions of the usual length fit into the KV cache; at least one, if one can begin."""
+        left = self._engine.cache_bytes_left // self._token_bytes
+        return left // min(defaults.KWAAI_SESSION_TOKENS, self._longest) or int(left >= self._first(1))
 
     def uses(self) -> Mapping[PeerId, int]:
         """How many sessions each peer has."""
@@ -116,10 +118,10 @@ class Sessions:
             await self._close(live)
             session = await self._open(live, tokens)
         else:
-            session = self._at(live, position, tokens)
+            session = await self._at(live, position, tokens)
         try:
             yield session
-        except (InvalidRequest, Refusal):
+        except (InvalidRequest, Refusal, AllocationFailed):
             if position == 0:
                 await self._close(live)
             raise
@@ -130,7 +132,7 @@ class Sessions:
         if self._closing:
             await self._close(live)
 
-    def _at(self, live: _Live, position: int, tokens: int) -> Session:
+    async def _at(self, live: _Live, position: int, tokens: int) -> Session:
         session, number = live.session, live.number
         if session is None:  # closed while this request waited for it
             raise Refusal(f"session {number} has ended: begin one with seq_pos 0, not {position}")
@@ -138,32 +140,40 @@ class Sessions:
             raise Refusal(
                 f"session {number} is at position {session.position}: seq_pos {position} is not there"
             )
-        if position + tokens > live.length:
-            longest = self._engine.max_length
-            advice = "begin a new one with all its tokens" if live.length < longest else "none may be longer"
+        end = position + tokens
+        if end > self._longest:
             raise Refusal(
-                f"session {number} has room for {live.length} tokens, {position} + {tokens} are more: {advice}"
+                f"session {number} has room for {self._longest} tokens, {position} + {tokens} are more: "
+                "none may be longer"
             )
+        if end > live.counted:
+            await self._count(live, min(self._longest, end + defaults.CACHE_AHEAD_TOKENS))
         return session
+
+    async def _count(self, live: _Live, tokens: int) -> None:
+        """Have so many tokens of KV cache counted as those of the peer's session, in the place of ones that it left."""
+        while not self._share.reserve(live.peer, tokens - live.counted):
+            if not await self._close_left(live.peer):
+                raise Refusal(self._too_many(live.peer))
+        live.counted = tokens
 
     async def _open(self, live: _Live, tokens: int) -> Session:
         if not self.accepting:
             raise Refusal("this server is shutting down and takes no new sessions: go on with another one")
-        longest = min(self._engine.max_length, self._share.limit)
-        if tokens > longest:
-            raise InvalidRequest(f"a session may have {longest} tokens here, {tokens} are more")
-        length = self._length(tokens)
-        while (obstacle := self._obstacle(live.peer, length)) is not None:
+        if tokens > self._longest:
+            raise InvalidRequest(f"a session may have {self._longest} tokens here, {tokens} are more")
+        counted = self._first(tokens)
+        while (obstacle := self._obstacle(live.peer, counted)) is not None:
             if not await self._close_left(live.peer):
                 raise Refusal(f"{obstacle}: try again in {self._places.retry_after} s, or another server")
         try:
             live.session = await live.opened.enter_async_context(
-                self._engine.open_session(self._engine.blocks, 1, length, peer=live.peer)
+                self._engine.open_session(self._engine.blocks, 1, self._longest, peer=live.peer)
             )
         except BaseException:
-            self._share.release(live.peer, length)
+            self._share.release(live.peer, counted)
             raise
-        live.length = length
+        live.counted = counted
         live.last_used = self._clock()
         self._counts[live.peer] += 1
         if not self._is_tended:
@@ -171,24 +181,28 @@ class Sessions:
             self._nursery.start_soon(self._tend)
         return live.session
 
-    def _length(self, tokens: int) -> int:
-        """What a session is promised whose first request has that many tokens."""
-        wanted = max(defaults.KWAAI_SESSION_TOKENS, tokens + defaults.KWAAI_REPLY_TOKENS)
-        return max(tokens, min(wanted, self._engine.max_length, self._share.limit))
+    @property
+    def _longest(self) -> int:
+        return min(self._engine.max_length, self._share.limit)
 
-    def _obstacle(self, peer: PeerId, length: int) -> str | None:
-        """Why ``peer`` gets no session of that length now; None once its share of the cache is taken for it."""
+    def _first(self, tokens: int) -> int:
+        """What a session takes of the KV cache, in tokens, whose first request has that many."""
+        return min(self._longest, max(tokens, defaults.CACHE_PROMISE_TOKENS))
+
+    def _obstacle(self, peer: PeerId, tokens: int) -> str | None:
+        """Why ``peer`` gets no session now that takes so many tokens; None once they count as the peer's."""
         if self._counts[peer] >= defaults.KWAAI_SESSIONS_PER_PEER:
             return f"one peer may have {defaults.KWAAI_SESSIONS_PER_PEER} sessions here, and you have"
-        if length * self._token_bytes > self._engine.cache_bytes_left:
-            return f"the KV cache has no room for a session of {length} tokens"
+        if tokens * self._token_bytes > self._engine.cache_bytes_left:
+            return f"the KV cache has no room for a session of {tokens} tokens"
         if not self._places.may_begin(peer, self):
             return "this server is at capacity: all free places are leased"
-        if not self._share.reserve(peer, length):
-            return (
-                f"your sessions hold {self._share.held(peer)} tokens of the KV cache, the rest is for others"
-            )
+        if not self._share.reserve(peer, tokens):
+            return self._too_many(peer)
         return None
+
+    def _too_many(self, peer: PeerId) -> str:
+        return f"your sessions hold {self._share.held(peer)} tokens of the KV cache, the rest is for others"
 
     async def _close_left(self, peer: PeerId) -> bool:
         """Close the peer's session that has been idle longest, if long enough that it may have been left."""
@@ -240,7 +254,8 @@ class Sessions:
         with trio.CancelScope(shield=True):
             await live.opened.aclose()
         live.opened = AsyncExitStack()
-        self._share.release(live.peer, live.length)
+        self._share.release(live.peer, live.counted)
+        live.counted = 0
         self._counts[live.peer] -= 1
         if not self._counts[live.peer]:
             del self._counts[live.peer]
