@@ -609,6 +609,9 @@ PREFIX_SHARE: Final = 0.25
 """How much beginnings of prompts that are kept may take, pages with their outputs, as a share of the KV cache's bytes:
 outputs lie beside it, in the host's memory, and kept pages break the runs in which sessions grow."""
 
+OFFLOAD_MIB: Final = 4096
+"""Memory of the host for the KV cache of idle sessions, where they may leave the device at all."""
+
 CACHE_GROWTH_SECONDS: Final = 20.0
 """How long a step waits for room in the KV cache that its session was not promised yet, while others may end. Well
 below the 180 s after which stock clients give up on an answer."""

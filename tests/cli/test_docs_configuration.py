@@ -28,6 +28,7 @@ WORDS = {
     "model.num_blocks": "none",
     "model.dht_prefix": "derived",
     "model.threads": "torch's choice",
+    "model.offload_idle_seconds": "none",
     "model.public_name": "none",
     "limits.connections_high": "80 %",
     "limits.connections_low": "60 %",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, EngineConfig
 from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.compute import Merged
+from kwaainet_bridge.engine.holding import CacheRoom
+from kwaainet_bridge.engine.offload import Offload
 from kwaainet_bridge.engine.pages import PageAllocator, PageTable, pages_for
 from kwaainet_bridge.engine.prefix import PrefixCache
-from kwaainet_bridge.engine.session import CacheRoom, Session
+from kwaainet_bridge.engine.session import Session
 from kwaainet_bridge.engine.step import Step
 from kwaainet_bridge.errors import AllocationFailed, ConfigError, EngineError, InvalidRequest
 
@@ -354,9 +356,35 @@ class Memory:
     def __init__(self) -> None:
         self.slots: dict[tuple[int, int], float] = {}
 
-    async def run(self, work: Any) -> torch.Tensor:
+    async def run(self, work: Any) -> Any:
         await trio.lowlevel.checkpoint()
-        step: Step = work.step if isinstance(work, Merged) else work.make.args[0]
+        if isinstance(work, Merged):
+            return self.compute(work.step)
+        pieces = work.make(None)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+
+    def run_prompt(self, step: Step, _contended: object) -> Iterator[None]:
+        yield
+        return self.compute(step)
+
+    def read_pages(self, blocks: range, pages: list[int], _contended: object) -> Iterator[None]:
+        yield
+        slots = [page * PAGE + at for page in pages for at in range(PAGE)]
+        return [[self.slots.get((block, at)) for at in slots] for block in blocks]
+
+    def write_pages(
+        self, blocks: range, pages: list[int], contents: Any, _contended: object
+    ) -> Iterator[None]:
+        yield
+        slots = [page * PAGE + at for page in pages for at in range(PAGE)]
+        for block, content in zip(blocks, contents, strict=True):
+            self.slots |= {(block, at): value for at, value in zip(slots, content, strict=True)}
+
+    def compute(self, step: Step) -> torch.Tensor:
         (row,) = step.rows
         for block in step.blocks:
             for source, target in step.copies:
@@ -373,9 +401,6 @@ class Memory:
             (total,) = sums
             lines.append([self.slots[step.blocks.start, slot(row, end)], total])
         return torch.tensor([lines])
-
-    def run_prompt(self, *_: object) -> None:
-        raise AssertionError
 
 
 def slot(row: list[int], token: int) -> int:
@@ -406,7 +431,9 @@ async def live_and_check(data: st.DataObject) -> None:
     allocator, budget = PageAllocator(pages, 2), PageBudget(pages, 2)
     most = data.draw(st.sampled_from((0, 500, 1200, 10**6)))
     cache = PrefixCache(allocator, budget, page_bytes=64, max_bytes=most)
-    room, memory = CacheRoom(allocator, budget, 64, 0, cache), Memory()
+    memory = Memory()
+    offload = Offload(memory, memory, idle_seconds=0.0, max_bytes=3000, clock=lambda: 0.0)  # type: ignore[arg-type]
+    room = CacheRoom(allocator, budget, 64, 0, cache, offload if data.draw(st.booleans()) else None)
     live: list[tuple[Session, list[float]]] = []
 
     def check() -> None:
@@ -414,19 +441,23 @@ async def live_and_check(data: st.DataObject) -> None:
         owners: Counter[tuple[int, int]] = Counter()
         for session, content in live:
             assert session.position == len(content)
-            mine = session._table.held - len(session._prefix._shared)  # type: ignore[union-attr]
-            assert 0 <= mine <= session._promised
+            mine = session._holding._table.held - len(session._holding._prefix._shared)  # type: ignore[union-attr]
+            assert 0 <= mine <= session._holding._promised
             for block in session.blocks:
-                expected[block] -= session._promised
-            owners.update((page, session.blocks.start) for row in session._table.rows for page in row)
+                expected[block] -= session._holding._promised
+            owners.update(
+                (page, session.blocks.start) for row in session._holding._table.rows for page in row
+            )
         for kept in cache._kept.values():
             assert kept.sessions == sum(
-                kept in session._prefix._shared.values()
+                kept in session._holding._prefix._shared.values()
                 for session, _ in live  # type: ignore[union-attr]
             )
             for block in kept.blocks:
                 expected[block] -= bool(kept.sessions)
             owners[kept.page, kept.blocks.start] += 1
+        moved = [s._holding._moved for s, _ in live]
+        assert offload.left == 3000 - sum(each.num_bytes for each in moved if each is not None) >= 0
         assert budget._left == expected
         assert allocator._owners == owners
         assert min(budget._left) >= 0
@@ -437,6 +468,8 @@ async def live_and_check(data: st.DataObject) -> None:
             blocks, peer = data.draw(st.sampled_from(SPANS)), data.draw(st.sampled_from("ab"))
             length = data.draw(st.integers(1, 6 * PAGE))
             first = pages_for(min(length, 2 * PAGE))
+            if room.offload is not None and data.draw(st.booleans()):
+                await room.offload.make_room(budget, blocks, first)
             if budget.take_now(blocks, first):
                 options: Any = {"promised": first, "adapter": None, "peer": peer, "scope": peer}
                 live.append((Session(memory, memory, room, blocks, (1, length), **options), []))  # type: ignore[arg-type]

@@ -59,6 +59,10 @@ class ModelConfig(Section):
     """Processes that share each block, with ``device: cuda`` one for each of the first GPUs."""
     share_prefixes: Literal["off", "peer", "all"] = "peer"
     """Which sessions compute a common beginning of their prompts once: those of one peer, or all."""
+    offload_idle_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Sessions idle for so long leave the KV cache for the host's memory where others need room; left out: none does."""
+    offload_mib: Positive = defaults.OFFLOAD_MIB
+    """MiB of the host's memory for them."""
     compression: CompressionName = "NONE"
     """Compression of hidden states on the wire. All servers of a model should announce the same."""
     throughput: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"

@@ -41,12 +41,13 @@ class PageBudget:
         """Whether sessions that live wait for more."""
         return bool(self._growing)
 
-    def _fits(self, blocks: range, pages: int) -> bool:
+    def fits(self, blocks: range, pages: int) -> bool:
+        """Whether ``pages`` of each of ``blocks`` are promised to nobody."""
         return min(self._left[blocks.start : blocks.stop]) >= pages
 
     def take_now(self, blocks: range, pages: int) -> bool:
         """Promise ``pages`` of each of ``blocks`` if they are left, past those who wait; whether they were."""
-        if not self._fits(blocks, pages):
+        if not self.fits(blocks, pages):
             return False
         for block in blocks:
             self._left[block] -= pages

@@ -26,6 +26,8 @@ class EngineConfig:
     ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
     of its own, from the first on. ``adapters`` are LoRA adapters, folders or hub repository ids.
     ``share_prefixes`` says which sessions compute a common beginning once: those of one peer, all, or none.
+    Sessions that were idle for ``offload_idle_seconds`` (None: none) leave the KV cache where others need the room, for
+    ``offload_bytes`` of the host's memory.
     """
 
     model: str
@@ -38,6 +40,8 @@ class EngineConfig:
     threads: int | None = None
     tensor_parallel: int = 1
     share_prefixes: Literal["off", "peer", "all"] = "peer"
+    offload_idle_seconds: float | None = None
+    offload_bytes: int = defaults.OFFLOAD_MIB * defaults.MIB
     adapters: tuple[str, ...] = ()
     revision: str | None = None
 
@@ -58,6 +62,8 @@ class EngineConfig:
             )
         if self.share_prefixes not in ("off", "peer", "all"):
             raise ConfigError(f"share_prefixes must be off, peer or all, got {self.share_prefixes}")
+        if self.offload_idle_seconds is not None and self.tensor_parallel > 1:
+            raise ConfigError("offload_idle_seconds does not go with tensor_parallel: leave one of them out")
         if self.tensor_parallel > 1 and self.adapters:
             raise ConfigError("adapters do not go with tensor_parallel: leave one of them out")
         if self.threads is not None and self.threads < 1:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Generator, Hashable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import trio
@@ -18,10 +18,12 @@ from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
 from kwaainet_bridge.engine.compute import ComputeThread, Pieces, Priority
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
+from kwaainet_bridge.engine.holding import CacheRoom
+from kwaainet_bridge.engine.offload import Offload
 from kwaainet_bridge.engine.pages import PageAllocator, pages_for
 from kwaainet_bridge.engine.prefix import PrefixCache
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
-from kwaainet_bridge.engine.session import CacheRoom, Session
+from kwaainet_bridge.engine.session import Session
 from kwaainet_bridge.errors import AllocationFailed, ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -62,7 +64,16 @@ class Engine:
         if self._share_prefixes != "off":
             max_bytes = int(pages * len(span.blocks) * page_bytes * defaults.PREFIX_SHARE)
             prefixes = PrefixCache(allocator, budget, page_bytes=page_bytes, max_bytes=max_bytes)
-        self._room = CacheRoom(allocator, budget, page_bytes, span.blocks.start, prefixes)
+        offload = None
+        if config.offload_idle_seconds is not None:
+            offload = Offload(
+                cast("Runner", runner),  # of one process: the configuration has seen to it
+                compute,
+                idle_seconds=config.offload_idle_seconds,
+                max_bytes=config.offload_bytes,
+                clock=trio.current_time,
+            )
+        self._room = CacheRoom(allocator, budget, page_bytes, span.blocks.start, prefixes, offload)
         self.adapters = names_of(config.adapters)
         """Names of the LoRA adapters that requests may ask for."""
         self._span = span
@@ -197,6 +208,8 @@ class Engine:
         if batch_size * pages_for(max(1, max_length)) > room.budget.pages:
             raise AllocationFailed(refusal("immediately"))
         promised = batch_size * pages_for(max(1, min(max_length, defaults.CACHE_PROMISE_TOKENS)))
+        if room.offload is not None:
+            await room.offload.make_room(room.budget, room.inner(blocks), promised)
         await room.budget.take(room.inner(blocks), promised, timeout=timeout, refusal=refusal)
         session = Session(
             self._runner,

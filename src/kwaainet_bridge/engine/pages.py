@@ -150,8 +150,13 @@ class PageTable:
         return -(-tokens // self._page_tokens)
 
     @property
+    def pages(self) -> list[int]:
+        """Different pages in use, as they come in the rows."""
+        return list(dict.fromkeys(page for row in self.rows for page in row))
+
+    @property
     def held(self) -> int:
-        """Different pages in use."""
+        """How many these are."""
         return len({page for row in self.rows for page in row})
 
     def needed(self, length: int, *, start: int, order: Sequence[int] | None = None, keep: int = 0) -> int:
@@ -239,6 +244,27 @@ class PageTable:
                 self._allocator.release(self.blocks, [page])
                 copies.append((page, row[index]))
         return copies
+
+    def vacate(self) -> tuple[list[int], list[list[int]]]:
+        """Give back all pages. Returns them, and the rows as numbers in that list, for :meth:`occupy`."""
+        pages = self.pages
+        number = {page: index for index, page in enumerate(pages)}
+        rows = [[number[page] for page in row] for row in self.rows]
+        for row in self.rows:
+            self._allocator.release(self.blocks, row)
+        self.rows = [[] for _ in self.rows]
+        return pages, rows
+
+    def occupy(self, count: int, rows: list[list[int]]) -> list[int]:
+        """Have rows as :meth:`vacate` returned them on ``count`` pages, which are returned. Raises OutOfPages."""
+        pages = self._allocator.take(self.blocks, count, near=self._places[0].start)
+        self.rows = [[pages[number] for number in row] for row in rows]
+        users = Counter(page for row in self.rows for page in row)
+        for page, rows_with_it in users.items():
+            for _ in range(rows_with_it - 1):
+                self._allocator.share(self.blocks, [page])
+        self._adopted = None
+        return pages
 
     def close(self) -> None:
         """Give back everything."""

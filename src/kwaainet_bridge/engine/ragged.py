@@ -41,6 +41,18 @@ class PagedStore:
         sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
         part.index_copy_(3, targets, part.index_select(3, sources))
 
+    def read(self, block: int, pages: Sequence[int]) -> torch.Tensor:
+        """Keys and values [2, kv_heads, pages, PAGE_TOKENS, head_dim] of a block of the model, on the host."""
+        of_block = self._storage[block - self.blocks.start].unflatten(2, (-1, defaults.PAGE_TOKENS))
+        return of_block.index_select(2, torch.tensor(pages, dtype=torch.int64, device=self.device)).to("cpu")
+
+    def write(self, block: int, pages: Sequence[int], content: torch.Tensor) -> None:
+        """Put back what :meth:`read` gave, into other pages."""
+        of_block = self._storage[block - self.blocks.start].unflatten(2, (-1, defaults.PAGE_TOKENS))
+        of_block.index_copy_(
+            2, torch.tensor(pages, dtype=torch.int64, device=self.device), content.to(self.device)
+        )
+
     def move(self, blocks: range, pages: Sequence[int], pairs: Sequence[tuple[int, int]]) -> None:
         """Copy single tokens, (from, to), of a sequence in ``pages``, in some blocks of the model."""
         first = blocks.start - self.blocks.start

@@ -128,6 +128,24 @@ class Runner:
                 yield
         return output
 
+    def read_pages(
+        self, blocks: range, pages: Sequence[int], _contended: object
+    ) -> Generator[None, None, list[torch.Tensor]]:
+        """What pages hold, by block, on the host; a piece is one block."""
+        contents = []
+        for block in blocks:
+            contents.append(self._store.read(block, pages))
+            yield
+        return contents
+
+    def write_pages(
+        self, blocks: range, pages: Sequence[int], contents: Sequence[torch.Tensor], _contended: object
+    ) -> Generator[None, None, None]:
+        """Put back what :meth:`read_pages` gave, into other pages."""
+        for block, content in zip(blocks, contents, strict=True):
+            self._store.write(block, pages, content)
+            yield
+
     def _piece_tokens(self, *, contended: bool) -> int:
         if not contended:
             return defaults.PIECE_TOKENS

@@ -16,6 +16,7 @@ import structlog
 import torch
 import trio
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig
 from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo, names_of
 from kwaainet_bridge.errors import BridgeError, ConfigError, EngineError
@@ -245,6 +246,8 @@ class ModelService:
             tensor_parallel=config.tensor_parallel,
             adapters=config.adapters,
             share_prefixes=config.share_prefixes,
+            offload_idle_seconds=config.offload_idle_seconds,
+            offload_bytes=config.offload_mib * defaults.MIB,
         )
         return await self._load_engine(
             engine_config, progress=self._report_loading, on_described=on_described, choose=choose
