@@ -6,6 +6,7 @@ from typing import Final
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
 
 KEPT_FREE_BYTES: Final = 64 * MIB
 """Freed memory that a process keeps for what it needs next instead of giving it back. The most that glibc
@@ -551,6 +552,36 @@ MAX_LENGTH: Final = 8192
 
 MAX_BATCH_TOKENS: Final = 8192
 """Batch times tokens of one forward or backward request (stock servers of grouped-query models: 8192)."""
+
+DOWNLOAD_CHUNK_BYTES: Final = 1 * MIB
+"""What is read at a time of a download, of a file whose digest is computed, and of a header of unknown size."""
+
+DOWNLOAD_PART_BYTES: Final = 64 * MIB
+"""After so many bytes of a download the record says that they are there: what a crash may cost."""
+
+DOWNLOAD_GAP_BYTES: Final = 256 * KIB
+"""Bytes between two needed tensors that are fetched with them: another request takes as long."""
+
+DOWNLOAD_SILENCE_SECONDS: Final = 30.0
+"""A server of files that sends nothing for this long is asked again."""
+
+DOWNLOAD_TRIES: Final = 8
+"""Tries without a byte between them after which a download is given up: about two minutes."""
+
+DOWNLOAD_MAX_PAUSE_SECONDS: Final = 30.0
+"""Longest pause between two of them; it begins with one second and doubles."""
+
+DOWNLOAD_TELL_SECONDS: Final = 0.2
+"""Between two words of how far a download is."""
+
+LOADING_LOG_SECONDS: Final = 5.0
+"""Between two lines of the log about that."""
+
+DISK_RESERVE_BYTES: Final = 512 * MIB
+"""What a download leaves free on the disk."""
+
+MAX_TENSOR_HEADER_BYTES: Final = 100 * MIB
+"""Longest header of a safetensors file, as its own library has it. One of 1,000 tensors has 100 KiB."""
 
 PARALLEL_SECONDS: Final = 120.0
 """How long one of the processes that share a model waits for the others within one piece of work, or while they start:

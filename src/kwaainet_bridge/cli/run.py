@@ -16,7 +16,17 @@ from typing import Final
 
 import trio
 import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.node.daemon import Contact, run_node
 from kwaainet_bridge.node.logs import configure_logging
@@ -46,6 +56,7 @@ async def run_until_signalled(config: NodeConfig) -> None:
             nursery.start_soon(_obey, signals, stop)
             nursery.start_soon(_tell_when_serving, state)
             nursery.start_soon(_tell_reachability, state)
+            nursery.start_soon(_show_loading, state)
             nursery.start_soon(_collect_garbage_once_started, state)
             await run_node(config, state, stop, on_started=partial(_introduce, config.model))
             nursery.cancel_scope.cancel()
@@ -93,6 +104,31 @@ async def _tell_when_serving(state: NodeState) -> None:
     facts = state.facts
     blocks = f"{facts['prefix']} {facts['blocks']} of {facts['model_blocks']}" if facts else "no blocks"
     typer.echo(f"{SERVING_LABEL}    {blocks}")
+
+
+async def _show_loading(state: NodeState) -> None:
+    """A bar on a terminal for as long as weights are fetched and read."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        fetching = bar.add_task("fetching", visible=False, total=None)
+        reading = bar.add_task("reading", visible=False, total=None)
+        while state.phase in (Phase.STARTING, Phase.BOOTSTRAPPING, Phase.LOADING):
+            if (now := state.loading) is not None:
+                if now.missing_bytes:
+                    bar.update(fetching, visible=True, completed=now.fetched_bytes, total=now.missing_bytes)
+                else:
+                    bar.update(fetching, visible=False)
+                    bar.update(reading, visible=True, completed=now.bytes_done, total=now.bytes_total)
+            await trio.sleep(defaults.DOWNLOAD_TELL_SECONDS)
 
 
 async def _tell_reachability(state: NodeState) -> None:

@@ -69,6 +69,8 @@ def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
         }
         if model.name != EMBEDDED_MODEL:
             names["name"] = _source("model.name", model.name, folder)
+        if model.cache_dir is not None:
+            names["cache_dir"] = _absolute("model.cache_dir", model.cache_dir, folder)
         model = model.model_copy(update=names)
     admin = config.admin
     address = parse_admin_address(admin.listen)

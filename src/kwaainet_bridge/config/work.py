@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -53,6 +54,12 @@ class ModelConfig(Section):
     """Most tokens (batch x length) in one request."""
     threads: Positive | None = None
     """Threads of torch; left out: as many as cores."""
+    cache_dir: Path | None = None
+    """Where tensors of hub repositories are kept. Left out: in the user's cache folder."""
+    cache_quota_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Most GiB that they may take; those used longest ago are removed first. Left out: as much as the disk has."""
+    allow_pickled: bool = False
+    """Whether pickled weights (``.bin``) are read where there are no others: as tensors alone, nothing is run."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters that requests may ask for: folders (relative to the configuration file) or hub repositories."""
     tensor_parallel: Positive = 1
@@ -60,7 +67,7 @@ class ModelConfig(Section):
     share_prefixes: Literal["off", "peer", "all"] = "peer"
     """Which sessions compute a common beginning of their prompts once: those of one peer, or all."""
     offload_idle_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Sessions idle for so long leave the KV cache for the host's memory where others need room; left out: none does."""
+    """Sessions idle for so long leave the KV cache for the host's memory where others need room."""
     offload_mib: Positive = defaults.OFFLOAD_MIB
     """MiB of the host's memory for them."""
     compression: CompressionName = "NONE"

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kwaainet_bridge.engine.pickled import PickledFile
+from kwaainet_bridge.engine.weight_cache import Fetched, WeightCache
 from kwaainet_bridge.errors import CheckpointError, ModelUnreachable
 
 Download = Callable[[str, str, str | None], Path | None]
 """(repository, file name, revision) -> where it lies now, or None if the repository has no such file."""
 
+SAFETENSORS = ".safetensors"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -26,7 +29,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 def hub_download(repository: str, file: str, revision: str | None) -> Path | None:
     """Fetch one file of a Hugging Face repository into the hub's cache, unless it is there. Blocks."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -34,6 +37,8 @@ def hub_download(repository: str, file: str, revision: str | None) -> Path | Non
         LocalEntryNotFoundError,
     )
 
+    if try_to_load_from_cache(repository, file, revision=revision) is _CACHED_NO_EXIST:
+        return None  # the hub has said so of this commit, which is all that one knows without a connection
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except LocalEntryNotFoundError as error:
@@ -56,10 +61,25 @@ class Checkpoint:
     All methods block on the disk, or for a hub repository on the network: call them from a thread.
     """
 
-    def __init__(self, model: str, *, revision: str | None = None, download: Download = hub_download) -> None:
-        """Raise CheckpointError if ``model`` is neither a folder nor a repository that can be served from."""
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        download: Download = hub_download,
+        weights: WeightCache | None = None,
+        allow_pickled: bool = False,
+    ) -> None:
+        """Raise CheckpointError if ``model`` is neither a folder nor a repository that can be served from.
+
+        ``download`` fetches whole files; with ``weights`` only the needed tensors of safetensors files are fetched,
+        into that. ``allow_pickled``: read pickled weights, too, if there are no others.
+        """
         self.name = model
         self._download = download
+        self._weights: WeightCache | None = None
+        self._allow_pickled = allow_pickled
+        self._pickled: dict[str, PickledFile] = {}
         self._revision = revision
         if Path(model).is_dir():
             self.repository = None
@@ -74,6 +94,7 @@ class Checkpoint:
             self.folder = config.parent
             if COMMIT.fullmatch(self.folder.name):
                 self._revision = self.folder.name  # all files of one commit, though the branch may move
+                self._weights = weights
         else:
             raise CheckpointError(f"{model} is neither a model folder nor a repository id like org/name")
         self.config = self.json("config.json")
@@ -99,6 +120,17 @@ class Checkpoint:
     def files_of(self, tensors: Iterable[str]) -> Sequence[str]:
         """The names of the files that hold ``tensors``, each once, in order of first use."""
         return list(dict.fromkeys(self._locate(name) for name in tensors))
+
+    def fetch_tensors(self, tensors: Iterable[str], told: Fetched) -> None:
+        """Have the files, or the parts of them, that hold ``tensors``. ``told`` hears of what is fetched."""
+        by_file: dict[str, list[str]] = {}
+        for name in tensors:
+            by_file.setdefault(self._locate(name), []).append(name)
+        if self._weights is not None and self._revision is not None and self.repository is not None:
+            ranged = {file: names for file, names in by_file.items() if file.endswith(SAFETENSORS)}
+            self._weights.fetch(self.repository, self._revision, ranged, told)
+        for file in by_file:
+            self.fetch(file)
 
     def fetch(self, file: str) -> Path:
         """Where ``file`` lies, fetched first if it has to be. CheckpointError if the model has no such
@@ -147,24 +179,33 @@ class Checkpoint:
 
     def _index(self) -> dict[str, str]:
         if self.find(INDEX) is not None:
-            weight_map = self.json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) and Path(file).name == file for file in weight_map.values()
-            ):
-                raise CheckpointError(
-                    f"{self.folder / INDEX} has no usable weight_map: fetch the model again"
-                )
-            return weight_map
+            return self._weight_map(INDEX)
         if self.find(SINGLE) is not None:
             with self._open(SINGLE) as file:
                 return dict.fromkeys(file.keys(), SINGLE)
         for pickled in PICKLED:
             if self.find(pickled) is not None:
-                raise CheckpointError(
-                    f"{self.name} has only pickled weights ({pickled}), which can run code when read: "
-                    "convert the model to safetensors (save_pretrained of a recent transformers does)"
-                )
+                return self._pickled_index(pickled)
         raise CheckpointError(f"{self.name} has neither {SINGLE} nor {INDEX}: not a complete model folder")
+
+    def _pickled_index(self, file: str) -> dict[str, str]:
+        if not self._allow_pickled:
+            raise CheckpointError(
+                f"{self.name} has only pickled weights ({file}), which can run code when read: "
+                "convert the model to safetensors (save_pretrained of a recent transformers does), or set "
+                "model.allow_pickled, which reads tensors alone and refuses everything else"
+            )
+        if not file.endswith(".json"):
+            return dict.fromkeys(self._open(file).keys(), file)
+        return self._weight_map(file)
+
+    def _weight_map(self, index: str) -> dict[str, str]:
+        weight_map = self.json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        ):
+            raise CheckpointError(f"{self.folder / index} has no usable weight_map: fetch the model again")
+        return weight_map
 
     def find(self, file: str) -> Path | None:
         """Where ``file`` lies, fetched first if it has to be; None if the model has no such file."""
@@ -173,6 +214,8 @@ class Checkpoint:
             return path
         if self.repository is None:
             return None
+        if self._weights is not None and self._revision is not None and file.endswith(SAFETENSORS):
+            return self._weights.path(self.repository, file, self._revision)
         return self._download(self.repository, file, self._revision)
 
     def json(self, file: str) -> dict[str, Any]:
@@ -188,6 +231,10 @@ class Checkpoint:
 
     def _open(self, file: str) -> Any:
         path = self.fetch(file)
+        if not file.endswith(SAFETENSORS):
+            if file not in self._pickled:
+                self._pickled[file] = PickledFile(path)
+            return self._pickled[file]
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:

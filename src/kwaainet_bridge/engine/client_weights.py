@@ -11,6 +11,7 @@ import torch
 
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
 from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
+from kwaainet_bridge.engine.weight_cache import WeightCache
 from kwaainet_bridge.errors import CheckpointError, InvalidRequest
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -81,15 +82,21 @@ def load_client_weights(
     dtype: torch.dtype | Literal["auto"] = "auto",
     revision: str | None = None,
     download: Download = hub_download,
+    weights: WeightCache | None = None,
 ) -> ClientModel:
     """Read embeddings, final norm and head of a model folder or hub repository, and nothing of its blocks.
 
-    Of a hub repository only the files that hold them are fetched, and the tokenizer's. Blocks on disk and
+    Of a hub repository only they are fetched, into ``weights``, and the tokenizer's files. Blocks on disk and
     network: call it from a worker thread. Raises CheckpointError.
     """
     from kwaainet_bridge.engine import family
 
-    checkpoint = Checkpoint(model, revision=revision, download=download)
+    checkpoint = Checkpoint(
+        model,
+        revision=revision,
+        download=download,
+        weights=weights or (WeightCache() if download is hub_download else None),
+    )
     skeleton = family.build(checkpoint)
     config = skeleton.config
     if config.model_type not in FAMILIES:
@@ -103,8 +110,7 @@ def load_client_weights(
     head_name = embedding_name if tied else "lm_head.weight"
     modules = {embedding_name: base.embed_tokens, norm_name: base.norm, head_name: head}
     shapes = {name: list(module.weight.shape) for name, module in modules.items()}
-    for file in checkpoint.files_of(shapes):
-        checkpoint.fetch(file)
+    checkpoint.fetch_tensors(shapes, lambda _fetched, _missing: None)
     stored = checkpoint.dtype_of(embedding_name)
     chosen = stored if dtype == "auto" else dtype
     if chosen not in SUPPORTED_DTYPES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,6 +26,8 @@ class EngineConfig:
     backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
     ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
     of its own, from the first on. ``adapters`` are LoRA adapters, folders or hub repository ids.
+    Tensors of hub repositories are kept in ``cache_dir`` (None: weight_cache.default_folder), of ``cache_quota`` bytes
+    at most. ``allow_pickled``: pickled weights are read, too, as tensors alone.
     ``share_prefixes`` says which sessions compute a common beginning once: those of one peer, all, or none.
     Sessions that were idle for ``offload_idle_seconds`` (None: none) leave the KV cache where others need the room, for
     ``offload_bytes`` of the host's memory.
@@ -43,6 +46,9 @@ class EngineConfig:
     offload_idle_seconds: float | None = None
     offload_bytes: int = defaults.OFFLOAD_MIB * defaults.MIB
     adapters: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    cache_quota: int | None = None
+    allow_pickled: bool = False
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,10 +117,12 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far loading is. Bytes are those of the loaded weights; ``file`` is the one now read or fetched."""
+    """How far loading is: first tensors are fetched, then blocks are read. Bytes of blocks are those of the loaded
+    weights; ``fetched_bytes`` are of the ``missing_bytes`` that were not on this machine."""
 
     blocks_done: int
     blocks_total: int
     bytes_done: int
     bytes_total: int
-    file: str | None = None
+    fetched_bytes: int = 0
+    missing_bytes: int = 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Callable, Generator, Hashable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,43 +11,30 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import EngineCounts
-from kwaainet_bridge.engine.adapters import Adapter, names_of
+from kwaainet_bridge.engine.adapters import names_of
 from kwaainet_bridge.engine.budget import PageBudget
-from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
-from kwaainet_bridge.engine.compute import ComputeThread, Pieces, Priority
-from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
+from kwaainet_bridge.engine.checkpoint import Download, hub_download
+from kwaainet_bridge.engine.compute import Pieces, Priority
+from kwaainet_bridge.engine.config import Choose, EngineConfig, ModelInfo
 from kwaainet_bridge.engine.holding import CacheRoom
+from kwaainet_bridge.engine.loading import LoadedSpan, Progress, Sources, cache_of, load_span
 from kwaainet_bridge.engine.offload import Offload
 from kwaainet_bridge.engine.pages import PageAllocator, pages_for
 from kwaainet_bridge.engine.prefix import PrefixCache
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
 from kwaainet_bridge.engine.session import Session
-from kwaainet_bridge.errors import AllocationFailed, ConfigError, InvalidRequest
+from kwaainet_bridge.engine.weight_cache import WeightCache
+from kwaainet_bridge.errors import AllocationFailed, InvalidRequest
 
 if TYPE_CHECKING:
-    from kwaainet_bridge.engine.family import Family
-    from kwaainet_bridge.engine.parallel import Followers, LeadingRunner
     from kwaainet_bridge.engine.runner import Runner
-    from kwaainet_bridge.engine.span import Span
-
-log = logging.getLogger(__name__)
-
-Progress = Callable[[LoadProgress], None]
 
 
 class Engine:
     """Serves a span of blocks to any number of tasks of one trio run. Made by :meth:`load`."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        model: ModelInfo,
-        span: Span,
-        runner: Runner | LeadingRunner,
-        compute: ComputeThread,
-        *,
-        followers: Followers | None = None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, loaded: LoadedSpan) -> None:
+        model, span = loaded.model, loaded.span
         self.model = model
         self.blocks = span.blocks
         self.max_length = config.max_length
@@ -67,8 +52,8 @@ class Engine:
         offload = None
         if config.offload_idle_seconds is not None:
             offload = Offload(
-                cast("Runner", runner),  # of one process: the configuration has seen to it
-                compute,
+                cast("Runner", loaded.runner),  # of one process: the configuration has seen to it
+                loaded.compute,
                 idle_seconds=config.offload_idle_seconds,
                 max_bytes=config.offload_bytes,
                 clock=trio.current_time,
@@ -77,9 +62,9 @@ class Engine:
         self.adapters = names_of(config.adapters)
         """Names of the LoRA adapters that requests may ask for."""
         self._span = span
-        self._runner = runner
-        self._compute = compute
-        self._followers = followers
+        self._runner = loaded.runner
+        self._compute = loaded.compute
+        self._loaded = loaded
 
     @classmethod
     async def load(
@@ -90,73 +75,27 @@ class Engine:
         on_described: Callable[[ModelInfo, range], None] | None = None,
         choose: Choose | None = None,
         download: Download = hub_download,
+        weights: WeightCache | None = None,
     ) -> Engine:
         """Read the configured blocks and return an engine that can serve them.
 
         ``choose`` is asked for the blocks, in the trio thread, in place of ``config.blocks``; what it raises is raised.
         ``on_described`` is told the model and its served blocks as soon as they are known, before weights are
-        read; ``progress`` before each file is fetched and after each block is read; both in the trio thread.
-        ``download`` fetches the files of a hub repository, in a worker thread. Raises CheckpointError if the
-        model cannot be read or served, ConfigError if it has no such blocks.
-        Cancelled: the block being read is finished first, a download is left behind; nothing stays in
+        read; ``progress`` while tensors are fetched and after each block is read; both in the trio thread.
+        ``download`` fetches the small files of a hub repository, ``weights`` its tensors (None: what the configuration
+        says, or with another ``download`` that one, whole files), both in a worker thread. Raises CheckpointError if
+        the model cannot be read or served, ConfigError if it has no such blocks.
+        Cancelled: the block being read is finished first, a download is kept as far as it is; nothing stays in
         memory.
         """
-        report = progress or (lambda _progress: None)
-        checkpoint = await trio.to_thread.run_sync(
-            partial(Checkpoint, config.model, revision=config.revision, download=download),
-            abandon_on_cancel=True,  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
+        loaded = await load_span(
+            config,
+            report=progress or (lambda _progress: None),
+            on_described=on_described,
+            choose=choose,
+            sources=Sources(download, weights or (cache_of(config) if download is hub_download else None)),
         )
-        compute = ComputeThread()
-        followers: Followers | None = None
-        try:
-            skeleton = await compute.run(partial(_construct, config, checkpoint))
-            blocks = config.blocks
-            if choose is not None:
-                blocks = await choose(ModelOutline(skeleton.config.model_type, skeleton.num_blocks))
-            span, model = await compute.run(partial(_prepare, config, checkpoint, skeleton, blocks))
-            if on_described is not None:
-                on_described(model, span.blocks)
-            sizes = [span.weight_bytes(block) for block in span.blocks]
-
-            def tell(blocks_done: int, file: str | None) -> None:
-                report(LoadProgress(blocks_done, len(sizes), sum(sizes[:blocks_done]), sum(sizes), file))
-
-            adapters = [
-                await trio.to_thread.run_sync(
-                    partial(Adapter, source, download=download),
-                    abandon_on_cancel=True,  # type: ignore[call-arg]  # as above
-                )
-                for source in config.adapters
-            ]
-            for file in span.files():
-                tell(0, file)
-                await trio.to_thread.run_sync(
-                    checkpoint.fetch,
-                    file,
-                    abandon_on_cancel=True,  # type: ignore[call-arg]  # as above
-                )
-            tell(0, None)
-            if config.tensor_parallel > 1:
-                followers = await compute.run(partial(_start_followers, config, span))
-                await compute.run(partial(followers.meet, span))
-            for done, block in enumerate(span.blocks, start=1):
-                await compute.run(partial(span.load, block))
-                await compute.run(partial(span.adapt, block, adapters))
-                tell(done, None)
-            runner = await compute.run(partial(_complete, config, span, followers))
-            compute.merged = runner.run_merged
-        except BaseException:
-            await _end(compute, followers)
-            raise
-        log.info(
-            "loaded blocks %d:%d of %s as %s, %d MiB",
-            span.blocks.start,
-            span.blocks.stop,
-            config.model,
-            model.dtype,
-            sum(sizes) // defaults.MIB,
-        )
-        return cls(config, model, span, runner, compute, followers=followers)
+        return cls(config, loaded)
 
     @property
     def counts(self) -> EngineCounts:
@@ -298,7 +237,7 @@ class Engine:
 
         Not cancellable for as long as that piece takes. Open sessions stay accounted for until they are left.
         """
-        await _end(self._compute, self._followers)
+        await self._loaded.aclose()
 
     def _check_adapter(self, adapter: str | None) -> None:
         if adapter is not None and adapter not in self.adapters:
@@ -311,73 +250,3 @@ class Engine:
         check_hidden(hidden, self.model.hidden_size)
         check_batch_tokens(hidden, self.max_batch_tokens)
         return check_prompts(prompts, blocks, hidden)
-
-
-def _construct(config: EngineConfig, checkpoint: Checkpoint) -> Family:
-    """The model without weights. Runs in the compute thread: importing transformers alone takes seconds."""
-    from kwaainet_bridge.engine import family
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    try:
-        torch.empty(1, device=config.device_of(0))
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"device {config.device} cannot be used: {reason}") from error
-    return family.build(checkpoint)
-
-
-def _prepare(
-    config: EngineConfig, checkpoint: Checkpoint, model: Family, blocks: range | None
-) -> tuple[Span, ModelInfo]:
-    """The span without weights; ``blocks`` None is all of them. Runs in the compute thread."""
-    from kwaainet_bridge.engine.span import Span
-
-    if blocks is None:
-        blocks = range(model.num_blocks)
-    try:
-        check_blocks(blocks, range(model.num_blocks))
-    except InvalidRequest as error:
-        raise ConfigError(f"{config.model} has blocks 0:{model.num_blocks}: {error}") from error
-    span = Span(model, checkpoint, blocks, config.dtype, config.device_of(0))
-    return span, ModelInfo(
-        name=config.model,
-        repository=checkpoint.repository,
-        family=str(model.config.model_type),
-        hidden_size=model.config.hidden_size,
-        num_blocks=model.num_blocks,
-        dtype=span.dtype,
-        num_heads=model.config.num_attention_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.config.vocab_size,
-    )
-
-
-def _start_followers(config: EngineConfig, span: Span) -> Followers:
-    """The processes that share the model with this one. Runs in the compute thread."""
-    from kwaainet_bridge.engine import sharding
-    from kwaainet_bridge.engine.parallel import Followers
-
-    sharding.check(span.model, config.tensor_parallel)
-    return Followers(config, span.blocks)
-
-
-def _complete(config: EngineConfig, span: Span, followers: Followers | None) -> Runner | LeadingRunner:
-    """What runs the loaded blocks. Runs in the compute thread."""
-    from kwaainet_bridge.engine.parallel import LeadingRunner
-    from kwaainet_bridge.engine.runner import Runner
-
-    if followers is None:
-        return Runner.make(config, span)
-    followers.wait()
-    followers.tell()
-    return LeadingRunner(Runner.make(config, span), followers)
-
-
-async def _end(compute: ComputeThread, followers: Followers | None) -> None:
-    """Not cancellable for as long as the running piece takes."""
-    await compute.aclose()
-    if followers is not None:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(followers.close)

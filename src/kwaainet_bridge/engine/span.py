@@ -68,12 +68,9 @@ class Span:
         values = sum(int(tensor.numel()) for tensor in self._layers[block].state_dict().values())
         return values * int(self.dtype.itemsize)
 
-    def files(self) -> list[str]:
-        """The checkpoint's files that hold the span."""
-        names = (
-            part.name for block in self.blocks for parts in self._parts[block].values() for part in parts
-        )
-        return list(self._checkpoint.files_of(names))
+    def tensors(self) -> list[str]:
+        """The checkpoint's tensors that the span is made of."""
+        return [part.name for block in self.blocks for parts in self._parts[block].values() for part in parts]
 
     def load(self, block: int) -> None:
         """Read one block's tensors from its files, which must have been fetched, into memory of their own."""

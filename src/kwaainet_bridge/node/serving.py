@@ -246,6 +246,11 @@ class ModelService:
             tensor_parallel=config.tensor_parallel,
             adapters=config.adapters,
             share_prefixes=config.share_prefixes,
+            cache_dir=config.cache_dir,
+            cache_quota=None
+            if config.cache_quota_gib is None
+            else int(config.cache_quota_gib * defaults.GIB),
+            allow_pickled=config.allow_pickled,
             offload_idle_seconds=config.offload_idle_seconds,
             offload_bytes=config.offload_mib * defaults.MIB,
         )
@@ -262,10 +267,7 @@ class ModelService:
 
     def _report_loading(self, progress: LoadProgress) -> None:
         self._weights_bytes = progress.bytes_total
-        if progress.file is not None:
-            log.info("weights file", file=progress.file)
-        else:
-            log.debug("loading", blocks=f"{progress.blocks_done}/{progress.blocks_total}")
+        self._state.note_loading(progress)
 
     async def _complete(self, announcer: Announcer, engine: Engine) -> None:
         """Have the records tell of these blocks, with what only a loaded engine tells.

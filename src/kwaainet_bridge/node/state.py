@@ -17,6 +17,7 @@ from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.wire.peer_id import PeerId
 
 if TYPE_CHECKING:
+    from kwaainet_bridge.engine import LoadProgress
     from kwaainet_bridge.net import Libp2pHost
     from kwaainet_bridge.node.announcing import AnnounceReport
     from kwaainet_bridge.node.bootstrap import BootstrapWatch
@@ -56,7 +57,8 @@ class NodeState:
     whether others can dial it, and the evidence for that. ``averaging`` tells of each run that it helps, by its
     name. ``host``, ``served`` and the watches of ``bootstrap``, by network, are there as long as they live; they are
     asked, not copied, when somebody wants to know. ``announces`` are the networks in which blocks are to be announced,
-    and ``announced`` how that went; ``lag`` how late the event loop was.
+    and ``announced`` how that went; ``lag`` how late the event loop was. ``loading`` is how far blocks are on their way
+    into memory, or were the last time.
     """
 
     def __init__(self, *, clock: Callable[[], float] = trio.current_time) -> None:
@@ -73,6 +75,8 @@ class NodeState:
         self.announces: tuple[str, ...] = ()
         self.announced: dict[str, Announced] = {}
         self.served: ServedBlocks | None = None
+        self.loading: LoadProgress | None = None
+        self._loading_told = float("-inf")
         self.lag = Histogram(defaults.LAG_BOUNDS)
         self._skews: dict[PeerId, float] = {}
 
@@ -100,6 +104,17 @@ class NodeState:
         if verdict is not before:
             log.info("reachability", verdict=verdict.value, before=before.value, evidence=evidence)
             self._notify()
+
+    def note_loading(self, progress: LoadProgress) -> None:
+        """Note how far loading is; logged now and then while tensors are fetched."""
+        self.loading = progress
+        if progress.missing_bytes and self._clock() >= self._loading_told + defaults.LOADING_LOG_SECONDS:
+            self._loading_told = self._clock()
+            log.info(
+                "fetching weights",
+                mib=progress.fetched_bytes // defaults.MIB,
+                of_mib=progress.missing_bytes // defaults.MIB,
+            )
 
     def note_announced(self, report: AnnounceReport) -> None:
         """Note how a round of announcements went."""
