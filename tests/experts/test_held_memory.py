@@ -86,7 +86,7 @@ async def test_a_pushed_step_waits_in_memory_of_its_own_size():
     """The peer that pushed is done with its call, so what waits for the session is all that counts."""
     offered = []
     async with tiny_world(range(4, 8)) as world:
-        service = world.servers[world.holder(4)]._inference
+        service = world.servers[world.holder(4)].inference
         opened = world.client.stream(world.holder(4), methods.RPC_INFERENCE, open_timeout=5)
         async with opened as call:
             await call.send(step(range(4, 8), hidden(), session_id="held", max_length=16))

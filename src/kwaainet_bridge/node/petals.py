@@ -17,7 +17,7 @@ from kwaainet_bridge.hivemind.client.swarm import Swarm
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.hivemind.experts.reachability import ReachabilityService
 from kwaainet_bridge.hivemind.experts.records import ServerState
-from kwaainet_bridge.hivemind.experts.server import ExpertServer, serve_span
+from kwaainet_bridge.hivemind.experts.server import ExpertCalls, ExpertServer
 from kwaainet_bridge.hivemind.experts.span import ServedSpan
 from kwaainet_bridge.hivemind.peer import Peer
 from kwaainet_bridge.net import Libp2pHost
@@ -55,7 +55,8 @@ class PetalsSide:
         self._state = state
         self._reachability = reachability
         self._is_auto = is_auto
-        self._counts = ServingCounts()
+        self._calls = ExpertCalls(peer.server, peer.client)
+        self._counts: dict[str, ServingCounts] = {}
 
     async def run(self) -> None:
         """Keep in touch with the swarm, and help its averagers, until cancelled."""
@@ -97,7 +98,8 @@ class PetalsSide:
         self, config: ModelConfig, engine: Engine, publisher: Publisher
     ) -> AbstractAsyncContextManager[ExpertServer]:
         span = ServedSpan(publisher.prefix, engine, CompressionType[config.compression])
-        return serve_span(span, self._peer.server, self._peer.client, counts=self._counts)
+        counts = self._counts.setdefault(span.prefix, ServingCounts())
+        return self._calls.serving(span, counts=counts)
 
 
 @asynccontextmanager

@@ -56,11 +56,17 @@ class ServerStream(Generic[Req, Res]):
         context: CallContext,
         requests: InboundRequests[Req, Res],
         order: FrameOrder = MARKER_FIRST,
+        endings: list[Callable[[], None]] | None = None,
     ) -> None:
         self.context = context
+        self._endings = [] if endings is None else endings
         self._stream = stream
         self._order = order
         self._requests = requests
+
+    def at_end(self, tell: Callable[[], None]) -> None:
+        """Have ``tell`` called once the call is over, its closing handshake included."""
+        self._endings.append(tell)
 
     async def receive(self, *, hold: bool = False) -> Req:
         """The next request. Raises trio.EndOfChannel at the caller's end-of-stream.
@@ -105,8 +111,6 @@ class RpcServer:
     def __init__(self, host: Host, *, budget: ReceiveBudget | None = None) -> None:
         self._host = host
         self._budget = budget or ReceiveBudget()
-        self._streaming = 0
-        self._quiet = trio.Event()
 
     def mount(self, method: UnaryMethod[Req, Res], handler: UnaryHandler[Req, Res]) -> None:
         """Serve a unary method. ValueError if its name is served already."""
@@ -128,22 +132,22 @@ class RpcServer:
         """
 
         async def serve(stream: Stream) -> None:
-            self._streaming += 1
+            endings: list[Callable[[], None]] = []
             try:
-                call = _serve_stream(stream, method, handler, self._budget, max_message_bytes)
+                call = _serve_stream(
+                    stream,
+                    method,
+                    handler,
+                    self._budget,
+                    max_message_bytes=max_message_bytes,
+                    endings=endings,
+                )
                 await _contain(call, stream)
             finally:
-                self._streaming -= 1
-                if not self._streaming:
-                    self._quiet.set()
-                    self._quiet = trio.Event()
+                for tell in endings:
+                    tell()
 
         self._host.serve(method.name, serve)
-
-    async def wait_streams_over(self) -> None:
-        """Return once no streaming call is under way, its closing handshake included."""
-        while self._streaming:
-            await self._quiet.wait()
 
     def unmount(self, method: Method[Any, Any]) -> None:
         """Refuse new calls; running ones go on."""
@@ -232,7 +236,9 @@ async def _serve_stream(
     method: StreamMethod[Req, Res],
     handler: StreamingHandler[Req, Res],
     budget: ReceiveBudget,
+    *,
     max_message_bytes: int,
+    endings: list[Callable[[], None]],
 ) -> None:
     context = CallContext(stream.remote, method.name)
     error: Exception | None = None
@@ -244,7 +250,7 @@ async def _serve_stream(
             nursery.start_soon(requests.watch)
             with scope:
                 try:
-                    await handler(ServerStream(stream, context, requests, method.order))
+                    await handler(ServerStream(stream, context, requests, method.order, endings))
                 except (StreamReset, StreamClosed):
                     requests.departed = True  # noticed while answering
                 except Exception as e:

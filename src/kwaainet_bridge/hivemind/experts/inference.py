@@ -100,20 +100,29 @@ class InferenceService:
         while self.open_sessions:
             await self._changed.wait()
 
-    async def inference(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
-        """Serve one session until its client ends it, leaves, or is silent for too long."""
+    async def inference(
+        self, call: ServerStream[ExpertRequest, ExpertResponse], first: ExpertRequest
+    ) -> None:
+        """Serve one session, of which ``first`` came, until its client ends it, leaves, or is silent for too long.
+
+        It keeps ``first`` no longer than it takes to compute it, and neither should the caller.
+        """
+        with self._refusals_counted():
+            if not self.accepting:
+                raise Refusal("this server is shutting down and takes no new sessions")
+            serving = self._serve(call, first)
+            del first  # the session may outlive it by half an hour
+            await serving
+
+    @contextmanager
+    def _refusals_counted(self) -> Iterator[None]:
         try:
-            await self._serve(call)
+            yield
         except Refusal:
             self._counts.refused += 1
             raise
 
-    async def _serve(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
-        first = await _next_request(call)
-        if first is None:
-            return
-        if not self.accepting:
-            raise Refusal("this server is shutting down and takes no new sessions")
+    async def _serve(self, call: ServerStream[ExpertRequest, ExpertResponse], first: ExpertRequest) -> None:
         blocks = self._span.chain(first.uid)
         metadata = Metadata(first.metadata)
         max_length = metadata.max_length
@@ -125,7 +134,7 @@ class InferenceService:
         batch_size = _batch_size(first)
         live = LiveSession(call.context.peer, metadata.session_id, blocks, batch_size, adapter, call, first)
         alloc_timeout = metadata.alloc_timeout
-        del first, metadata  # the session may outlive them by half an hour
+        del first, metadata  # as above
         try:
             with self._registered(live), live.limit:
                 live.limit.deadline = trio.current_time() + defaults.SESSION_TIMEOUT_SECONDS
@@ -174,7 +183,7 @@ class InferenceService:
         while live.request is not None and live.request.tensors:
             await self._step(live, session, live.request)
             live.request = None  # not while the session waits for the next
-            live.request = await _next_request(live.call)
+            live.request = await next_request(live.call)
 
     async def _step(self, live: LiveSession, session: Session, request: ExpertRequest) -> None:
         metadata = Metadata(request.metadata)
@@ -248,7 +257,7 @@ def _batch_size(request: ExpertRequest) -> int:
     return int(size[0])
 
 
-async def _next_request(call: ServerStream[ExpertRequest, ExpertResponse]) -> ExpertRequest | None:
+async def next_request(call: ServerStream[ExpertRequest, ExpertResponse]) -> ExpertRequest | None:
     """The next step; None when the client ended its requests or was silent for the step timeout."""
     request = None
     with trio.move_on_after(defaults.STEP_TIMEOUT_SECONDS) as waiting, contextlib.suppress(trio.EndOfChannel):

@@ -5,7 +5,6 @@ Source: Petals main ``server/handler.py`` and ``server/block_functions.py``; rec
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -109,23 +108,22 @@ class StatelessService:
             )
         return ExpertResponse(tensors=answer)
 
-    async def forward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
-        await self._serve_stream(call, self._forward)
+    async def forward_stream(
+        self, call: ServerStream[ExpertRequest, ExpertResponse], first: ExpertRequest
+    ) -> None:
+        await self._serve_stream(call, first, self._forward)
 
-    async def backward_stream(self, call: ServerStream[ExpertRequest, ExpertResponse]) -> None:
-        await self._serve_stream(call, self._backward)
+    async def backward_stream(
+        self, call: ServerStream[ExpertRequest, ExpertResponse], first: ExpertRequest
+    ) -> None:
+        await self._serve_stream(call, first, self._backward)
 
     async def _serve_stream(
         self,
         call: ServerStream[ExpertRequest, ExpertResponse],
+        first: ExpertRequest,
         run: Callable[[PeerId, str, Metadata, Sequence[TensorMessage]], Awaitable[list[TensorMessage]]],
     ) -> None:
-        # whoever opens a stream and stays silent takes nobody's place
-        first = None
-        with trio.move_on_after(defaults.FIRST_REQUEST_SECONDS), contextlib.suppress(trio.EndOfChannel):
-            first = await call.receive(hold=True)
-        if first is None:
-            raise Refusal("no request came", kind="ValueError")
         async with self._admitted(call.context.peer):
             tensors = await receive_rest(call, first, self._span.max_request_bytes)
             answer = await run(call.context.peer, first.uid, Metadata(first.metadata), tensors)
