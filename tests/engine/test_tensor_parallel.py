@@ -89,8 +89,8 @@ async def test_a_process_that_dies_ends_the_work_and_is_told_of(tmp_path: Path) 
     save("llama3.1", tmp_path)
     engine = await Engine.load(EngineConfig(str(tmp_path), threads=1, tensor_parallel=2))
     async with aclosing(engine):
-        assert engine._followers is not None
-        (process,) = engine._followers._processes
+        assert engine._loaded.followers is not None
+        (process,) = engine._loaded.followers._processes
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
