@@ -15,7 +15,15 @@ import trio
 
 from kwaainet_bridge.engine import ClientModel, load_client_weights
 from kwaainet_bridge.errors import NoRoute
-from kwaainet_bridge.hivemind.client import Directory, Swarm, backward, forward, generate, open_session
+from kwaainet_bridge.hivemind.client import (
+    Candidates,
+    Directory,
+    Swarm,
+    backward,
+    forward,
+    generate,
+    open_session,
+)
 from kwaainet_bridge.hivemind.dht import DhtNode
 from kwaainet_bridge.net import HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
@@ -116,6 +124,22 @@ async def test_generation_training_and_closing(two_halves, whole, weights, caplo
             async with open_session(swarm, max_length=8) as session:
                 await session.step(hidden[:, :1])
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+async def test_a_draft_is_left_out(two_halves, whole, weights, caplog) -> None:
+    """Stock servers would take candidates for consecutive tokens: they get single ones."""
+    address, _ = two_halves
+    (text,) = local_tokens(whole, PROMPT, 12)
+
+    def draft(ids: torch.Tensor) -> Candidates:
+        return Candidates.line(text[ids.shape[1] - PROMPT.shape[1] :][:4])
+
+    caplog.set_level("INFO", "kwaainet_bridge")
+    async with our_client(address) as swarm, open_session(swarm, max_length=40) as session:
+        run = generate(weights, session, PROMPT, max_new_tokens=12, draft=draft)
+        assert [token async for (token,) in run] == text
+        assert await session.tree_tokens() == 0
+    assert "the draft is not used: a server of the chain takes no tree steps" in caplog.text
 
 
 async def test_streamed_tensors(two_halves, whole, weights) -> None:

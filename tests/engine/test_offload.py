@@ -85,6 +85,7 @@ async def test_nobody_leaves_while_there_is_room_or_before_its_time(
         async with engine.open_session(ALL, 1, 128) as two:
             assert out(one) == [False]
             await two.step(torch.randn(1, 20, HIDDEN))
+            await trio.sleep(0.5)
             await one.step(torch.randn(1, 1, HIDDEN))
             await trio.sleep(IDLE - 1)
             with pytest.raises(AllocationFailed, match="immediately"):

@@ -90,7 +90,7 @@ class Holding:
         self._moving: trio.Event | None = None
         self.rest()
         if room.offload is not None:
-            room.offload.holdings.add(self)
+            room.offload.holdings[self] = None
 
     def rest(self) -> None:
         """No step runs any more."""
@@ -144,7 +144,7 @@ class Holding:
             self._prefix.settle()
         self._room.budget.give_back(self._inner, self._promised)
         if self._room.offload is not None:
-            self._room.offload.holdings.discard(self)
+            self._room.offload.holdings.pop(self, None)
             self._room.offload.left += 0 if self._moved is None else self._moved.num_bytes
             self._moved = None
 

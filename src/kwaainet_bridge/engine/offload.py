@@ -61,7 +61,8 @@ class Offload:
         self.memory = memory
         self.clock = clock
         self.left = max_bytes
-        self.holdings: set[Holding] = set()
+        self.holdings: dict[Holding, None] = {}
+        """In the order in which they began."""
         self._compute = compute
         self._idle_seconds = idle_seconds
         self._one_at_a_time = trio.Lock()

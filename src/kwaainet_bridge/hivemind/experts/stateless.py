@@ -59,12 +59,12 @@ class StatelessService:
             "version": f"kwaainet-bridge {__version__}",
             "dht_client_mode": False,  # blocks are served by nodes that hold records too
             "cache_tokens_available": engine.cache_bytes_left // engine.cache_bytes_per_token,
-            trees.KEY: trees.announcement(),
         }
         if request.uid:
             if self._span.block(request.uid) is None:
                 raise Refusal(request.uid[:200], kind="KeyError")
             info |= self._schema()
+        info[trees.KEY] = trees.announcement()  # after all that stock servers have
         return ExpertInfo(serialized_info=msgpack.pack(info))
 
     def _schema(self) -> dict[str, object]:
