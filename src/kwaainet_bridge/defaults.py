@@ -910,11 +910,38 @@ WEB_IDLE_SECONDS."""
 WEB_TOKEN_CHARACTERS: Final = 16
 """Shortest token that is accepted: about as many bits as nobody guesses over a network."""
 
+EVENTS_KEPT: Final = 100
+"""Events of a node that the dashboard shows: some hours of a quiet node, 50 KiB at most."""
+
+DASHBOARD_PERIOD_SECONDS: Final = 1.0
+"""How often a page is told the status. It takes a millisecond or less to make."""
+
+DASHBOARD_PAGES: Final = 8
+"""Pages that are told at one time: a few people, and their connections leave most of WEB_CONNECTIONS to others."""
+
+DASHBOARD_PEERS: Final = 200
+"""Connected peers that a page lists; a busy node has thousands."""
+
+DASHBOARD_SERVERS: Final = 100
+"""Servers of a model that a page lists; its coverage counts all."""
+
+DASHBOARD_MODELS: Final = 8
+"""Models of a network whose coverage a page shows; anybody may register as many as he likes."""
+
+DASHBOARD_CELLS: Final = 96
+"""Parts in which a page draws a model's blocks; a phone shows that many still."""
+
+SURVEY_PERIOD_SECONDS: Final = 60.0
+"""How often the DHT is read while a page is open: some hundred keys for each model, kept by other peers."""
+
 STATUS_SECONDS: Final = 5.0
 """How long `kwaainet-bridge status` waits for the node; a healthy one answers in milliseconds."""
 
 STATUS_WATCH_SECONDS: Final = 2.0
 """Pause between two looks with `--watch`."""
+
+SUPERVISOR_PATIENCE_SECONDS: Final = 60.0
+"""How long a service manager is asked to wait at a time, three times as often, while a node starts or drains."""
 
 # --- client ---------------------------------------------------------------------------------------------
 

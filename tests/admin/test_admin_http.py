@@ -44,7 +44,7 @@ async def test_a_socket_is_for_its_owner_alone_and_goes_with_the_node(tmp_path):
         answer = await client.get("/livez")
         assert (answer.status_code, answer.text) == (200, "ok\n")
         assert "server" not in answer.headers
-        assert (await client.get("/")).status_code == 404
+        assert (await client.get("/nothing")).status_code == 404
         assert (await client.post("/livez")).status_code == 405
     assert not address.path.exists()
 

@@ -75,6 +75,10 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
             assert petals["announced"]["peers"] == {str(first.contact.peer_id): 3}
             assert kwaainet["announced"]["peers"] == {str(kwaai.contact.peer_id): 4}
             assert (petals["sessions"], kwaainet["sessions"]) == (1, 0)
+            assert petals["served"].pop("timed_steps") == 2
+            times = petals["served"].pop("step_seconds")
+            assert list(times) == ["read", "engine", "reply"]
+            assert all(0 < seconds < 10 for seconds in times.values())
             assert petals["served"] == {
                 "steps": 2,
                 "step_tokens": 4,
@@ -116,9 +120,9 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
             assert sample(found, "requests_refused", network="petals") == 1
 
         undone = set(ROWS) - met
-        assert all(key.startswith(("averaging.", "degraded.")) or "null" in ROWS[key] for key in undone), (
-            undone
-        )
+        assert all(
+            key.startswith(("averaging.", "degraded.", "problems")) or "null" in ROWS[key] for key in undone
+        ), undone
 
 
 async def is_ready(client) -> bool:

@@ -384,6 +384,10 @@ class Libp2pHost(Host):
         """With which of the networks' beginnings protocols of a connected peer begin, as far as is known."""
         return self._membership.spoken(peer)
 
+    def network_of(self, peer: PeerId) -> str | None:
+        """The network that a connected peer is in by the protocols it speaks; None as long as none is known."""
+        return self._membership.of(peer)
+
     async def follow_interfaces(self) -> None:
         """Look every minute which addresses this machine has, and tell connected peers of changes."""
         await self.own.follow_interfaces(self._look_around)

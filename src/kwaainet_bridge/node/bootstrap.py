@@ -90,6 +90,7 @@ class BootstrapWatch:
             if peer in self.reached:
                 self.reached.discard(peer)
                 log.warning("bootstrap peer lost", network=self.network, peer=str(peer))
+                self._state.note("bootstrap", f"{self.network}: {peer.short} is lost")
                 self._judge()
 
     async def _join_through(self, peer: PeerId) -> None:
@@ -110,6 +111,7 @@ class BootstrapWatch:
             peer=str(peer),
             reached=f"{len(self.reached)}/{len(self._peers)}",
         )
+        self._state.note("bootstrap", f"{self.network}: {peer.short} is reached")
         self._tried(peer)
 
     def _failed(self, peer: PeerId, hop: str, reason: str, retry_in: float) -> None:

@@ -139,6 +139,7 @@ async def _run_host(
         # the networks' DHTs outlive the work, or the records could not be withdrawn
         async with _networks(config, host, state, reachability) as networks:
             state.bootstrap = {network.name: network.watch for network in networks}
+            state.surveys = {network.name: network.survey for network in networks}
             with work:
                 async with open_openai(config.openai, config.openai_models, networks):
                     await _work(config, networks, state, stop, reachability)

@@ -7,10 +7,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
-from kwaainet_bridge.bridge.kwaai_directory import spans_for_choice
+from kwaainet_bridge.bridge.kwaai_directory import spans_for_choice, survey_kwaainet
 from kwaainet_bridge.bridge.kwaai_servers import KwaaiServers
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, ModelOutline
+from kwaainet_bridge.hivemind.client import SurveyedModel
 from kwaainet_bridge.hivemind.client.directory import Span
 from kwaainet_bridge.hivemind.client.part import OtherNetwork
 from kwaainet_bridge.hivemind.client.swarm import Swarm
@@ -27,6 +28,7 @@ from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.generating import nothing_to_read
 from kwaainet_bridge.node.models import kwaainet_prefix
 from kwaainet_bridge.node.state import NodeState
+from kwaainet_bridge.node.surveying import models_to_show
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -48,6 +50,7 @@ class KwaaiSide:
         self._dht = peer.dht
         self._client = peer.client
         self._server = server
+        self._state = state
 
     async def run(self) -> None:
         """Keep in touch with the swarm, and help its averagers, until cancelled."""
@@ -69,6 +72,11 @@ class KwaaiSide:
 
     def _bootstrap(self) -> Sequence[PeerId]:
         return sorted(self._network.peers - {self._dht.peer_id})
+
+    async def survey(self) -> list[SurveyedModel]:
+        """Read who serves which blocks of the swarm's models. Raises NetworkError without a bootstrap peer."""
+        self.watch.check_reached()
+        return await survey_kwaainet(self._dht, await models_to_show(self.name, self._dht, self._state))
 
     def text_swarm(self, name: str, weights: ClientModel, others: Sequence[OtherNetwork]) -> Swarm:
         """Without the Petals network; ``others`` are further ones, none so far."""

@@ -11,6 +11,7 @@ from kwaainet_bridge.compression import CompressionType
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, ModelOutline
+from kwaainet_bridge.hivemind.client import SurveyedModel, survey
 from kwaainet_bridge.hivemind.client.directory import Directory, Span
 from kwaainet_bridge.hivemind.client.part import OtherNetwork
 from kwaainet_bridge.hivemind.client.swarm import Swarm
@@ -30,6 +31,7 @@ from kwaainet_bridge.node.networks import is_of_kwaainet_alone
 from kwaainet_bridge.node.probe import dial_back
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.state import NodeState
+from kwaainet_bridge.node.surveying import models_to_show
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 
 
@@ -78,6 +80,11 @@ class PetalsSide:
         own = self._peer.dht.peer_id
         directory = Directory(self._peer.dht, prefix, model.num_blocks, blocked=[own])
         return await directory.read(states=(ServerState.JOINING, ServerState.ONLINE))
+
+    async def survey(self) -> list[SurveyedModel]:
+        """Read who serves which blocks of the swarm's models. Raises NetworkError without a bootstrap peer."""
+        self.watch.check_reached()
+        return await survey(self._peer.dht, await models_to_show(self.name, self._peer.dht, self._state))
 
     def text_swarm(self, name: str, weights: ClientModel, others: Sequence[OtherNetwork]) -> Swarm:
         prefix = swarm_prefix(name, weights.family, self._given_prefix(name))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -14,10 +15,12 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import Histogram
 from kwaainet_bridge.hivemind.averaging import Status
 from kwaainet_bridge.net.reachability import Verdict
+from kwaainet_bridge.node.events import Event, Events
 from kwaainet_bridge.wire.peer_id import PeerId
 
 if TYPE_CHECKING:
     from kwaainet_bridge.engine import LoadProgress
+    from kwaainet_bridge.hivemind.client import SurveyedModel
     from kwaainet_bridge.net import Libp2pHost
     from kwaainet_bridge.node.announcing import AnnounceReport
     from kwaainet_bridge.node.bootstrap import BootstrapWatch
@@ -50,6 +53,10 @@ class Announced:
     by_others: int = 0
 
 
+def _outcome(report: AnnounceReport) -> tuple[object, ...]:
+    return report.state, report.records, report.by_others
+
+
 class NodeState:
     """The node's phase and what is wrong with it, if anything.
 
@@ -58,11 +65,21 @@ class NodeState:
     name. ``host``, ``served`` and the watches of ``bootstrap``, by network, are there as long as they live; they are
     asked, not copied, when somebody wants to know. ``announces`` are the networks in which blocks are to be announced,
     and ``announced`` how that went; ``lag`` how late the event loop was. ``loading`` is how far blocks are on their way
-    into memory, or were the last time.
+    into memory, or were the last time. ``surveys`` read, by network, which servers have which blocks; that
+    asks other peers. ``events`` is what happened lately.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = trio.current_time) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = trio.current_time,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
         self._clock = clock
+        self._unix_clock = unix_clock
+        self._unix_began = unix_clock()
+        self.events = Events()
+        self.surveys: dict[str, Callable[[], Awaitable[Sequence[SurveyedModel]]]] = {}
         self._changed = trio.Event()
         self.phase = Phase.STARTING
         self.began = self.since = clock()
@@ -85,6 +102,14 @@ class NodeState:
         """The time by which ``began``, ``since`` and that of announcements are told, in seconds."""
         return self._clock()
 
+    def unix_time(self, moment: float) -> float:
+        """When ``moment``, a time as :attr:`now`, was or will be in unix time, if that clock is not set meanwhile."""
+        return self._unix_began + moment - self.began
+
+    def note(self, kind: str, text: str) -> None:
+        """Keep an event for whoever looks at the node; the log is told apart from that."""
+        self.events.add(Event(self._unix_clock(), kind, text[: defaults.MAX_ERROR_CHARACTERS]))
+
     def enter(self, phase: Phase, **facts: object) -> None:
         """Move to ``phase`` and log it, with how long the last one took."""
         now = self._clock()
@@ -95,6 +120,7 @@ class NodeState:
             before=self.phase.value,
             **facts,
         )
+        self.note("phase", f"{phase.value}, after {now - self.since:.1f} s of {self.phase.value}")
         self.phase, self.since, self.facts = phase, now, facts
         self._notify()
 
@@ -103,6 +129,7 @@ class NodeState:
         before, self.reachability = self.reachability[0], (verdict, evidence)
         if verdict is not before:
             log.info("reachability", verdict=verdict.value, before=before.value, evidence=evidence)
+            self.note("reachability", f"{verdict.value}: {evidence}")
             self._notify()
 
     def note_loading(self, progress: LoadProgress) -> None:
@@ -117,7 +144,14 @@ class NodeState:
             )
 
     def note_announced(self, report: AnnounceReport) -> None:
-        """Note how a round of announcements went."""
+        """Note how a round of announcements went; it is an event if it went otherwise than the one before."""
+        before = self.announced.get(report.network)
+        if before is None or _outcome(before.last) != _outcome(report):
+            self.note(
+                "announced",
+                f"{report.state.name} in {report.network}: "
+                f"{report.by_others} of {report.records} records kept by others",
+            )
         known = self.announced.setdefault(report.network, Announced(report, self._clock()))
         known.last, known.at = report, self._clock()
         known.rounds += 1
@@ -146,11 +180,13 @@ class NodeState:
         if self.degraded.get(condition) != reason:
             self.degraded[condition] = reason
             log.warning("degraded", condition=condition, reason=reason)
+            self.note("degraded", f"{condition}: {reason}")
             self._notify()
 
     def recover(self, condition: str) -> None:
         if self.degraded.pop(condition, None) is not None:
             log.info("recovered", condition=condition)
+            self.note("recovered", condition)
             self._notify()
 
     def _notify(self) -> None:

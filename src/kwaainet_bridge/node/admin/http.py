@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from kwaainet_bridge.node.admin.dashboard import dashboard_routes
 from kwaainet_bridge.node.admin.metrics import CONTENT_TYPE, exposition
 from kwaainet_bridge.node.admin.status import status_of
 from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState
 
 
-def make_app(state: NodeState) -> Starlette:
-    """The routes. ``state`` is read when somebody asks."""
+def make_app(state: NodeState, nursery: trio.Nursery) -> Starlette:
+    """The routes. ``state`` is read when somebody asks; what a page needs from other peers is read in ``nursery``."""
 
     async def livez(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -40,5 +42,6 @@ def make_app(state: NodeState) -> Starlette:
             Route("/readyz", readyz),
             Route("/metrics", metrics),
             Route("/api/status", status),
+            *dashboard_routes(state, nursery),
         ]
     )

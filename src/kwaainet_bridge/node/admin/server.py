@@ -36,15 +36,18 @@ async def open_admin(
         log.info("admin", listen=str(address), token=token is not None)
         host_check = isinstance(address, TcpAddress) and token is None
 
-        def make() -> Callable[[Any], Awaitable[None]]:
-            from kwaainet_bridge.node.admin.http import make_app
-            from kwaainet_bridge.node.web.connections import Access, make_handler
-
-            access = Access(token, "admin.token_file", open_paths=("/livez",), local_names_only=host_check)
-            return make_handler(make_app(state), access)
-
-        server = WebServer(bound, make, name="admin")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.run)
+
+            def make() -> Callable[[Any], Awaitable[None]]:
+                from kwaainet_bridge.node.admin.dashboard import STATIC_PATHS
+                from kwaainet_bridge.node.admin.http import make_app
+                from kwaainet_bridge.node.web.connections import Access, make_handler
+
+                open_paths = ("/livez", *STATIC_PATHS)
+                access = Access(token, "admin.token_file", open_paths, local_names_only=host_check)
+                # a page listens for hours without a word; no route reads a body that might never come whole
+                return make_handler(make_app(state, nursery), access, silent_seconds=None)
+
+            nursery.start_soon(WebServer(bound, make, name="admin").run)
             yield
             nursery.cancel_scope.cancel()

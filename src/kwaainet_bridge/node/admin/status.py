@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.hivemind.averaging import Outcome, Status
 from kwaainet_bridge.net import Libp2pHost
+from kwaainet_bridge.node.admin.problems import problems
 from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import Announced, NodeState
+
+if TYPE_CHECKING:
+    from kwaainet_bridge.engine import LoadProgress
 
 SCHEMA_VERSION: Final = 1
 
@@ -30,6 +34,10 @@ def status_of(state: NodeState) -> dict[str, Any]:
         "ready": is_ready(judged),
         "conditions": [{"name": c.name, "met": c.met, "reason": _text(c.reason)} for c in judged],
         "degraded": {name: _text(reason) for name, reason in state.degraded.items()},
+        "problems": [
+            {"name": p.name, "reason": _text(p.reason), "remedy": p.remedy} for p in problems(state)
+        ],
+        "loading": _loading(state.loading),
         "reachability": {"verdict": verdict.value, "evidence": evidence},
         "networks": {name: _network(state, name) for name in state.bootstrap},
         "blocks": _blocks(state),
@@ -41,6 +49,17 @@ def status_of(state: NodeState) -> dict[str, Any]:
             "lag_p99_seconds": state.lag.quantile(0.99),
             "lag_max_seconds": round(state.lag.largest, 6),
         },
+    }
+
+
+def _loading(progress: LoadProgress | None) -> dict[str, Any] | None:
+    if progress is None:
+        return None
+    return {
+        "blocks_done": progress.blocks_done,
+        "blocks_total": progress.blocks_total,
+        "fetched_bytes": progress.fetched_bytes,
+        "missing_bytes": progress.missing_bytes,
     }
 
 
@@ -88,6 +107,8 @@ def _served(counts: ServingCounts) -> dict[str, Any]:
         "passes": counts.passes,
         "pass_tokens": counts.pass_tokens,
         "refused": counts.refused,
+        "timed_steps": counts.step_seconds["engine"].count,
+        "step_seconds": {phase: round(seen.sum, 6) for phase, seen in counts.step_seconds.items()},
         "received_bytes": dict(counts.received_bytes),
         "sent_bytes": dict(counts.sent_bytes),
     }
