@@ -37,6 +37,7 @@ class FakeEngine:
     cache_bytes_total = 100 * MIB
     cache_bytes_left = 100 * MIB
     cache_bytes_per_token = 1024
+    weights_bytes = 400 * MIB
 
     def __init__(self, blocks: range, told: Callable[[str], None]) -> None:
         self.model, self.blocks, self._told = MODEL, blocks, told

@@ -25,7 +25,8 @@ class EngineConfig:
     ``max_length`` is in tokens per session, ``max_batch_tokens`` in batch times tokens per forward or
     backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
     ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
-    of its own, from the first on. ``adapters`` are LoRA adapters, folders or hub repository ids.
+    of its own, from the first on. ``quantization`` "int8" has large matrices in eight bits (CPU). ``adapters`` are LoRA
+    adapters, folders or hub repository ids.
     Tensors of hub repositories are kept in ``cache_dir`` (None: weight_cache.default_folder), of ``cache_quota`` bytes
     at most. ``allow_pickled``: pickled weights are read, too, as tensors alone.
     ``share_prefixes`` says which sessions compute a common beginning once: those of one peer, all, or none.
@@ -45,6 +46,7 @@ class EngineConfig:
     share_prefixes: Literal["off", "peer", "all"] = "peer"
     offload_idle_seconds: float | None = None
     offload_bytes: int = defaults.OFFLOAD_MIB * defaults.MIB
+    quantization: Literal["none", "int8"] = "none"
     adapters: tuple[str, ...] = ()
     cache_dir: Path | None = None
     cache_quota: int | None = None
@@ -70,6 +72,8 @@ class EngineConfig:
             raise ConfigError(f"share_prefixes must be off, peer or all, got {self.share_prefixes}")
         if self.offload_idle_seconds is not None and self.tensor_parallel > 1:
             raise ConfigError("offload_idle_seconds does not go with tensor_parallel: leave one of them out")
+        if self.tensor_parallel > 1 and self.quantization != "none":
+            raise ConfigError("quantization does not go with tensor_parallel: leave one of them out")
         if self.tensor_parallel > 1 and self.adapters:
             raise ConfigError("adapters do not go with tensor_parallel: leave one of them out")
         if self.threads is not None and self.threads < 1:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from kwaainet_bridge.engine.adapters import Pair
+from kwaainet_bridge.engine.int8 import Int8Linear
 from kwaainet_bridge.engine.packed import PackedLinear
 from kwaainet_bridge.errors import CheckpointError, EngineError
 
@@ -93,7 +94,7 @@ def _check(layer: torch.nn.Module, block: int, module: str, adapter: str, pair: 
         plain = layer.get_submodule(module)
     except AttributeError:
         raise CheckpointError(f"{where} does not exist in this model") from None
-    if not isinstance(plain, torch.nn.Linear | PackedLinear):
+    if not isinstance(plain, torch.nn.Linear | PackedLinear | Int8Linear):
         raise CheckpointError(f"{where} is no linear layer but {type(plain).__name__}")
     shape, expected = [pair.up.shape[0], pair.down.shape[1]], [plain.out_features, plain.in_features]
     if shape != expected:

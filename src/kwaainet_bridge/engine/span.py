@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kwaainet_bridge.engine import attention, lora, packed
+from kwaainet_bridge.engine import attention, int8, lora, packed
 from kwaainet_bridge.engine.adapters import Adapter
 from kwaainet_bridge.engine.attention import RaggedCache, Rule
 from kwaainet_bridge.engine.checkpoint import Checkpoint
@@ -56,6 +56,8 @@ class Span:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             self._own = OwnAttention(model, self._rotary, self.adapters, like)
         self._parts = {block: self._find(block) for block in blocks}
+        self.quantization = "none"
+        """What :meth:`load` makes of large matrices."""
         self._packs = self.device.type == "cpu" and self._own is None and packed.supported(self.dtype)
 
     @property
@@ -67,6 +69,14 @@ class Span:
         """Bytes of one block's weights in the engine's dtype."""
         values = sum(int(tensor.numel()) for tensor in self._layers[block].state_dict().values())
         return values * int(self.dtype.itemsize)
+
+    def held_bytes(self) -> int:
+        """Bytes that the weights of all loaded blocks take here, as they are."""
+        return sum(
+            int(tensor.numel()) * int(tensor.element_size())
+            for layer in self._layers.values()
+            for _, tensor in _tensors(layer)
+        )
 
     def tensors(self) -> list[str]:
         """The checkpoint's tensors that the span is made of."""
@@ -95,7 +105,9 @@ class Span:
             raise CheckpointError(
                 f"block {block} of {self._checkpoint.name} computes {left[0]} itself: not supported"
             )
-        if self._packs and self.share is None:
+        if self.quantization == "int8":
+            int8.quantise(layer)
+        elif self._packs and self.share is None:
             packed.pack(layer)
 
     def adapt(self, block: int, adapters: Sequence[Adapter]) -> None:

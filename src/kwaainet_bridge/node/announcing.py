@@ -39,6 +39,7 @@ class Offer:
     torch_dtype: str
     public_name: str | None = None
     adapters: tuple[str, ...] = ()
+    quantization: str = "none"
     throughput: Throughput = Throughput(0.0)  # noqa: RUF009 - it is frozen
     using_relay: bool = False
     cache_tokens: Callable[[], int | None] = lambda: None
@@ -115,7 +116,7 @@ class PetalsPublisher:
             inference_rps=offer.throughput.inference_rps,
             adapters=offer.adapters,
             torch_dtype=offer.torch_dtype,
-            quant_type="none",
+            quant_type=offer.quantization,
             using_relay=offer.using_relay,
             # this number counts keys and values apart, as stock clients expect
             cache_tokens_left=None if tokens is None else 2 * tokens,

@@ -68,7 +68,6 @@ class ModelService:
         self._publishers: list[Publisher] = []
         self._announcer: Announcer | None = None
         self._throughput: Throughput | None = None
-        self._weights_bytes = 0
         self._loaded: Engine | None = None
         """An engine that is loaded and not served yet."""
 
@@ -175,7 +174,7 @@ class ModelService:
             except ConfigError as e:  # others' records led here, which must not end the node
                 placement.failed(goal, e)
                 continue
-            if not placement.has_room_for_both(self._weights_bytes + engine.cache_bytes_total):
+            if not placement.has_room_for_both(engine.weights_bytes + engine.cache_bytes_total):
                 return goal
             try:
                 self._loaded = await self._load(goal)
@@ -244,6 +243,7 @@ class ModelService:
             max_batch_tokens=config.max_batch_tokens,
             threads=config.threads,
             tensor_parallel=config.tensor_parallel,
+            quantization=config.quantization,
             adapters=config.adapters,
             share_prefixes=config.share_prefixes,
             cache_dir=config.cache_dir,
@@ -266,7 +266,6 @@ class ModelService:
         return lambda model: choose_blocks(config, self._networks, model, count)
 
     def _report_loading(self, progress: LoadProgress) -> None:
-        self._weights_bytes = progress.bytes_total
         self._state.note_loading(progress)
 
     async def _complete(self, announcer: Announcer, engine: Engine) -> None:
@@ -314,6 +313,7 @@ class ModelService:
             torch_dtype=str(model.dtype).removeprefix("torch."),
             public_name=self._config.public_name,
             adapters=names_of(self._config.adapters),
+            quantization=self._config.quantization,
         )
         if self._throughput is not None:
             offer.throughput = self._throughput
