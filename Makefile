@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 FUZZ_JOBS ?= 1
 
-.PHONY: run test test-fast test-interop lint format proto bench bench-net fuzz drift peers setup clean
+.PHONY: run test test-fast test-interop lint format proto bench bench-net fuzz drift peers browser setup clean
 
 run: $(VENV)/.runtime
 	$(BIN)/kwaainet-bridge demo
@@ -22,6 +22,10 @@ test-fast: setup
 
 test-interop: setup peers
 	$(BIN)/python -m pytest tests -m interop
+
+# what the tests of the dashboard need beside: a Chromium, from the system's packages
+browser:
+	scripts/browser.sh
 
 lint: setup
 	$(BIN)/ruff check .

@@ -182,7 +182,7 @@ function modelPart(name, network, model, open) {
   if (seen && !model.error) key.append(make("i", { name: "none" }), "nobody", make("i", { name: "one" }), "one server", make("i", { name: "more" }), "more");
   if (own) key.append(make("i", { name: "mine" }), `this node, ${own.first}:${own.end}`);
   part.append(key);
-  if (missing) part.append(make("p", { text: `Nobody serves ${missing}.`, name: "bad" }));
+  if (missing && !model.error) part.append(make("p", { text: `Nobody serves ${missing}.`, name: "bad" }));
   if (model.servers.length) {
     const rows = model.servers.map((s) => make("tr", { name: s.own ? "self" : "", kids: [
       make("td", { text: s.own ? "this node" : short(s.peer), title: s.peer }), make("td", { text: s.name }),
@@ -218,7 +218,13 @@ function showEvents(events) {
 }
 
 const receivers = {
-  status(value) { status = value; measure(); showStatus(); showNetworks(); },
+  status(value) {
+    if (status && status.version !== value.version) location.reload(); // the page of that version
+    status = value;
+    measure();
+    showStatus();
+    showNetworks();
+  },
   events: showEvents,
   peers: showPeers,
   coverage(value) { coverage = value; if (status) showNetworks(); },
@@ -288,7 +294,7 @@ async function ask(refused) {
   by("refused").hidden = !refused;
   by("ask").hidden = false;
   by("main").hidden = true;
-  put("link", "");
+  for (const id of ["link", "phase", "ready"]) put(id, "");
   await new Promise((given) => {
     by("ask").onsubmit = (event) => {
       event.preventDefault();

@@ -1,0 +1,294 @@
+"""The dashboard in a real browser: on a phone and a screen, light and dark, live, with a token, and over a restart.
+
+What the browser showed is kept in ``build/dashboard/``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import trio
+from admin_support import asking, free_port, served, until
+from node_support import PREFIX, node_config, running_node
+
+from kwaainet_bridge.admin_address import TcpAddress
+from kwaainet_bridge.hivemind.client import Span, SurveyedModel, SwarmModel
+from kwaainet_bridge.hivemind.experts import methods
+from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
+from kwaainet_bridge.net import HostConfig, open_host
+from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.rpc import RpcClient
+from kwaainet_bridge.wire import msgpack
+from kwaainet_bridge.wire.expert import ExpertRequest
+from kwaainet_bridge.wire.peer_id import PeerId
+from kwaainet_bridge.wire.tensors import encode_tensor
+
+SHOTS = Path(__file__).parents[2] / "build" / "dashboard"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PHONE, SCREEN = {"width": 360, "height": 780}, {"width": 1280, "height": 900}
+TOKEN = "0123456789abcdef0123"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None and "CI" not in os.environ, reason="there is no Chromium here: `make browser`"
+    ),
+]
+
+
+@contextmanager
+def browser():
+    """Chromium without a window. Its pages are for the thread that opens it."""
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM is not None, "there is no Chromium here: `make browser`"
+    with sync_playwright() as playwright:
+        # as root its sandbox does not start
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        try:
+            yield started
+        finally:
+            started.close()
+
+
+class Look:
+    """A page in the browser, and all that went wrong in it or was asked of others."""
+
+    def __init__(self, started, address: TcpAddress, *, size=SCREEN, dark=False) -> None:
+        self.context = started.new_context(viewport=size, color_scheme="dark" if dark else "light")
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.wrong: list[str] = []
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("console", lambda m: self.wrong.append(m.text) if m.type == "error" else None)
+        self.page.on("request", lambda r: self._check(r.url, address.url))
+        self.page.goto(address.url)
+
+    def _check(self, asked: str, own: str) -> None:
+        if not asked.startswith((own, "data:,")):
+            self.wrong.append(f"asked {asked}")
+
+    def text(self, selector: str) -> str:
+        return self.page.inner_text(selector)
+
+    def waits(self, selector: str, text: str) -> None:
+        """Wait until it shows a text."""
+        self.page.locator(selector, has_text=re.compile(text)).first.wait_for()
+
+    def shot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+    def fits(self) -> bool:
+        """Whether nothing is wider than the window."""
+        return self.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def tcp_config(folder: Path, name: str, **more):
+    return node_config(folder, name, admin={"listen": f"127.0.0.1:{free_port()}"}, **more)
+
+
+async def in_browser(look) -> None:
+    """Run ``look`` in a thread, with the browser."""
+
+    def run() -> None:
+        with browser() as started:
+            look(started)
+
+    with trio.fail_after(120):
+        await trio.to_thread.run_sync(run)
+
+
+async def test_a_node_in_a_swarm_as_phones_and_screens_show_it(tmp_path):
+    """All that the page promises is there and moves; nothing is too wide, asked of others, or an error."""
+    async with running_node(node_config(tmp_path, "first", blocks="0:5")) as first:
+        await first.serving()
+        config = tcp_config(tmp_path, "node", blocks="3:6", bootstrap=[first.address])
+        async with (
+            running_node(config) as node,
+            open_host(HostConfig(Identity.generate("ed25519"), listen=())) as host,
+        ):
+            await node.serving()
+            async with asking(config.admin_address) as client:
+                await until(lambda: is_ready(client))
+            peer = await host.connect(node.address)
+            calls = RpcClient(host)
+
+            async def use() -> None:
+                async with calls.stream(peer, methods.RPC_INFERENCE, open_timeout=5) as call:
+                    for _ in range(4):
+                        await call.send(step(range(3, 6)))
+                        await call.receive(timeout=10)
+                        await trio.sleep(0.3)  # so that there are steps in more than one second
+
+            def look(started) -> None:
+                screen = Look(started, config.admin_address)
+                screen.waits("#phase", "serving")
+                screen.waits("#ready", "^ready")
+                screen.waits("#link", "^live")
+                screen.waits("#networks", f"{PREFIX} 8 blocks, 2 servers")
+                cells = screen.page.eval_on_selector_all(
+                    ".cells:not(.own) i", "all => all.map(e => e.className)"
+                )
+                assert cells == ["one", "one", "one", "more", "more", "one", "", ""]
+                own = screen.page.eval_on_selector_all(".cells.own i", "all => all.map(e => e.className)")
+                assert own == ["", "", "", "mine", "mine", "mine", "", ""]
+                assert "Nobody serves 6:8." in screen.text("#networks")
+                assert "Nothing that is known." in screen.text("#problems")
+                assert str(first.contact.peer_id)[-6:] in screen.text("#peers")
+                assert "serving, after" in screen.text("#events")
+                assert "0 of " in screen.text("#cache-text")
+                trio.from_thread.run(use)
+                screen.waits("#totals", "4 steps with 4 tokens")
+                screen.waits("#delay", r"\d")
+                screen.page.wait_for_selector("#rate-line polyline")
+                screen.page.click("summary")
+                assert "this node" in screen.text("#networks table")
+                screen.shot("screen-light")
+                phone = Look(started, config.admin_address, size=PHONE, dark=True)
+                phone.waits("#networks", "2 servers")
+                phone.page.click("summary")
+                assert phone.fits()
+                phone.shot("phone-dark")
+                backs = [
+                    one.page.evaluate("getComputedStyle(document.body).backgroundColor")
+                    for one in (screen, phone)
+                ]
+                assert backs[0] != backs[1]
+                phone.page.emulate_media(color_scheme="light")
+                assert phone.page.evaluate("getComputedStyle(document.body).backgroundColor") == backs[0]
+                phone.shot("phone-light")
+                assert screen.wrong == phone.wrong == []
+
+            await in_browser(look)
+
+
+def step(blocks: range) -> ExpertRequest:
+    return ExpertRequest(
+        uid=" ".join(f"{PREFIX}.{block}" for block in blocks),
+        tensors=[encode_tensor(torch.zeros(1, 1, 64)), encode_tensor(torch.empty(0))],  # no prompts
+        metadata=msgpack.pack({"max_length": 8}),
+    )
+
+
+async def is_ready(client) -> bool:
+    return (await client.get("/readyz")).status_code == 200
+
+
+async def test_a_page_outlives_the_node_and_finds_the_next_one(tmp_path):
+    config = tcp_config(tmp_path, "node")
+    restart, stopped, again, done = (trio.Event() for _ in range(4))
+
+    def look(started) -> None:
+        page = Look(started, config.admin_address)
+        page.waits("#link", "^live")
+        trio.from_thread.run_sync(restart.set)
+        trio.from_thread.run(stopped.wait)
+        page.waits("#link", r"^not connected since .*\d")
+        assert page.page.evaluate("document.querySelector('main').classList.contains('stale')")
+        assert "serving" in page.text("#phase")  # what was known last
+        page.shot("not-connected")
+        trio.from_thread.run_sync(again.set)
+        page.waits("#link", "^live")
+        page.waits("#phase", "serving")
+        assert not page.page.evaluate("document.querySelector('main').classList.contains('stale')")
+        assert all("ERR_" in wrong for wrong in page.wrong)  # refused and broken connections, as they were
+        trio.from_thread.run_sync(done.set)
+
+    async with trio.open_nursery() as nursery:
+        async with running_node(config) as node:
+            await node.serving()
+            nursery.start_soon(in_browser, look)
+            await restart.wait()
+            await node.drained()
+        stopped.set()
+        await again.wait()
+        async with running_node(config) as node:
+            await node.serving()
+            await done.wait()
+
+
+async def test_a_token_is_asked_for_and_kept_for_the_tab(tmp_path):
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    file.chmod(0o600)
+    address = TcpAddress("127.0.0.1", free_port())
+
+    def look(started) -> None:
+        page = Look(started, address, size=PHONE)
+        for given in ("not the one that it is", TOKEN):
+            page.page.wait_for_selector("#ask:not([hidden])")
+            assert not page.page.is_visible("#main")
+            page.page.fill("#token", given)
+            page.page.click("button")
+            if given != TOKEN:
+                page.page.wait_for_selector("#refused:not([hidden])")
+                page.shot("token")
+        page.waits("#link", "^live")
+        assert not page.page.is_visible("#ask")
+        page.page.reload()
+        page.waits("#link", "^live")
+        other = Look(started, address)  # another tab asks anew
+        other.page.wait_for_selector("#ask:not([hidden])")
+        assert TOKEN not in page.page.content()
+
+    async with served(address, token_file=file):
+        await in_browser(look)
+
+
+HOSTILE = "<img src=x onerror=\"document.title='gone'\"><script>document.title='gone'</script>"
+
+
+async def test_what_peers_say_is_text_and_troubles_come_with_their_remedies():
+    address = TcpAddress("127.0.0.1", free_port())
+    state = NodeState()
+    state.bootstrap = {"petals": SimpleNamespace(total=1, reached=set())}
+    state.enter(Phase.SERVING)
+    state.degrade("bootstrap petals", f"none of 1 bootstrap peers is reached {HOSTILE}")
+    info = ServerInfo(
+        ServerState.ONLINE, 5.0, start_block=0, end_block=2, public_name=HOSTILE, version=HOSTILE
+    )
+    span = Span(PeerId(b"\x12\x20" + bytes(32)), range(2), info)
+
+    async def survey():
+        return [
+            SurveyedModel(SwarmModel(HOSTILE, 4), (span,), left_out={}),
+            SurveyedModel(SwarmModel("x", 3), error=HOSTILE),
+        ]
+
+    state.surveys = {"petals": survey}
+
+    def look(started) -> None:
+        page = Look(started, address, size=PHONE)
+        page.waits("#problems", "bootstrap petals")
+        page.waits("#problems", r"What helps: .*networks\.petals\.bootstrap")
+        page.waits("#networks", "its servers")
+        page.page.click("summary")
+        assert "<img src=x" in page.text("#networks table")
+        assert page.text("#networks").count("<script>") >= 3
+        assert page.page.eval_on_selector_all("img, body script", "all => all.length") == 0
+        assert page.page.title().startswith("⚠ serving")
+        assert "Nobody serves 0:3" not in page.text("#networks")  # nobody knows
+        assert page.fits()
+        page.shot("trouble")
+        # a script that got into the page nevertheless would not run
+        page.page.evaluate(
+            "document.body.append(Object.assign(document.createElement('script'), {text: 'document.title = 1'}))"
+        )
+        assert page.page.title().startswith("⚠")
+        assert any("Content Security Policy" in wrong for wrong in page.wrong)
+        assert len(page.wrong) == 1
+        trio.from_thread.run_sync(state.recover, "bootstrap petals")
+        page.waits("#problems", "Nothing that is known")
+
+    async with served(address, state=state):
+        await in_browser(look)
