@@ -261,6 +261,22 @@ async def test_a_client_that_hangs_holds_up_neither_others_nor_the_end(tmp_path,
     await hung.aclose()
 
 
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /metr", REQUEST, b"POST /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nx"]
+)
+async def test_a_client_that_sends_no_more_is_cut_off(tmp_path, monkeypatch, sent):
+    monkeypatch.setattr(defaults, "WEB_IDLE_SECONDS", 1)
+    address = UnixAddress(tmp_path / "node.sock")
+    async with served(address):
+        silent = await connected(address)
+        with trio.fail_after(5):
+            if sent:
+                await silent.send_all(sent)
+            while await silent.receive_some():
+                pass
+        await silent.aclose()
+
+
 async def test_a_client_that_reads_nothing_is_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, "WEB_SEND_SECONDS", 0.3)
     address = UnixAddress(tmp_path / "node.sock")

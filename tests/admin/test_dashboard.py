@@ -459,6 +459,29 @@ async def test_a_page_of_a_node_in_a_swarm(tmp_path):
                 ]
 
 
+async def test_coverage_in_kwaainet_and_what_is_told_when_the_network_goes(tmp_path):
+    async with running_node(node_config(tmp_path, "kwaai")) as kwaai:
+        networks = {"petals": None, "kwaainet": {"bootstrap": [kwaai.address]}}
+        config = node_config(tmp_path, "node", blocks="0:2", networks=networks)
+        async with running_node(config) as node, asking(config.admin_address) as client:
+            await node.serving()
+            await until(lambda: is_ready(client))
+            async with opened(config.admin_address) as page:
+                while not (told := await page.next("coverage")):
+                    pass
+                assert told["kwaainet"]["error"] == ""
+                (model,) = told["kwaainet"]["models"]
+                assert model["servers_per_cell"] == [1, 1, 0, 0, 0, 0, 0, 0]
+                assert [(s["own"], s["first"], s["end"]) for s in model["servers"]] == [(True, 0, 2)]
+                await kwaai.drained()
+                texts: list[str] = []
+                while not any("none of 1" in text for text in texts):
+                    texts = [event["text"] for event in await page.next("events")]
+                assert f"kwaainet: {kwaai.contact.peer_id.short} is lost" in texts
+                found = (await page.next("status"))["problems"]
+                assert [p["name"] for p in found] == ["bootstrap kwaainet"]
+
+
 async def test_a_page_of_a_node_that_reaches_nobody(tmp_path):
     config = node_config(tmp_path, "node", bootstrap=[NOWHERE])
     async with running_node(config) as node:
