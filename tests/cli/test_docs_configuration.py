@@ -48,13 +48,14 @@ WORDS = {
     "averaging.peers": "none",
     "admin.token_file": "none",
     "model.adapters": "none",
+    "model.shares": "none",
     "model.cache_dir": "user's cache",
     "model.cache_quota_gib": "none",
     "openai.token_file": "none",
     "openai.models": "none",
     "openai.requests_per_minute": "none",
 }
-VALUES_OF_WORDS = {"none": (None, ()), "off": (None,), "all": (None,), "derived": (None,)} | {
+VALUES_OF_WORDS = {"none": (None, (), {}), "off": (None,), "all": (None,), "derived": (None,)} | {
     "torch's choice": (None,),
     "user's cache": (None,),
     "80 %": (None,),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,9 +35,10 @@ def simulate(
     *,
     cost: Callable[[list[Job]], float] = lambda _batch: 0.01,
     until: float = float("inf"),
+    shares: dict[str, float] | None = None,
 ) -> tuple[Scheduler, list[tuple[float, list[Job]]]]:
     """Run what the scheduler says, one batch after the other; the batches with the times when they began."""
-    scheduler, history, now = Scheduler(BATCH_TOKENS, PATIENCE), [], 0.0
+    scheduler, history, now = Scheduler(BATCH_TOKENS, PATIENCE, shares or {}), [], 0.0
     coming = sorted(range(len(jobs)), key=lambda i: jobs[i].arrives)
     keys = {index: key for key, index in enumerate(coming)}
     of_key = {key: jobs[index] for index, key in keys.items()}
@@ -202,3 +204,21 @@ def test_peers_that_left_are_forgotten() -> None:
         assert scheduler.next(0.0) == [key]
         scheduler.done(0.0, 0.0)
     assert len(scheduler._queues[STEP]._given) <= MAX_IDLE_PEERS + 1
+
+
+@pytest.mark.parametrize("kind", [Priority.INFERENCE, Priority.BATCH])
+def test_a_peer_with_a_larger_share_gets_more_while_others_wait(kind: Priority) -> None:
+    """Every other choice goes to whoever has waited longest beyond the patience: the others get something, too."""
+    jobs = [Job(kind, peer, pieces=1000) for peer in "ab"]
+    simulate(jobs, until=PATIENCE, shares={"a": 3.0})
+    given = [len(job.runs) for job in jobs]
+    assert given[0] == pytest.approx(3 * given[1], rel=0.15)
+    jobs = [Job(kind, peer, pieces=1000) for peer in "ab"]
+    simulate(jobs, until=20 * PATIENCE, shares={"a": 1000.0})
+    assert len(jobs[1].runs) >= 1
+
+
+def test_a_share_is_of_no_use_alone() -> None:
+    jobs = [Job(Priority.BATCH, "a", pieces=10)]
+    simulate(jobs, shares={"a": 0.01})
+    assert len(jobs[0].runs) == 10

@@ -60,6 +60,8 @@ class ModelConfig(Section):
     """Most GiB that they may take; those used longest ago are removed first. Left out: as much as the disk has."""
     allow_pickled: bool = False
     """Whether pickled weights (``.bin``) are read where there are no others: as tensors alone, nothing is run."""
+    shares: dict[Annotated[str, checked(as_peer_id)], Annotated[float, Field(gt=0, le=1000)]] = {}
+    """Peers, by their ids, that get so many times what others get of the engine while all wait; 1 unless named."""
     quantization: Literal["none", "int8"] = "none"
     """``int8``: large matrices in eight bits, which takes a CPU a third of the time for a step, with errors of 1 %."""
     adapters: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -75,6 +75,7 @@ class ComputeThread:
         *,
         merged: RunMerged | None = None,
         batch_tokens: int = defaults.MERGED_STEP_TOKENS,
+        shares: Mapping[Hashable, float] | None = None,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.merged = merged
@@ -82,7 +83,7 @@ class ComputeThread:
         self._token = trio.lowlevel.current_trio_token()
         self._finished = trio.Event()
         self._changed = threading.Condition()
-        self._scheduler = Scheduler(batch_tokens, defaults.SCHEDULER_PATIENCE_SECONDS)
+        self._scheduler = Scheduler(batch_tokens, defaults.SCHEDULER_PATIENCE_SECONDS, shares or {})
         self._requests: dict[int, _Request] = {}
         self._serial = itertools.count()
         self._clock = clock

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,8 @@ class EngineConfig:
     at most. ``allow_pickled``: pickled weights are read, too, as tensors alone.
     ``share_prefixes`` says which sessions compute a common beginning once: those of one peer, all, or none.
     Sessions that were idle for ``offload_idle_seconds`` (None: none) leave the KV cache where others need the room, for
-    ``offload_bytes`` of the host's memory.
+    ``offload_bytes`` of the host's memory. While several peers wait, those in ``shares`` get so many times what
+    others get.
     """
 
     model: str
@@ -51,6 +52,7 @@ class EngineConfig:
     cache_dir: Path | None = None
     cache_quota: int | None = None
     allow_pickled: bool = False
+    shares: Mapping[Hashable, float] = field(default_factory=dict)
     revision: str | None = None
 
     def __post_init__(self) -> None:

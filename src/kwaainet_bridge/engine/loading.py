@@ -80,7 +80,7 @@ async def load_span(
             allow_pickled=config.allow_pickled,
         )
     )
-    compute = ComputeThread()
+    compute = ComputeThread(shares=config.shares)
     followers: Followers | None = None
     try:
         skeleton = await compute.run(partial(_construct, config, checkpoint))

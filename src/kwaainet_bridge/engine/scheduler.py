@@ -5,7 +5,7 @@ through all blocks. Everything larger is a sequence of pieces, of which one runs
 or a forward or backward pass (*batch*). Inference goes first: a batch of steps and a piece of a prompt take turns where
 both wait, and pieces of other passes run when neither does, or when they have waited for ``patience`` seconds.
 
-Among peers, whoever has been given least comes first, except that every other choice goes to whoever has waited
+Among peers, whoever has been given least of its share comes first, except that every other choice goes to whoever has waited
 longest, if that is more than ``patience``; so nobody waits for ever, however many others come.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 MAX_IDLE_PEERS = 256
@@ -40,8 +40,9 @@ class _Request:
 class FairQueue:
     """Requests of one kind, by peer."""
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, shares: Mapping[Hashable, float]) -> None:
         self._patience = patience
+        self._shares = shares
         self._requests: dict[int, _Request] = {}
         self._peers: dict[Hashable, dict[int, _Request]] = {}
         self._given: dict[Hashable, float] = {}
@@ -78,9 +79,9 @@ class FairQueue:
         self._given = {p: self._given[p] for p in (*self._peers, *remembered)}
 
     def charge(self, peer: Hashable, amount: float) -> None:
-        """Count what a peer was given."""
+        """Count what a peer was given, in shares of its own."""
         if peer in self._given:
-            self._given[peer] += amount
+            self._given[peer] += amount / self._shares.get(peer, 1.0)
 
     def touch(self, key: int, now: float) -> None:
         """A piece of the request ended: it begins to wait again."""
@@ -131,11 +132,13 @@ class FairQueue:
 class Scheduler:
     """Decides; the caller runs what :meth:`next` says, one batch at a time, and tells :meth:`done`.
 
-    ``batch_tokens`` bounds the tokens of all steps of a batch together; ``patience`` is in seconds, as all times.
+    ``batch_tokens`` bounds the tokens of all steps of a batch together; ``patience`` is in seconds, as all times. Peers
+    in ``shares`` get so many times what others get while all wait.
     """
 
     batch_tokens: int
     patience: float
+    shares: Mapping[Hashable, float] = field(default_factory=dict)
     _queues: tuple[FairQueue, FairQueue, FairQueue] = field(init=False)
     _running: list[_Request] = field(default_factory=list)
     _running_kind: Priority = Priority.STEP
@@ -144,7 +147,8 @@ class Scheduler:
     _batch_since: float = 0.0
 
     def __post_init__(self) -> None:
-        self._queues = (FairQueue(self.patience), FairQueue(self.patience), FairQueue(self.patience))
+        step, inference, batch = (FairQueue(self.patience, self.shares) for _ in Priority)
+        self._queues = step, inference, batch
 
     def __len__(self) -> int:
         return sum(map(len, self._queues))

@@ -33,6 +33,7 @@ from kwaainet_bridge.node.readiness import announced_in
 from kwaainet_bridge.node.served import BlockServer, ServedBlocks, ServingNetwork, withdraw
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.node.watching import watch_engine
+from kwaainet_bridge.wire.peer_id import PeerId
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -244,6 +245,7 @@ class ModelService:
             threads=config.threads,
             tensor_parallel=config.tensor_parallel,
             quantization=config.quantization,
+            shares={PeerId.parse(peer): share for peer, share in config.shares.items()},
             adapters=config.adapters,
             share_prefixes=config.share_prefixes,
             cache_dir=config.cache_dir,
