@@ -38,9 +38,7 @@ TOKEN = "0123456789abcdef0123"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None and "CI" not in os.environ, reason="there is no Chromium here: `make browser`"
-    ),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: `make browser`"),
 ]
 
 
