@@ -31,6 +31,7 @@ from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.node.daemon import Contact, run_node
 from kwaainet_bridge.node.logs import configure_logging
 from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.node.supervision import tell_supervisor
 
 PEER_LABEL: Final = "peer id"
 ADDRESS_LABEL: Final = "address"
@@ -54,6 +55,7 @@ async def run_until_signalled(config: NodeConfig) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, signals, stop)
+            nursery.start_soon(tell_supervisor, state, stop)
             nursery.start_soon(_tell_when_serving, state)
             nursery.start_soon(_tell_reachability, state)
             nursery.start_soon(_show_loading, state)
