@@ -49,8 +49,14 @@ def test_unspecified_bandwidths_share_alike() -> None:
 
 @pytest.mark.parametrize("vector", BALANCE, ids=lambda vector: str(vector["bandwidths"])[:60])
 def test_given_bandwidths_are_balanced_as_stock_peers_do_it(vector: dict) -> None:
-    """Made by ``load_balance_peers`` of hivemind 1.1.12; some have no solution."""
-    assert list(share_elements(vector["total"], vector["bandwidths"])) == vector["shares"]
+    """Made by ``load_balance_peers`` of hivemind 1.1.12; some have no solution.
+
+    Shares of millions differ by one element between processors with AVX2 and with AVX-512, for stock peers as well:
+    the program is solved with the kernels of the linear algebra that the processor has.
+    """
+    shares = list(share_elements(vector["total"], vector["bandwidths"]))
+    assert sum(shares) == sum(vector["shares"])
+    assert shares == pytest.approx(vector["shares"], rel=0, abs=vector["total"] * 1e-6)
 
 
 @settings(max_examples=30, deadline=None)
