@@ -580,6 +580,9 @@ LOADING_LOG_SECONDS: Final = 5.0
 DISK_RESERVE_BYTES: Final = 512 * MIB
 """What a download leaves free on the disk."""
 
+MAX_WEIGHT_FILE_BYTES: Final = 1024 * GIB
+"""Largest file of weights that a hub is believed to have; published ones have up to 50 GiB."""
+
 MAX_TENSOR_HEADER_BYTES: Final = 100 * MIB
 """Longest header of a safetensors file, as its own library has it. One of 1,000 tensors has 100 KiB."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from engine_support import HIDDEN, LLAMA3_ROPE, SIZES, Reference
+from hub_support import OPEN
+from local_hub import LocalHub, local_hub
 from transformers import LlamaConfig
 
+from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, EngineConfig
 
 
@@ -57,3 +61,38 @@ async def engine(llama_folder: Path) -> AsyncIterator[Engine]:
 def hidden() -> torch.Tensor:
     """Three sequences of twelve tokens."""
     return torch.randn(3, 12, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A model in one file, of which a span is a part."""
+    folder = tmp_path / "served"
+    torch.manual_seed(3)
+    transformers.LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hub(single: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """The hub that huggingface_hub knows; its repository is that model."""
+    with local_hub(single) as hub:
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        yield hub
+        while OPEN:
+            OPEN.pop().close()
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads of a small model in as many steps as those of large ones."""
+    monkeypatch.setattr(defaults, "DOWNLOAD_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(defaults, "DOWNLOAD_GAP_BYTES", 16)
+    monkeypatch.setattr(defaults, "DOWNLOAD_PART_BYTES", 20_000)
+    monkeypatch.setattr(defaults, "DISK_RESERVE_BYTES", 0)

@@ -24,7 +24,17 @@ class LocalHub:
     ranges: bool = True
     drops: int = 0
     broken: int = 0
-    """How many answers are 503."""
+    """How many answers are errors, with this status."""
+    status: int = 503
+    shift: int = 0
+    """By how many bytes the ranges that it sends are others than those asked for."""
+    more: int = 0
+    """By how many bytes its answers are longer."""
+    encoding: str | None = None
+    elsewhere: bool = False
+    """The hub sends whoever asks on to a place that knows other digests."""
+    hold: threading.Event | None = None
+    """Weights after the header wait for it."""
     etags: dict[str, str] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     """Bytes of each file that were sent."""
@@ -52,7 +62,7 @@ def local_hub(folder: Path) -> Iterator[LocalHub]:
 
         def _answer(self, *, body: bool) -> None:
             hub.requests += 1
-            match = re.fullmatch(rf"/{REPOSITORY}/resolve/[^/]+/(.+)", self.path)
+            match = re.fullmatch(rf"/{REPOSITORY}/(?:resolve|elsewhere)/[^/]+/(.+)", self.path)
             path = folder / match[1] if match else None
             if path is None or not path.is_file():
                 self.send_response(404)
@@ -63,7 +73,21 @@ def local_hub(folder: Path) -> Iterator[LocalHub]:
                 return
             if body and hub.broken:
                 hub.broken -= 1
-                self.send_response(503)
+                self.send_response(hub.status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+                return
+            moved = "/elsewhere/" in self.path
+            if hub.elsewhere and not moved:
+                self.send_response(302)
+                self.send_header("x-repo-commit", COMMIT)
+                self.send_header("x-linked-etag", f'"{hub.etag(path.name)}"')
+                self.send_header("x-linked-size", str(path.stat().st_size))
+                self.send_header("etag", '"of-the-redirect"')
+                self.send_header(
+                    "location",
+                    hub.url.replace("127.0.0.1", "localhost") + self.path.replace("/resolve/", "/elsewhere/"),
+                )
                 self.send_header("content-length", "0")
                 self.end_headers()
                 return
@@ -73,14 +97,23 @@ def local_hub(folder: Path) -> Iterator[LocalHub]:
             partial = asked is not None and hub.ranges
             if asked is not None and partial:
                 start, stop = int(asked[1]), int(asked[2]) + 1
-                data = data[start:stop]
+                start += hub.shift
+                data = data[start : stop + hub.shift]
+            last = start + len(data) - 1
+            if body and path.suffix == ".safetensors":
+                data += b"x" * hub.more
+                if start and hub.hold is not None:
+                    hub.hold.wait(60)
             self.send_response(206 if partial else 200)
             self.send_header("x-repo-commit", COMMIT)
-            self.send_header("etag", f'"{hub.etag(path.name)}"')
-            self.send_header("x-linked-size", str(whole))
+            self.send_header("etag", '"of-elsewhere"' if moved else f'"{hub.etag(path.name)}"')
+            if body and hub.encoding is not None:
+                self.send_header("content-encoding", hub.encoding)
+            if not moved:
+                self.send_header("x-linked-size", str(whole))
             self.send_header("content-length", str(len(data)))
             if partial:
-                self.send_header("content-range", f"bytes {start}-{start + len(data) - 1}/{whole}")
+                self.send_header("content-range", f"bytes {start}-{last}/{whole}")
             self.end_headers()
             if not body:
                 return

@@ -189,7 +189,9 @@ class World:
             while event not in self.events:
                 await self._changed.wait()
 
-    async def _load(self, config, *, progress, on_described, choose) -> FakeEngine:
+    async def _load(
+        self, config, *, progress, on_described, choose, weights
+    ) -> FakeEngine:  # as an engine is loaded
         blocks = config.blocks if choose is None else await choose(ModelOutline(MODEL.family, 8))
         name = f"{blocks.start}:{blocks.stop}"
         self._tell(f"load {name}")

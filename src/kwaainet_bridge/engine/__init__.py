@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from kwaainet_bridge.engine.adapters import names_of
 from kwaainet_bridge.engine.client_weights import ClientModel, load_client_weights
-from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
+from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline, Storage
 from kwaainet_bridge.engine.core import Engine
 from kwaainet_bridge.engine.session import Session
 from kwaainet_bridge.engine.tree import Tree, plant
+from kwaainet_bridge.engine.weights.cache import WeightCache, cache_of
 
 __all__ = [
     "Choose",
@@ -19,7 +20,10 @@ __all__ = [
     "ModelInfo",
     "ModelOutline",
     "Session",
+    "Storage",
     "Tree",
+    "WeightCache",
+    "cache_of",
     "load_client_weights",
     "names_of",
     "plant",

@@ -1,4 +1,4 @@
-"""Model folders: configuration, index, and the tensors of safetensors files, read one by one."""
+"""Models' files: configuration, index, and the tensors of safetensors files, read one by one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from kwaainet_bridge.engine.pickled import PickledFile
-from kwaainet_bridge.engine.weight_cache import Fetched, WeightCache
+from kwaainet_bridge.engine.weights.cache import Fetched, WeightCache
+from kwaainet_bridge.engine.weights.mapped import MappedFile
+from kwaainet_bridge.engine.weights.pickled import PickledFile
 from kwaainet_bridge.errors import CheckpointError, ModelUnreachable
 
 Download = Callable[[str, str, str | None], Path | None]
@@ -121,7 +121,7 @@ class Checkpoint:
         """The names of the files that hold ``tensors``, each once, in order of first use."""
         return list(dict.fromkeys(self._locate(name) for name in tensors))
 
-    def fetch_tensors(self, tensors: Iterable[str], told: Fetched) -> None:
+    def fetch_tensors(self, tensors: Iterable[str], told: Fetched = lambda _fetched, _missing: None) -> None:
         """Have the files, or the parts of them, that hold ``tensors``. ``told`` hears of what is fetched."""
         by_file: dict[str, list[str]] = {}
         for name in tensors:
@@ -143,9 +143,7 @@ class Checkpoint:
 
     def dtype_of(self, tensor: str) -> torch.dtype:
         """The dtype in which ``tensor`` is stored."""
-        with self._open(self._locate(tensor)) as file:
-            dtype: torch.dtype = self._slice(file, tensor)[:0].dtype
-            return dtype
+        return self._holding(self._locate(tensor), tensor).dtype(tensor)
 
     def read(self, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) for each name in ``shapes``, file by file, nothing else of the files.
@@ -153,23 +151,23 @@ class Checkpoint:
         The tensors are views of the mapped files: copy what must outlive them. CheckpointError names a
         tensor that is missing, has another shape, or is not of a plain floating-point dtype.
         """
+        self.fetch_tensors(shapes)  # holes of a file would be read as zeros
         for file_name in self.files_of(shapes):
             wanted = [name for name in shapes if self._locate(name) == file_name]
-            with self._open(file_name) as file:
-                for name in wanted:
-                    shape = list(self._slice(file, name).get_shape())
-                    if shape != list(shapes[name]):
-                        raise CheckpointError(
-                            f"{name} in {self.folder / file_name} has shape {shape}, the configuration says "
-                            f"{list(shapes[name])}: config.json and weights are of different models"
-                        )
-                    tensor = file.get_tensor(name)
-                    if not tensor.is_floating_point() or tensor.element_size() < 2:
-                        raise CheckpointError(
-                            f"{name} in {self.folder / file_name} is stored as {tensor.dtype}: "
-                            "quantised checkpoints are not supported, use the original one"
-                        )
-                    yield name, tensor
+            file = self._holding(file_name, *wanted)
+            for name in wanted:
+                shape, dtype = file.shape(name), file.dtype(name)
+                if shape != list(shapes[name]):
+                    raise CheckpointError(
+                        f"{name} in {self.folder / file_name} has shape {shape}, the configuration says "
+                        f"{list(shapes[name])}: config.json and weights are of different models"
+                    )
+                if not dtype.is_floating_point or dtype.itemsize < 2:
+                    raise CheckpointError(
+                        f"{name} in {self.folder / file_name} is stored as {dtype}: "
+                        "quantised checkpoints are not supported, use the original one"
+                    )
+                yield name, file.tensor(name)
 
     def _locate(self, tensor: str) -> str:
         try:
@@ -181,8 +179,7 @@ class Checkpoint:
         if self.find(INDEX) is not None:
             return self._weight_map(INDEX)
         if self.find(SINGLE) is not None:
-            with self._open(SINGLE) as file:
-                return dict.fromkeys(file.keys(), SINGLE)
+            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         for pickled in PICKLED:
             if self.find(pickled) is not None:
                 return self._pickled_index(pickled)
@@ -229,24 +226,19 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds no JSON object")
         return value
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> MappedFile | PickledFile:
         path = self.fetch(file)
-        if not file.endswith(SAFETENSORS):
-            if file not in self._pickled:
-                self._pickled[file] = PickledFile(path)
-            return self._pickled[file]
-        try:
-            return safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is not a readable safetensors file ({error}): fetch it again"
-            ) from error
+        if file.endswith(SAFETENSORS):
+            return MappedFile(path)
+        if file not in self._pickled:  # to find where its tensors lie takes long
+            self._pickled[file] = PickledFile(path)
+        return self._pickled[file]
 
-    def _slice(self, file: Any, tensor: str) -> Any:
-        try:
-            return file.get_slice(tensor)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{tensor} is not in {self.folder / self._file_of[tensor]}, where the index puts it: "
-                "fetch the model again"
-            ) from error
+    def _holding(self, file: str, *tensors: str) -> MappedFile | PickledFile:
+        opened = self._open(file)
+        for tensor in tensors:
+            if tensor not in opened.keys():  # noqa: SIM118  # no mapping
+                raise CheckpointError(
+                    f"{tensor} is not in {self.folder / file}, where the index puts it: fetch the model again"
+                )
+        return opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download, hub_download
-from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
-from kwaainet_bridge.engine.weight_cache import WeightCache
+from kwaainet_bridge.engine.config import SUPPORTED_DTYPES, Storage
+from kwaainet_bridge.engine.weights.cache import cache_of
 from kwaainet_bridge.errors import CheckpointError, InvalidRequest
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -82,21 +83,30 @@ def load_client_weights(
     dtype: torch.dtype | Literal["auto"] = "auto",
     revision: str | None = None,
     download: Download = hub_download,
-    weights: WeightCache | None = None,
+    storage: Storage | None = None,
 ) -> ClientModel:
     """Read embeddings, final norm and head of a model folder or hub repository, and nothing of its blocks.
 
-    Of a hub repository only they are fetched, into ``weights``, and the tokenizer's files. Blocks on disk and
-    network: call it from a worker thread. Raises CheckpointError.
+    Of a hub repository only they are fetched, to where ``storage`` says, and the tokenizer's files; with another
+    ``download`` that fetches whole files. Blocks on disk and network: call it from a worker thread. Raises
+    CheckpointError.
     """
+    storage = storage or Storage()
+    with closing(cache_of(storage)) as cache:
+        checkpoint = Checkpoint(
+            model,
+            revision=revision,
+            download=download,
+            weights=cache if download is hub_download else None,
+            allow_pickled=storage.allow_pickled,
+        )
+        return _load(checkpoint, dtype)
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> ClientModel:
     from kwaainet_bridge.engine import family
 
-    checkpoint = Checkpoint(
-        model,
-        revision=revision,
-        download=download,
-        weights=weights or (WeightCache() if download is hub_download else None),
-    )
+    model = checkpoint.name
     skeleton = family.build(checkpoint)
     config = skeleton.config
     if config.model_type not in FAMILIES:
@@ -110,7 +120,7 @@ def load_client_weights(
     head_name = embedding_name if tied else "lm_head.weight"
     modules = {embedding_name: base.embed_tokens, norm_name: base.norm, head_name: head}
     shapes = {name: list(module.weight.shape) for name, module in modules.items()}
-    checkpoint.fetch_tensors(shapes, lambda _fetched, _missing: None)
+    checkpoint.fetch_tensors(shapes)
     stored = checkpoint.dtype_of(embedding_name)
     chosen = stored if dtype == "auto" else dtype
     if chosen not in SUPPORTED_DTYPES:

@@ -16,6 +16,19 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """How weights of models are kept and read.
+
+    Tensors of hub repositories lie in ``cache_dir`` (None: in the user's cache folder), of ``cache_quota`` bytes at
+    most (None: what the disk has). ``allow_pickled``: pickled weights are read, too, as tensors alone.
+    """
+
+    cache_dir: Path | None = None
+    cache_quota: int | None = None
+    allow_pickled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One model, one span of its blocks.
 
@@ -27,8 +40,6 @@ class EngineConfig:
     ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
     of its own, from the first on. ``quantization`` "int8" has large matrices in eight bits (CPU). ``adapters`` are LoRA
     adapters, folders or hub repository ids.
-    Tensors of hub repositories are kept in ``cache_dir`` (None: weight_cache.default_folder), of ``cache_quota`` bytes
-    at most. ``allow_pickled``: pickled weights are read, too, as tensors alone.
     ``share_prefixes`` says which sessions compute a common beginning once: those of one peer, all, or none.
     Sessions that were idle for ``offload_idle_seconds`` (None: none) leave the KV cache where others need the room, for
     ``offload_bytes`` of the host's memory. While several peers wait, those in ``shares`` get so many times what
@@ -49,9 +60,7 @@ class EngineConfig:
     offload_bytes: int = defaults.OFFLOAD_MIB * defaults.MIB
     quantization: Literal["none", "int8"] = "none"
     adapters: tuple[str, ...] = ()
-    cache_dir: Path | None = None
-    cache_quota: int | None = None
-    allow_pickled: bool = False
+    storage: Storage = field(default_factory=Storage)
     shares: Mapping[Hashable, float] = field(default_factory=dict)
     revision: str | None = None
 

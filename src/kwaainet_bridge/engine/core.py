@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Hashable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,13 +17,13 @@ from kwaainet_bridge.engine.checkpoint import Download, hub_download
 from kwaainet_bridge.engine.compute import Pieces, Priority
 from kwaainet_bridge.engine.config import Choose, EngineConfig, ModelInfo
 from kwaainet_bridge.engine.holding import CacheRoom
-from kwaainet_bridge.engine.loading import LoadedSpan, Progress, Sources, cache_of, load_span
+from kwaainet_bridge.engine.loading import LoadedSpan, Progress, Sources, load_span
 from kwaainet_bridge.engine.offload import Offload
 from kwaainet_bridge.engine.pages import PageAllocator, pages_for
 from kwaainet_bridge.engine.prefix import PrefixCache
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
 from kwaainet_bridge.engine.session import Session
-from kwaainet_bridge.engine.weight_cache import WeightCache
+from kwaainet_bridge.engine.weights.cache import WeightCache, cache_of
 from kwaainet_bridge.errors import AllocationFailed, InvalidRequest
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Engine:
     """Serves a span of blocks to any number of tasks of one trio run. Made by :meth:`load`."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedSpan) -> None:
+    def __init__(self, config: EngineConfig, loaded: LoadedSpan, files: ExitStack) -> None:
         model, span = loaded.model, loaded.span
         self.model = model
         self.blocks = span.blocks
@@ -67,6 +67,7 @@ class Engine:
         self._runner = loaded.runner
         self._compute = loaded.compute
         self._loaded = loaded
+        self._files = files
 
     @classmethod
     async def load(
@@ -84,20 +85,24 @@ class Engine:
         ``choose`` is asked for the blocks, in the trio thread, in place of ``config.blocks``; what it raises is raised.
         ``on_described`` is told the model and its served blocks as soon as they are known, before weights are
         read; ``progress`` while tensors are fetched and after each block is read; both in the trio thread.
-        ``download`` fetches the small files of a hub repository, ``weights`` its tensors (None: what the configuration
-        says, or with another ``download`` that one, whole files), both in a worker thread. Raises CheckpointError if
-        the model cannot be read or served, ConfigError if it has no such blocks.
+        ``download`` fetches the small files of a hub repository, ``weights`` its tensors, both in a worker thread.
+        Without ``weights`` the configuration says where these are kept, for this engine until it is closed; with
+        another ``download`` alone that fetches whole files. Raises CheckpointError if the model cannot be read or
+        served, ConfigError if it has no such blocks.
         Cancelled: the block being read is finished first, a download is kept as far as it is; nothing stays in
         memory.
         """
-        loaded = await load_span(
-            config,
-            report=progress or (lambda _progress: None),
-            on_described=on_described,
-            choose=choose,
-            sources=Sources(download, weights or (cache_of(config) if download is hub_download else None)),
-        )
-        return cls(config, loaded)
+        with ExitStack() as files:
+            if weights is None and download is hub_download:
+                weights = files.enter_context(closing(cache_of(config.storage)))
+            loaded = await load_span(
+                config,
+                report=progress or (lambda _progress: None),
+                on_described=on_described,
+                choose=choose,
+                sources=Sources(download, weights),
+            )
+            return cls(config, loaded, files.pop_all())
 
     @property
     def counts(self) -> EngineCounts:
@@ -240,6 +245,7 @@ class Engine:
         Not cancellable for as long as that piece takes. Open sessions stay accounted for until they are left.
         """
         await self._loaded.aclose()
+        self._files.close()
 
     def _check_adapter(self, adapter: str | None) -> None:
         if adapter is not None and adapter not in self.adapters:

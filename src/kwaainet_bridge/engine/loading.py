@@ -18,7 +18,7 @@ from kwaainet_bridge.engine.checkpoint import Checkpoint, Download
 from kwaainet_bridge.engine.compute import ComputeThread
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
 from kwaainet_bridge.engine.requests import check_blocks
-from kwaainet_bridge.engine.weight_cache import WeightCache
+from kwaainet_bridge.engine.weights.cache import WeightCache
 from kwaainet_bridge.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ class Sources:
 
     download: Download
     weights: WeightCache | None
-
-
-def cache_of(config: EngineConfig) -> WeightCache:
-    """Where the configuration has tensors kept."""
-    return WeightCache(config.cache_dir, quota=config.cache_quota)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +72,7 @@ async def load_span(
             revision=config.revision,
             download=sources.download,
             weights=sources.weights,
-            allow_pickled=config.allow_pickled,
+            allow_pickled=config.storage.allow_pickled,
         )
     )
     compute = ComputeThread(shares=config.shares)
@@ -138,6 +133,7 @@ class _Teller:
         self._next = clock()
 
     def __call__(self, fetched: int, missing: int) -> None:
+        trio.from_thread.check_cancelled()
         if missing and (fetched == missing or self._clock() >= self._next):
             self._next = self._clock() + defaults.DOWNLOAD_TELL_SECONDS
             trio.from_thread.run_sync(self._tell, fetched, missing)

@@ -225,15 +225,18 @@ def follow(pipe: Connection, config: EngineConfig, blocks: range, rank: int, sto
 def _load(pipe: Connection, config: EngineConfig, blocks: range, rank: int, store: Path) -> Runner:
     from kwaainet_bridge.engine import family, sharding
     from kwaainet_bridge.engine.checkpoint import Checkpoint
-    from kwaainet_bridge.engine.loading import cache_of
     from kwaainet_bridge.engine.runner import Runner
     from kwaainet_bridge.engine.span import Span
+    from kwaainet_bridge.engine.weights.cache import cache_of
 
     torch.set_grad_enabled(False)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     checkpoint = Checkpoint(
-        config.model, revision=config.revision, weights=cache_of(config), allow_pickled=config.allow_pickled
+        config.model,
+        revision=config.revision,
+        weights=cache_of(config.storage),  # closed by the end of this process
+        allow_pickled=config.storage.allow_pickled,
     )
     span = Span(family.build(checkpoint), checkpoint, blocks, config.dtype, config.device_of(rank))
     pipe.send_bytes(pickle.dumps(None))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import resource
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -18,6 +18,7 @@ from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node.admin.server import open_admin
+from kwaainet_bridge.node.models import storage_of
 from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.openai.server import open_openai
 from kwaainet_bridge.node.reachability import ReachabilityWatch
@@ -141,7 +142,9 @@ async def _run_host(
             state.bootstrap = {network.name: network.watch for network in networks}
             state.surveys = {network.name: network.survey for network in networks}
             with work:
-                async with open_openai(config.openai, config.openai_models, networks):
+                async with open_openai(
+                    config.openai, config.openai_models, networks, storage_of(config.model)
+                ):
                     await _work(config, networks, state, stop, reachability)
         services.cancel_scope.cancel()
 
@@ -179,12 +182,8 @@ async def _work(
         with trio.CancelScope() as start:
             nursery.start_soon(_cancel_start, stop, start, state)
             state.enter(Phase.BOOTSTRAPPING, peers=sum(network.watch.total for network in networks))
-            async with trio.open_nursery() as getting_ready:
-                for network in networks:
-                    getting_ready.start_soon(network.watch.first_round)
-                if config.model is not None:
-                    getting_ready.start_soon(_import_engine)
             if config.model is None:
+                await _join(networks)
                 await _serve_until(stop, state)
             else:
                 model = ModelService(
@@ -194,8 +193,15 @@ async def _work(
                     reachability=reachability,
                     drain_seconds=config.drain_seconds,
                 )
-                await model.run(stop)
+                await model.run(stop, join=partial(_join, networks))
         nursery.cancel_scope.cancel()
+
+
+async def _join(networks: Sequence[PetalsSide | KwaaiSide]) -> None:
+    """Return once all bootstrap peers have been tried."""
+    async with trio.open_nursery() as trying:
+        for network in networks:
+            trying.start_soon(network.watch.first_round)
 
 
 async def _serve_until(stop: trio.Event, state: NodeState) -> None:
@@ -203,14 +209,6 @@ async def _serve_until(stop: trio.Event, state: NodeState) -> None:
     state.enter(Phase.SERVING)
     await stop.wait()
     state.enter(Phase.DRAINING)
-
-
-async def _import_engine() -> None:
-    """Import what loading needs while the network is waited for: transformers alone takes a second or two.
-
-    Not cancellable for as long as that takes.
-    """
-    await trio.to_thread.run_sync(importlib.import_module, "kwaainet_bridge.engine.span")
 
 
 async def _cancel_start(stop: trio.Event, start: trio.CancelScope, state: NodeState) -> None:

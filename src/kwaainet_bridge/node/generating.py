@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import structlog
 import trio
 
-from kwaainet_bridge.engine import ClientModel, load_client_weights
+from kwaainet_bridge.engine import ClientModel, Storage, load_client_weights
 from kwaainet_bridge.hivemind.client.directory import Directory
 from kwaainet_bridge.hivemind.client.part import OtherNetwork
 from kwaainet_bridge.hivemind.client.swarm import Swarm
@@ -86,11 +86,11 @@ class TextModels:
         return first.text_swarm(name, weights, others)
 
 
-def load_text_model(name: str) -> tuple[ClientModel, Any]:
+def load_text_model(name: str, *, storage: Storage | None = None) -> tuple[ClientModel, Any]:
     """Embeddings, head and tokenizer. Blocks; raises CheckpointError."""
     from transformers import AutoTokenizer
 
-    weights = load_client_weights(model_source(name))
+    weights = load_client_weights(model_source(name), storage=storage)
     return weights, AutoTokenizer.from_pretrained(str(weights.folder))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 import trio
 
 from kwaainet_bridge.bridge.kwaai_directory import spans_for_choice, survey_kwaainet
 from kwaainet_bridge.bridge.kwaai_servers import KwaaiServers
 from kwaainet_bridge.config import ModelConfig, NodeConfig
-from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, ModelOutline
+from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, ModelOutline, load_client_weights
 from kwaainet_bridge.hivemind.client import SurveyedModel
 from kwaainet_bridge.hivemind.client.directory import Span
 from kwaainet_bridge.hivemind.client.part import OtherNetwork
@@ -26,7 +27,7 @@ from kwaainet_bridge.node.announcing import KwaaiPublisher, Publisher
 from kwaainet_bridge.node.averaging import AveragingService
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.generating import nothing_to_read
-from kwaainet_bridge.node.models import kwaainet_prefix
+from kwaainet_bridge.node.models import kwaainet_prefix, storage_of
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.node.surveying import models_to_show
 from kwaainet_bridge.rpc import RpcClient, RpcServer
@@ -95,7 +96,8 @@ class KwaaiSide:
     def serve(
         self, config: ModelConfig, engine: Engine, publisher: Publisher
     ) -> AbstractAsyncContextManager[KwaaiServer]:
-        return self._server.serving(ServedModel(engine, names=[config.name, publisher.prefix]))
+        load = partial(load_client_weights, storage=storage_of(config))
+        return self._server.serving(ServedModel(engine, names=[config.name, publisher.prefix], load=load))
 
 
 @asynccontextmanager

@@ -1,11 +1,13 @@
-"""Which files a model's name stands for, what the swarm calls its blocks, and how blocks are written."""
+"""Which files a model's name stands for and where they are kept, what swarms call its blocks, how these are written."""
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
 
-from kwaainet_bridge.config import EMBEDDED_MODEL
+from kwaainet_bridge import defaults
+from kwaainet_bridge.config import EMBEDDED_MODEL, ModelConfig
+from kwaainet_bridge.engine import Storage
 from kwaainet_bridge.hivemind.experts.records import check_prefix, default_prefix
 from kwaainet_bridge.kwaai.records import network_prefix
 
@@ -15,6 +17,15 @@ def model_source(name: str) -> str:
     if name == EMBEDDED_MODEL:
         return str(resources.files("kwaainet_bridge") / "models" / EMBEDDED_MODEL)
     return name
+
+
+def storage_of(config: ModelConfig | None) -> Storage:
+    """How the configuration has weights kept and read."""
+    if config is None:
+        return Storage()
+    gib = config.cache_quota_gib
+    quota = None if gib is None else int(gib * defaults.GIB)
+    return Storage(config.cache_dir, quota, config.allow_pickled)
 
 
 def swarm_prefix(name: str, family: str, given: str | None = None) -> str:

@@ -18,7 +18,16 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig
-from kwaainet_bridge.engine import Choose, Engine, EngineConfig, LoadProgress, ModelInfo, names_of
+from kwaainet_bridge.engine import (
+    Choose,
+    Engine,
+    EngineConfig,
+    LoadProgress,
+    ModelInfo,
+    ModelOutline,
+    cache_of,
+    names_of,
+)
 from kwaainet_bridge.errors import BridgeError, ConfigError, EngineError
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
@@ -26,7 +35,7 @@ from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.announcing import Announcer, AnnounceReport, Offer, Publisher
 from kwaainet_bridge.node.choosing import choose_blocks
 from kwaainet_bridge.node.memory import available_bytes, release
-from kwaainet_bridge.node.models import model_source, shown
+from kwaainet_bridge.node.models import model_source, shown, storage_of
 from kwaainet_bridge.node.moving import Placement
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.readiness import announced_in
@@ -65,6 +74,8 @@ class ModelService:
         self._reachability = reachability
         self._drain_seconds = drain_seconds
         self._load_engine = load
+        self._weights = cache_of(storage_of(config))
+        self._joined = trio.Event()
         self._placement = Placement(config, networks, state, rng=rng or random.Random(), memory=memory)
         self._publishers: list[Publisher] = []
         self._announcer: Announcer | None = None
@@ -72,22 +83,25 @@ class ModelService:
         self._loaded: Engine | None = None
         """An engine that is loaded and not served yet."""
 
-    async def run(self, stop: trio.Event) -> None:
+    async def run(self, stop: trio.Event, *, join: Callable[[], Awaitable[None]] | None = None) -> None:
         """Load, announce JOINING, serve, announce ONLINE; move where blocks are needed more; drain once told to stop.
 
+        ``join`` returns once the networks can be asked and told. It runs beside loading, which waits for it only where
+        the blocks have to be chosen; nothing is announced or served before.
         Blocks are announced once it is known whether others can dial this node, and only while they can, through a
         relay at least. However it ends, the records are withdrawn. Raises CheckpointError or ConfigError for a
         model that cannot be served as configured, EngineError if no blocks are left after a move that failed.
         Cancelled: sessions are not waited for.
         """
-        self._state.enter(Phase.LOADING, model=self._config.name, blocks=self._config.blocks or "all")
         async with trio.open_nursery() as nursery:
             try:
-                self._loaded = await self._load(
-                    self._config.block_range,
-                    on_described=partial(self._announce_joining, nursery),
-                    choose=self._chooser(),
-                )
+                async with trio.open_nursery() as joining:
+                    joining.start_soon(self._join, join)
+                    self._loaded = await self._load(
+                        self._config.block_range,
+                        on_described=partial(self._announce_joining, nursery),
+                        choose=self._chooser(),
+                    )
                 while (move := await self._stay(stop)) is not None:
                     release(self._config.device)
                     await self._load_one_of(move)
@@ -95,7 +109,14 @@ class ModelService:
                 await self._drop_loaded()
                 if self._announcer is not None:
                     await withdraw(self._announcer)
+                self._weights.close()
                 nursery.cancel_scope.cancel()
+
+    async def _join(self, join: Callable[[], Awaitable[None]] | None) -> None:
+        if join is not None:
+            await join()
+        self._state.enter(Phase.LOADING, model=self._config.name, blocks=self._config.blocks or "all")
+        self._joined.set()
 
     async def _stay(self, stop: trio.Event) -> tuple[range, range] | None:
         """Serve what is loaded until told to stop, which gives None, or until other blocks are needed more.
@@ -248,16 +269,16 @@ class ModelService:
             shares={PeerId.parse(peer): share for peer, share in config.shares.items()},
             adapters=config.adapters,
             share_prefixes=config.share_prefixes,
-            cache_dir=config.cache_dir,
-            cache_quota=None
-            if config.cache_quota_gib is None
-            else int(config.cache_quota_gib * defaults.GIB),
-            allow_pickled=config.allow_pickled,
+            storage=storage_of(config),
             offload_idle_seconds=config.offload_idle_seconds,
             offload_bytes=config.offload_mib * defaults.MIB,
         )
         return await self._load_engine(
-            engine_config, progress=self._report_loading, on_described=on_described, choose=choose
+            engine_config,
+            progress=self._report_loading,
+            on_described=on_described,
+            choose=choose,
+            weights=self._weights,
         )
 
     def _chooser(self) -> Choose | None:
@@ -265,7 +286,12 @@ class ModelService:
         config, count = self._config, self._config.blocks_to_choose
         if count is None:
             return None
-        return lambda model: choose_blocks(config, self._networks, model, count)
+
+        async def choose(model: ModelOutline) -> range:
+            await self._joined.wait()
+            return await choose_blocks(config, self._networks, model, count)
+
+        return choose
 
     def _report_loading(self, progress: LoadProgress) -> None:
         self._state.note_loading(progress)
@@ -325,6 +351,7 @@ class ModelService:
 
     async def _keep_announced(self, announcer: Announcer, nursery: trio.Nursery) -> None:
         """Announce JOINING, unless the blocks are ready by now; renew the records, and follow the verdict."""
+        await self._joined.wait()
         await self._reachability.settle()
         self._take_verdict(announcer)
         if announcer.wanted is ServerState.OFFLINE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import structlog
@@ -11,7 +12,8 @@ import trio
 
 from kwaainet_bridge.admin_address import TcpAddress, parse_admin_address
 from kwaainet_bridge.config import OpenAIConfig
-from kwaainet_bridge.node.generating import TextModels, TextNetwork
+from kwaainet_bridge.engine import Storage
+from kwaainet_bridge.node.generating import TextModels, TextNetwork, load_text_model
 from kwaainet_bridge.node.web.server import WebServer
 from kwaainet_bridge.node.web.sockets import listening
 from kwaainet_bridge.node.web.tokens import read_token
@@ -21,11 +23,12 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @asynccontextmanager
 async def open_openai(
-    config: OpenAIConfig, names: Sequence[str], networks: Sequence[TextNetwork]
+    config: OpenAIConfig, names: Sequence[str], networks: Sequence[TextNetwork], storage: Storage
 ) -> AsyncIterator[None]:
     """Serve text of the models ``names`` within the block, if the configuration wants it.
 
-    Raises ConfigError for an address that cannot be listened on, or a token that cannot be used.
+    Their ends are kept where ``storage`` says. Raises ConfigError for an address that cannot be listened on, or a
+    token that cannot be used.
     """
     address = parse_admin_address(config.listen)
     if address is None:
@@ -44,7 +47,8 @@ async def open_openai(
             limits = Limits(at_once=config.at_once, per_minute=config.most_per_minute)
             access = Access(token, "openai.token_file", local_names_only=host_check)
             # a client is silent for as long as its answer takes
-            return make_handler(make_app(TextModels(names, networks), limits), access, silent_seconds=None)
+            models = TextModels(names, networks, load=partial(load_text_model, storage=storage))
+            return make_handler(make_app(models, limits), access, silent_seconds=None)
 
         server = WebServer(bound, make, name="openai")
         async with trio.open_nursery() as nursery:

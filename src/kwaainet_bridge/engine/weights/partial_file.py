@@ -2,11 +2,12 @@
 
 A file has its full size and holes, so that safetensors reads it like any other. Beside it a record tells which ranges
 are there, each with its SHA-256: a download that was cut off goes on from there, and a flipped bit is found at the next
-start.
+start. Whoever reads tensors of a file says so by a shared lock on a third one, so that nobody removes it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -18,13 +19,16 @@ from typing import Any
 from filelock import FileLock
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.engine.hub import RemoteFile
+from kwaainet_bridge.engine.weights.header import Place
+from kwaainet_bridge.engine.weights.hub import RemoteFile
 from kwaainet_bridge.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
 Range = tuple[int, int]
 RECORD = ".parts.json"
+LOCK = ".lock"
+USE = ".use"
 
 
 def merged(ranges: Iterable[Range], *, gap: int = 0) -> list[Range]:
@@ -52,13 +56,17 @@ def without(ranges: Iterable[Range], there: Iterable[Range]) -> list[Range]:
 
 
 class PartialFile:
-    """One file of the cache. Whoever reads its record or writes holds :attr:`lock`; tensors are read without."""
+    """One file of the cache. Whoever reads its record or writes holds :attr:`lock`; tensors are read within
+    :meth:`use`."""
 
     def __init__(self, path: Path, remote: RemoteFile) -> None:
         """The file of a download that is for another content is begun anew."""
         self.path = path
         self.remote = remote
-        self.lock = FileLock(path.with_name(path.name + ".lock"))
+        self.lock = FileLock(path.with_name(path.name + LOCK))
+        self.places: dict[str, Place] | None = None
+        """Where each tensor lies, once the header has been read."""
+        self._use: int | None = None
         self._record = path.with_name(path.name + RECORD)
         self._parts: dict[Range, str] = {}
         self._trusted: set[Range] = set()
@@ -86,15 +94,38 @@ class PartialFile:
             self._parts = {(start, stop): digest for start, stop, digest in told["parts"]}
             self._trusted &= self._parts.keys()
             return
+        self.forget()  # another process may have the old file mapped: it keeps that, and this is a new one
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._parts = {}
         self._save()
-        with self.path.open("wb") as file:
+        with self.path.open("xb") as file:
             file.truncate(self.remote.size)
+
+    def use(self) -> None:
+        """Keep others from removing the file, until :meth:`release` or the end of the process. Needs the lock."""
+        if self._use is None:
+            descriptor = os.open(self.path.with_name(self.path.name + USE), os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            except OSError:
+                os.close(descriptor)
+                raise
+            self._use = descriptor
+
+    def release(self) -> None:
+        """The file may be removed."""
+        if self._use is not None:
+            os.close(self._use)
+            self._use = None
 
     @property
     def ranges(self) -> list[Range]:
+        """What is there."""
         return merged(self._parts)
+
+    @property
+    def lacking_bytes(self) -> int:
+        """How much of the whole file is not there."""
+        return self.remote.size - sum(stop - start for start, stop in self.ranges)
 
     def missing(self, ranges: Iterable[Range]) -> list[Range]:
         """What of these bytes is not there, after those that are have been verified."""
@@ -144,7 +175,7 @@ class PartialFile:
         """Remove the file and what is known of it."""
         for path in (self._record, self.path):
             path.unlink(missing_ok=True)
-        self._parts, self._trusted = {}, set()
+        self._parts, self._trusted, self.places = {}, set(), None
 
     def _note(self, file: Any, part: Range, digest: str) -> None:
         file.flush()
@@ -194,7 +225,7 @@ def _read(record: Path) -> dict[str, Any] | None:
         told = json.loads(record.read_text())
         parts = [(int(start), int(stop), str(digest)) for start, stop, digest in told["parts"]]
         size, etag = int(told["size"]), str(told["etag"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     if not all(0 <= start < stop <= size for start, stop, _ in parts):
         return None
