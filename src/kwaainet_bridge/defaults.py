@@ -836,6 +836,12 @@ REBALANCE_MAX_SECONDS: Final = 3600.0
 MOVE_SPARE_BYTES: Final = 512 * MIB
 """Memory that must be left beside a second span of blocks before it is loaded while the first is served."""
 
+MODEL_RETRY_SECONDS: Final = 30.0
+"""After a model of several could not be loaded, until it is tried again."""
+
+MODEL_RETRY_MAX_SECONDS: Final = 1800.0
+"""The same after more attempts: each doubles it up to this. An attempt reads files and perhaps a network."""
+
 OFFLINE_STORE_SECONDS: Final = 10.0
 """How long a leaving node tries to withdraw its records before it goes without."""
 

@@ -70,8 +70,13 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
             assert status["ready"]
             assert status["peer_id"] == str(node.contact.peer_id)
             assert status["addresses"] == list(node.contact.addresses)
-            petals, kwaainet = status["networks"]["petals"], status["networks"]["kwaainet"]
-            assert petals["bootstrap"] == {"total": 1, "reached": [str(first.contact.peer_id)]}
+            assert status["networks"]["petals"]["bootstrap"] == {
+                "total": 1,
+                "reached": [str(first.contact.peer_id)],
+            }
+            (model,) = status["models"]
+            petals, kwaainet = model["networks"]["petals"], model["networks"]["kwaainet"]
+            assert status["networks"]["petals"]["served"] == petals["served"]
             assert petals["announced"]["peers"] == {str(first.contact.peer_id): 3}
             assert kwaainet["announced"]["peers"] == {str(kwaai.contact.peer_id): 4}
             assert (petals["sessions"], kwaainet["sessions"]) == (1, 0)
@@ -88,9 +93,9 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
                 "received_bytes": {"NONE": 9 * 64 * 4},
                 "sent_bytes": {"NONE": 9 * 64 * 4},
             }
-            assert status["blocks"]["first"] == 0
-            assert status["blocks"]["end"] == 2
-            assert status["cache"] == {"tokens_total": 16384, "tokens_left": 16384 - 16}  # a page
+            assert model["name"] == PREFIX
+            assert (model["blocks"]["first"], model["blocks"]["end"]) == (0, 2)
+            assert model["cache"] == {"tokens_total": 16384, "tokens_left": 16384 - 16}  # a page
             assert status["host"]["connections"]["inbound"] >= 1
 
             answer = await client.get("/metrics")
@@ -101,12 +106,12 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
                 assert str(known.contact.peer_id) not in answer.text
             assert str(host.peer_id) not in answer.text
             assert sample(found, "ready") == 1
-            assert sample(found, "steps", network="petals") == 2
-            assert sample(found, "tokens", network="petals", kind="step") == 4
-            assert sample(found, "sessions", network="petals") == 1
-            assert sample(found, "cache_tokens", state="used") == 16
-            assert sample(found, "condition", condition="announced kwaainet") == 1
-            assert sample(found, "dht_records", network="petals", outcome="by_others") >= 3
+            assert sample(found, "steps", model=PREFIX, network="petals") == 2
+            assert sample(found, "tokens", model=PREFIX, network="petals", kind="step") == 4
+            assert sample(found, "sessions", model=PREFIX, network="petals") == 1
+            assert sample(found, "cache_tokens", model=PREFIX, state="used") == 16
+            assert sample(found, "condition", condition="announced kwaainet", model=PREFIX) == 1
+            assert sample(found, "dht_records", model=PREFIX, network="petals", outcome="by_others") >= 3
             assert sample(found, "bootstrap_peers_reached", network="kwaainet") == 1
             assert found["kwaainet_bridge_event_loop_lag_seconds"].samples
             assert found["process_resident_memory_bytes"].samples
@@ -117,11 +122,13 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
                 with pytest.raises(Exception, match="Cannot allocate"):
                     await greedy.receive(timeout=10)
             found = families((await client.get("/metrics")).text)
-            assert sample(found, "requests_refused", network="petals") == 1
+            assert sample(found, "requests_refused", model=PREFIX, network="petals") == 1
 
         undone = set(ROWS) - met
         assert all(
-            key.startswith(("averaging.", "degraded.", "problems")) or "null" in ROWS[key] for key in undone
+            key.startswith(("averaging.", "degraded.", "models[].degraded.", "models[].loading.", "problems"))
+            or "null" in ROWS[key]
+            for key in undone
         ), undone
 
 
@@ -202,7 +209,7 @@ async def test_an_engine_that_hangs(tmp_path, monkeypatch):
             assert hang.wait(20)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(node.state.served.engine._compute.run, work)
+            nursery.start_soon(node.served.engine._compute.run, work)
             await until(lambda: condition_is(client, "engine", met=False))
             assert "gave no turn within 0.2 s" in (await condition_of(client, "engine")).reason
             assert (await client.get("/livez")).status_code == 200

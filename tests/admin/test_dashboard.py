@@ -357,8 +357,9 @@ async def test_the_node_own_model_comes_first_registered_or_not_and_as_it_is():
     assert [m.prefix for m in await models_to_show("petals", Registry(*names), state)] == names[
         : defaults.DASHBOARD_MODELS
     ]
+    model = state.add_model("own", ["petals"])
     for own in ("_private", names[-1]):
-        state.served = SimpleNamespace(
+        model.served = SimpleNamespace(
             prefixes={"petals": own}, engine=SimpleNamespace(model=SimpleNamespace(num_blocks=8))
         )
         shown = await models_to_show("petals", Registry(*names), state)
@@ -417,13 +418,16 @@ def test_every_condition_has_a_remedy_of_its_own():
 
 def test_a_start_is_no_problem_and_a_lasting_lack_is():
     state = NodeState(clock=Clock())
-    state.announces = ("petals",)
+    model = state.add_model("own", ["petals"])
     assert problems(state) == ()
     state.degrade("bootstrap petals", "none of 1")
     assert [p.name for p in problems(state)] == ["bootstrap petals"]
+    model.degrade("blocks", "no such file")
+    assert [(p.name, p.model) for p in problems(state)] == [("bootstrap petals", None), ("blocks", "own")]
     state.enter(Phase.SERVING)
     found = problems(state)
     assert [p.name for p in found] == ["bootstrap petals", "blocks", "announced petals"]
+    assert [p.model for p in found] == [None, "own", "own"]
     assert all(p.reason and p.remedy for p in found)
     assert {p.name for p in found} >= {c.name for c in conditions(state) if not c.met}
 

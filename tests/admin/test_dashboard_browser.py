@@ -144,7 +144,7 @@ async def test_a_node_in_a_swarm_as_phones_and_screens_show_it(tmp_path):
                 assert "Nothing that is known." in screen.text("#problems")
                 assert str(first.contact.peer_id)[-6:] in screen.text("#peers")
                 assert "serving, after" in screen.text("#events")
-                assert "0 of " in screen.text("#cache-text")
+                assert "0 of " in screen.text("#caches")
                 trio.from_thread.run(use)
                 screen.waits("#totals", "4 steps with 4 tokens")
                 screen.waits("#delay", r"\d")

@@ -13,6 +13,7 @@ from kwaainet_bridge.errors import EngineError
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.announcing import AnnounceReport
+from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.node.watching import measure_lag, watch_engine
@@ -36,12 +37,22 @@ def report(state=ServerState.ONLINE, *, by_others=3, peers=1):
 def serving(clock: Clock, *, bootstrap=1) -> NodeState:
     """A node that serves blocks, and is well."""
     state = NodeState(clock=clock)
-    state.announces = ("petals",)
     state.bootstrap = {"petals": SimpleNamespace(total=bootstrap, reached=set())}
-    state.served = SimpleNamespace(engine=SimpleNamespace(blocks=range(2, 5)))
-    state.note_announced(report())
-    state.enter(Phase.SERVING)
+    serve(state, "model")
     return state
+
+
+def serve(state: NodeState, key: str) -> ModelState:
+    model = state.add_model(key, ["petals"])
+    model.served = SimpleNamespace(engine=SimpleNamespace(blocks=range(2, 5)))
+    model.note_announced(report())
+    model.enter(Phase.SERVING)
+    return model
+
+
+def only(state: NodeState) -> ModelState:
+    (model,) = state.models.values()
+    return model
 
 
 def unmet(state: NodeState) -> dict[str, str]:
@@ -71,17 +82,55 @@ def test_other_phases_are_not_ready(phase):
 
 def test_blocks_that_are_not_loaded():
     state = serving(Clock())
-    state.served = None
+    only(state).served = None
     assert unmet(state)["blocks"] == "not loaded: serving"
+    only(state).degrade("blocks", "no such file; tried again every 30 s")
+    assert unmet(state)["blocks"] == "not loaded: no such file; tried again every 30 s"
 
 
 @pytest.mark.parametrize("condition", ["engine", "reachable", "clock", "announced petals"])
 def test_what_degrades_a_node_makes_it_unready_with_the_same_reason(condition):
     state = serving(Clock())
-    state.degrade(condition, "because")
+    of = state if condition in {"reachable", "clock"} else only(state)
+    of.degrade(condition, "because")
     assert unmet(state) == {condition: "because"}
-    state.recover(condition)
+    of.recover(condition)
     assert is_ready(conditions(state))
+
+
+def test_each_model_has_its_own_conditions():
+    state = serving(Clock())
+    other = serve(state, "other")
+    assert is_ready(conditions(state))
+    other.degrade("engine", "because")
+    assert [(c.name, c.model, c.reason) for c in conditions(state) if not c.met] == [
+        ("engine", "other", "because")
+    ]
+    assert [(model and model.key, name) for model, name, _ in state.degradations()] == [("other", "engine")]
+    state.remove_model(other)
+    assert is_ready(conditions(state))
+    assert {c.model for c in conditions(state)} == {None, "model"}
+
+
+def test_the_phase_of_a_node_follows_from_those_of_its_models():
+    state = serving(Clock())
+    first, other = only(state), serve(state, "other")
+    for mine, others, expected in [
+        (Phase.LOADING, Phase.SERVING, Phase.SERVING),
+        (Phase.LOADING, Phase.DRAINING, Phase.DRAINING),
+        (Phase.LOADING, Phase.LOADING, Phase.LOADING),
+        (Phase.SERVING, Phase.LOADING, Phase.SERVING),
+        (Phase.DRAINING, Phase.DRAINING, Phase.DRAINING),
+    ]:
+        first.enter(mine)
+        other.enter(others)
+        assert state.phase is expected
+    with pytest.raises(ValueError, match="other is there already"):
+        state.add_model("other", [])
+    state.remove_model(other)
+    assert state.phase is Phase.DRAINING
+    state.remove_model(first)
+    assert state.phase is Phase.SERVING
 
 
 def test_other_degradations_do_not():
@@ -94,7 +143,8 @@ def test_other_degradations_do_not():
 def test_announcements():
     clock = Clock()
     state = serving(clock)
-    state.announced.clear()
+    model = only(state)
+    model.announced.clear()
     assert unmet(state) == {"announced petals": "nothing was announced yet"}
     for told, why in [
         (report(ServerState.JOINING), "JOINING"),
@@ -102,21 +152,21 @@ def test_announcements():
         (report(by_others=0, peers=0), "no other node was asked"),
         (report(by_others=0), "keeps 0"),
     ]:
-        state.note_announced(told)
+        model.note_announced(told)
         assert why in unmet(state)["announced petals"]
-    state.note_announced(report())
+    model.note_announced(report())
     clock.now += 360
     assert is_ready(conditions(state))
     clock.now += 1
     assert "expired" in unmet(state)["announced petals"]
-    assert state.announced["petals"].rounds == 5
-    assert state.announced["petals"].records == 15
-    assert state.announced["petals"].by_others == 9
+    assert model.announced["petals"].rounds == 5
+    assert model.announced["petals"].records == 15
+    assert model.announced["petals"].by_others == 9
 
 
 def test_the_first_node_of_a_swarm_keeps_its_records_itself():
     state = serving(Clock(), bootstrap=0)
-    state.note_announced(report(by_others=0, peers=0))
+    only(state).note_announced(report(by_others=0, peers=0))
     assert is_ready(conditions(state))
 
 
@@ -149,7 +199,7 @@ async def test_an_engine_is_checked_and_may_come_back(autojump_clock, nursery):
         if failing:
             raise failing[0]
 
-    nursery.start_soon(watch_engine, check, state)
+    nursery.start_soon(watch_engine, check, only(state))
     await trio.sleep(29)
     assert is_ready(conditions(state))
     await trio.sleep(2)
@@ -158,7 +208,7 @@ async def test_an_engine_is_checked_and_may_come_back(autojump_clock, nursery):
     await trio.sleep(10)
     assert "the engine is closed" in unmet(state)["engine"]
     failing.clear()
-    state.note_announced(report())
+    only(state).note_announced(report())
     await trio.sleep(11)
     assert is_ready(conditions(state))
 

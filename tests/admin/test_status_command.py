@@ -37,8 +37,7 @@ async def test_a_running_node_is_shown(tmp_path, capsys):
         for line in (
             "phase       serving for",
             "NOT READY",
-            "blocks      0:2 of 8",
-            "cache       0 of 16384 tokens in use",
+            "blocks      0:2 of 8, tiny-llama-hf; 0 of 16384 cache tokens in use",
             "bootstrap petals  none of 1 bootstrap peers is reached",
             "petals   0 of 1     tiny-llama-hf",
         ):
@@ -165,8 +164,8 @@ def answering(body: bytes):
     [
         (b"<html>", "is no node"),
         (b"[]", "is no node"),
-        (b'{"schema": 2, "version": "9.9"}', "of another version"),
-        (b'{"schema": 1}', "sent no status"),
+        (b'{"schema": 3, "version": "9.9"}', "of another version"),
+        (b'{"schema": 2}', "sent no status"),
     ],
 )
 def test_something_else_answers(tmp_path, body, told):
@@ -175,6 +174,6 @@ def test_something_else_answers(tmp_path, body, told):
 
 
 def test_json_is_printed_whatever_version_it_is_of(tmp_path, capsys):
-    with answering(b'{"schema": 2, "news": 1}') as port:
+    with answering(b'{"schema": 3, "news": 1}') as port:
         show(node_config(tmp_path, "node", admin={"listen": f"127.0.0.1:{port}"}), as_json=True)
-    assert json.loads(capsys.readouterr().out) == {"schema": 2, "news": 1}
+    assert json.loads(capsys.readouterr().out) == {"schema": 3, "news": 1}

@@ -23,7 +23,7 @@ PROMPT, TOKENS = [1, 42, 99, 7, 300], 12
 
 async def serving(node: RunningNode, blocks: range) -> None:
     with trio.fail_after(60):
-        while node.state.served is None or node.state.served.engine.blocks != blocks:
+        while node.served is None or node.served.engine.blocks != blocks:
             await node.state.wait_changed()
 
 

@@ -221,3 +221,99 @@ def test_model_folder_is_relative_to_the_file(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "node.yaml").write_text("model: {name: weights}")
     assert load_config(tmp_path / "node.yaml").model.name == str(tmp_path / "weights")
+
+
+TWO = "models: [{name: a/x, cache_tokens: 64}, {name: b/y, dht_prefix: z, blocks: '0:4'}]"
+
+
+def test_several_models_have_the_keys_of_one_each():
+    config = parse_config(TWO, "x")
+    assert config.model is None
+    assert [(m.key, m.cache_tokens, m.blocks) for m in config.served_models] == [
+        ("a/x", 64, None),
+        ("z", 16384, "0:4"),
+    ]
+    assert config.openai_models == ("a/x", "b/y")
+    (only,) = parse_config("model: {name: a/x}", "x").served_models
+    assert only.name == "a/x"
+    assert parse_config("", "x").served_models == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {}\nmodels: [{}]", "model and models exclude each other: make model an entry of models"),
+        (
+            "models: [{name: a/x, blocks: '0:4'}, {name: a/x, blocks: '2:6'}]",
+            (
+                "models: the blocks of a/x (0:4), a/x (2:6) would have the same names, x: make one entry with all their "
+                "blocks of it, or give each another dht_prefix"
+            ),
+        ),
+        ("models: [{name: a/x.y}, {name: b/x-y}]", "would have the same names, x-y"),
+        ("models: [{name: a/x, dht_prefix: z}, {name: b/y, dht_prefix: z}]", "would have the same names, z"),
+        ("models: [{}, {}]", "would have the same names, austen"),
+        (
+            "models: [{name: a}, {name: b}]\nnetworks: {kwaainet: {}}",
+            (
+                "models: KwaaiNet's requests name no model, so only one of a, b can be served there: set networks: [petals] "
+                "for the others, or protocols.kwaai_inference to false"
+            ),
+        ),
+        (
+            "models: [{threads: 1}, {name: b, threads: 2}]",
+            "models: threads are 1, 2, but torch has one number",
+        ),
+        (
+            "models: [{tensor_parallel: 2}, {name: b, tensor_parallel: 2}]",
+            "models: only one model of a node can be split, and austen, b have tensor_parallel above 1",
+        ),
+        ("models: [{name: a, dtpe: x}]", "models.0.dtpe: unknown key; did you mean 'dtype'?"),
+        ("models: [{name: a, networks: [kwaainet]}]", "models has 'a' but no network serves it"),
+        ("models: [{name: a, networks: []}]", "models has 'a' but no network serves it"),
+        ("averaging: {runs: [{prefix: a, x: 1}]}", "averaging.runs.0.x: unknown key; known here: network"),
+        ("models: {name: a}", "models: must be a list"),
+    ],
+)
+def test_models_that_cannot_be_together(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "node.yaml")
+    assert message in str(caught.value)
+
+
+def test_one_of_several_may_be_in_kwaainet():
+    networks = "networks: {kwaainet: {}}"
+    config = parse_config(f"models: [{{name: a}}, {{name: b, networks: [petals]}}]\n{networks}", "x")
+    assert [m.networks for m in config.served_models] == [("petals", "kwaainet"), ("petals",)]
+    off = "protocols: {kwaai_inference: false}"
+    assert len(parse_config(f"models: [{{name: a}}, {{name: b}}]\n{networks}\n{off}", "x").models) == 2
+
+
+def test_the_command_line_uses_one_of_several(tmp_path):
+    def asked(**model):
+        return parse_config(TWO, "x", {"model": model}, folder=tmp_path).model
+
+    assert asked(name="a/x").cache_tokens == 64
+    assert asked(name="b/y", blocks="1:2").blocks == "1:2"
+    assert asked(name="c/new").cache_tokens == 16384
+    with pytest.raises(ConfigError, match=r"several models \(a/x, b/y\): say with --model which one"):
+        asked(blocks="0:1")
+    one = parse_config("models: [{name: a, cache_tokens: 99}]", "x", {"model": {"blocks": "0:1"}})
+    assert (one.model.name, one.model.cache_tokens, one.models) == ("a", 99, ())
+    same = "models: [{name: a, dht_prefix: p}, {name: a, dht_prefix: q, cache_tokens: 77}]"
+    assert parse_config(same, "x", {"model": {"name": "a", "dht_prefix": "q"}}).model.cache_tokens == 77
+    with pytest.raises(ConfigError, match="several models"):
+        parse_config(same, "x", {"model": {"name": "a"}})
+
+
+def test_folders_of_several_models_are_relative_to_the_file(tmp_path):
+    for name in ("m1", "m2"):
+        (tmp_path / name).mkdir()
+    text = "models: [{name: m1}, {name: ./m2, adapters: [./m1], dht_prefix: p}]"
+    first, second = anchored(parse_config(text, "x"), tmp_path).models
+    assert (first.name, second.name) == (str(tmp_path / "m1"), str(tmp_path / "m2"))
+    assert second.adapters == (str(tmp_path / "m1"),)
+    picked = parse_config(text, "x", {"model": {"name": str(tmp_path / "m2")}}, folder=tmp_path)
+    assert picked.model.dht_prefix == "p"
+    with pytest.raises(ConfigError, match=r"models\.name: there is no folder"):
+        anchored(parse_config("models: [{name: ./none}]", "x"), tmp_path)

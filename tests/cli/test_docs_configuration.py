@@ -20,6 +20,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encod
 WORDS = {
     "announce": "none",
     "model": "none",
+    "models": "none",
     "networks.petals": "on",
     "networks.petals.bootstrap": "none",
     "networks.kwaainet": "off",
@@ -75,13 +76,16 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def walk(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Each key with a value, and each section that may be off: its path, its annotation and its default."""
+    """Each key with a value, and each section that may be off: its path, its annotation and its default.
+
+    The keys of ``models`` are told as those of ``model``.
+    """
     for name, field in section.model_fields.items():
         key = f"{path}{name}"
         below = section_of(field.annotation)
-        if below is None or type(None) in get_args(field.annotation):
+        if below is None or type(None) in get_args(field.annotation) or key == "models":
             yield key, field.annotation, field.default
-        if below is not None:
+        if below is not None and key != "models":
             yield from walk(below, f"{key}.")
 
 

@@ -219,7 +219,7 @@ async def test_a_swarm_that_cannot_answer(tmp_path: Path, chatty: Path) -> None:
 async def test_who_leaves_frees_the_servers(tmp_path: Path, chatty: Path) -> None:
     """Within a stream and while waiting for a whole answer: the sessions end."""
     async with endpoint(tmp_path, chatty) as served:
-        petals = served.nodes[0].state.served
+        petals = served.nodes[0].served
         assert petals is not None
         for stream in (True, False):
             body = {"model": served.model, "prompt": PROMPT, "max_tokens": 1500, "stream": stream}

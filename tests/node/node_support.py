@@ -11,6 +11,8 @@ import trio
 
 from kwaainet_bridge.config import NodeConfig, anchored, parse_config
 from kwaainet_bridge.node.daemon import Contact, run_node
+from kwaainet_bridge.node.node_models import NodeModels
+from kwaainet_bridge.node.served import ServedBlocks
 from kwaainet_bridge.node.state import NodeState, Phase
 
 TINY = Path(__file__).parent.parent / "vectors" / "petals-tiny-llama" / "model"
@@ -41,6 +43,12 @@ class RunningNode:
     state: NodeState
     stop: trio.Event
     contact: Contact
+    models: NodeModels
+
+    @property
+    def served(self) -> ServedBlocks | None:
+        """The blocks of the only model, or of the first."""
+        return next(iter(self.state.models.values())).served
 
     @property
     def address(self) -> str:
@@ -61,18 +69,18 @@ class RunningNode:
 async def running_node(config: NodeConfig) -> AsyncIterator[RunningNode]:
     """A node that has started; cancelled at the end of the block if it still runs."""
     state, stop, started = NodeState(), trio.Event(), trio.Event()
-    contacts = []
+    contacts, models = [], []
 
-    def on_started(contact: Contact) -> None:
-        contacts.append(contact)
+    def on_models(made: NodeModels) -> None:
+        models.append(made)
         started.set()
 
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
-            await run_node(config, state, stop, on_started=on_started)
+            await run_node(config, state, stop, on_started=contacts.append, on_models=on_models)
 
         nursery.start_soon(run)
         await started.wait()
-        yield RunningNode(state, stop, contacts[0])
+        yield RunningNode(state, stop, contacts[0], models[0])
         nursery.cancel_scope.cancel()

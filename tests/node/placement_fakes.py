@@ -147,7 +147,10 @@ class FakeReachability:
 
 
 class World:
-    """A node with 4 of 8 blocks in two networks; ``events`` tells what was loaded and closed, in order."""
+    """A node with 4 of 8 blocks in two networks; ``events`` tells what was loaded and closed, in order.
+
+    ``memory`` is what is left beside blocks that are loaded.
+    """
 
     def __init__(
         self, *, memory: int | None = 10_000 * MIB, drain_seconds: float = 60.0, **config: Any
@@ -159,9 +162,11 @@ class World:
             FakeNetwork("kwaainet", self._tell),
         ]
         self.petals, self.kwaainet = self.networks
-        self.state = NodeState()
+        self.node = NodeState()
+        self.state = self.node.add_model("toy", ["petals", "kwaainet"])
         self.stop = trio.Event()
         self.load_seconds = 5.0
+        self._engines = 0
         self.broken: set[range] = set()
         self.config = ModelConfig(
             **{"name": "toy", "blocks": "auto", "num_blocks": 4, "throughput": 1.0} | config
@@ -174,12 +179,13 @@ class World:
             reachability=self.reachability,
             drain_seconds=drain_seconds,
             load=self._load,
-            memory=lambda _device: memory,
+            memory=lambda _device: memory if self._engines else 10_000 * MIB,
             rng=random.Random(7),
         )
 
     def _tell(self, event: str) -> None:
         self.events.append(event)
+        self._engines += event.startswith("loaded") - event.startswith("close")
         self._changed.set()
         self._changed = trio.Event()
 
@@ -190,11 +196,12 @@ class World:
                 await self._changed.wait()
 
     async def _load(
-        self, config, *, progress, on_described, choose, weights
+        self, config, *, progress, on_described, choose, admit, weights
     ) -> FakeEngine:  # as an engine is loaded
         blocks = config.blocks if choose is None else await choose(ModelOutline(MODEL.family, 8))
         name = f"{blocks.start}:{blocks.stop}"
         self._tell(f"load {name}")
+        admit(MODEL, blocks, 400 * MIB, 100 * MIB)
         if on_described is not None:
             on_described(MODEL, blocks)
         progress(LoadProgress(0, len(blocks), 0, 400 * MIB))

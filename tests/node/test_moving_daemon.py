@@ -51,7 +51,7 @@ def model(**more: Any) -> dict[str, Any]:
 
 async def chosen(node: RunningNode, blocks: range) -> None:
     with trio.fail_after(60):
-        while node.state.served is None or node.state.served.engine.blocks != blocks:
+        while node.served is None or node.served.engine.blocks != blocks:
             await node.state.wait_changed()
 
 
@@ -126,7 +126,7 @@ async def test_of_two_nodes_on_the_same_blocks_one_moves_and_a_client_uses_both(
     auto = model(blocks="auto", num_blocks=HALF, rebalance_seconds=0.3)
     async with running_node(node_config(tmp_path, "auto", model=auto)) as mover:
         await chosen(mover, first_half)
-        before = weakref.ref(mover.state.served.engine)
+        before = weakref.ref(mover.served.engine)
         own = mover.contact.peer_id
         async with open_peer([mover.address], client_mode=True) as peer:
             directory = Directory(peer.dht, PREFIX, BLOCKS)
@@ -153,7 +153,8 @@ async def test_of_two_nodes_on_the_same_blocks_one_moves_and_a_client_uses_both(
 
                     await chosen(mover, second_half)
                     status = status_of(mover.state)
-                    assert (status["blocks"]["first"], status["blocks"]["end"]) == (HALF, BLOCKS)
+                    blocks = status["models"][0]["blocks"]
+                    assert (blocks["first"], blocks["end"]) == (HALF, BLOCKS)
                     assert status["phase"]["name"] == "serving"
                     assert status["networks"]["petals"]["served"]["steps"] == 3  # as before the move
                     spans = {s.peer: s.blocks for s in await directory.read()}

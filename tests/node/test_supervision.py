@@ -77,7 +77,7 @@ async def supervised(address: str, state: NodeState, *, stop: trio.Event | None 
 
 def with_blocks() -> NodeState:
     state = NodeState()
-    state.announces = ("petals",)
+    state.add_model("model", ["petals"])
     return state
 
 
@@ -150,13 +150,14 @@ async def test_the_watchdog_is_not_told_while_the_engine_does_not_compute(addres
     async with supervised(address, state, WATCHDOG_USEC="8000000") as manager:
         state.enter(Phase.SERVING)
         await manager.all()
-        state.degrade(ENGINE, "it hangs")
+        model = state.models["model"]
+        model.degrade(ENGINE, "it hangs")
         state.degrade("reachable", "a peer's words\nREADY=1")
         await trio.sleep(60)
         heard = await manager.all()
         assert "WATCHDOG=1" not in heard
-        assert "STATUS=serving; degraded: engine, reachable" in heard
-        state.recover(ENGINE)
+        assert "STATUS=serving; degraded: reachable, engine" in heard
+        model.recover(ENGINE)
         await trio.sleep(5)
         assert "WATCHDOG=1" in await manager.all()
 

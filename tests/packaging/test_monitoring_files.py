@@ -71,7 +71,7 @@ def mistakes(query: str) -> list[str]:
 
 
 def test_the_table_is_read():
-    assert KNOWN["kwaainet_bridge_step_seconds_bucket"] == {"network", "phase", "le"}
+    assert KNOWN["kwaainet_bridge_step_seconds_bucket"] == {"model", "network", "phase", "le"}
     assert KNOWN["kwaainet_bridge_build_info"] == {"version"}
 
 

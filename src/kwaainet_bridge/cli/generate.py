@@ -61,9 +61,11 @@ async def generate_text(config: NodeConfig, options: GenerateOptions) -> None:
 
     Raises ConfigError without a bootstrap address, NetworkError when nobody answers or blocks are missing.
     """
-    model = config.model
-    if model is None:
-        raise ConfigError("no model to generate with: name it with --model")
+    models = config.served_models
+    if len(models) != 1:
+        known = f"several models ({', '.join(model.name for model in models)})" if models else "no model"
+        raise ConfigError(f"{known} to generate with: name it with --model")
+    model = models[0]
     async with visit_swarm(config, both=True) as visit:
         console = Console(stderr=True)
         with _progress(console) as progress:

@@ -10,7 +10,7 @@ import gc
 import os
 import shlex
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Final
 
@@ -60,7 +60,7 @@ async def run_until_signalled(config: NodeConfig) -> None:
             nursery.start_soon(_tell_reachability, state)
             nursery.start_soon(_show_loading, state)
             nursery.start_soon(_collect_garbage_once_started, state)
-            await run_node(config, state, stop, on_started=partial(_introduce, config.model))
+            await run_node(config, state, stop, on_started=partial(_introduce, config.served_models))
             nursery.cancel_scope.cancel()
 
 
@@ -83,12 +83,15 @@ async def _collect_garbage_once_started(state: NodeState) -> None:
         gc.enable()
 
 
-def _introduce(model: ModelConfig | None, contact: Contact) -> None:
+def _introduce(models: Sequence[ModelConfig], contact: Contact) -> None:
     typer.echo(f"{PEER_LABEL}    {contact.peer_id}")
     for address in contact.addresses:
         typer.echo(f"{ADDRESS_LABEL}    {address}")
     if contact.join_address is not None:
-        typer.echo(f"{JOIN_LABEL}  {join_command(model, contact.join_address)}")
+        for model in models:
+            typer.echo(f"{JOIN_LABEL}  {join_command(model, contact.join_address)}")
+        if not models:
+            typer.echo(f"{JOIN_LABEL}  {join_command(None, contact.join_address)}")
 
 
 def join_command(model: ModelConfig | None, address: str) -> str:
@@ -102,10 +105,20 @@ def join_command(model: ModelConfig | None, address: str) -> str:
 
 
 async def _tell_when_serving(state: NodeState) -> None:
+    """Each model, once it serves for the first time, or that there are none."""
     await state.wait_for(Phase.SERVING)
-    facts = state.facts
-    blocks = f"{facts['prefix']} {facts['blocks']} of {facts['model_blocks']}" if facts else "no blocks"
-    typer.echo(f"{SERVING_LABEL}    {blocks}")
+    if not state.models:
+        typer.echo(f"{SERVING_LABEL}    no blocks")
+    told: set[str] = set()
+    while True:
+        for model in state.models.values():
+            if model.phase is Phase.SERVING and model.key not in told:
+                told.add(model.key)
+                facts = model.facts
+                typer.echo(
+                    f"{SERVING_LABEL}    {facts['prefix']} {facts['blocks']} of {facts['model_blocks']}"
+                )
+        await state.wait_changed()
 
 
 async def _show_loading(state: NodeState) -> None:
@@ -124,7 +137,8 @@ async def _show_loading(state: NodeState) -> None:
         fetching = bar.add_task("fetching", visible=False, total=None)
         reading = bar.add_task("reading", visible=False, total=None)
         while state.phase in (Phase.STARTING, Phase.BOOTSTRAPPING, Phase.LOADING):
-            if (now := state.loading) is not None:
+            coming = [m.loading for m in state.models.values() if m.served is None]
+            if (now := next(filter(None, coming), None)) is not None:
                 if now.missing_bytes:
                     bar.update(fetching, visible=True, completed=now.fetched_bytes, total=now.missing_bytes)
                 else:

@@ -24,7 +24,7 @@ from kwaainet_bridge.node.web.tokens import bearer, read_token
 
 Fetch = Callable[[], Any]
 
-_SCHEMA: Final = 1  # of the status that is understood here
+_SCHEMA: Final = 2  # of the status that is understood here
 
 
 def show_status(config: NodeConfig, *, watch: bool, as_json: bool) -> None:
@@ -139,15 +139,18 @@ def draw(status: dict[str, Any], out: Console) -> None:
     for address in status["addresses"]:
         _line(out, "address", address)
     _line(out, "reachable", f"{verdict['verdict']}: {verdict['evidence']}")
-    _draw_serving(status, out)
+    _draw_models(status["models"], out)
     _draw_host(status, out)
-    unmet = [[c["name"], c["reason"]] for c in status["conditions"] if not c["met"]]
-    named = {name for name, _ in unmet}
-    unmet += [[name, why] for name, why in status["degraded"].items() if name not in named]
+    unmet = {(c["name"], c["model"]): c["reason"] for c in status["conditions"] if not c["met"]}
+    for model in (None, *status["models"]):
+        name, degraded = (None, status["degraded"]) if model is None else (model["name"], model["degraded"])
+        unmet |= {(which, name): why for which, why in degraded.items() if (which, name) not in unmet}
     if unmet:
+        several = len(status["models"]) > 1
+        rows = [[f"{name} of {of}" if several and of else name, why] for (name, of), why in unmet.items()]
         out.print()
-        print_table(out, ["not met", "reason"], unmet, fixed=["not met"])
-    _draw_networks(status["networks"], out)
+        print_table(out, ["not met", "reason"], rows, fixed=["not met"])
+    _draw_networks(status, out)
     _draw_averaging(status["averaging"], out)
 
 
@@ -155,14 +158,22 @@ def _line(out: Console, label: str, text: str) -> None:
     out.print(f"{label:<12}{printable(text)}", soft_wrap=True)
 
 
-def _draw_serving(status: dict[str, Any], out: Console) -> None:
-    blocks, cache = status["blocks"], status["cache"]
-    if blocks is None:
+def _draw_models(models: list[dict[str, Any]], out: Console) -> None:
+    if not models:
         _line(out, "blocks", "none")
-        return
-    _line(out, "blocks", f"{blocks['first']}:{blocks['end']} of {blocks['of']}, {blocks['model']}")
-    total, left = cache["tokens_total"], cache["tokens_left"]
-    _line(out, "cache", f"{total - left} of {total} tokens in use")
+    for model in models:
+        blocks, cache = model["blocks"], model["cache"]
+        if blocks is None:
+            _line(out, "blocks", f"{model['name']}: {model['phase']['name']}{_loaded(model['loading'])}")
+            continue
+        total, left = cache["tokens_total"], cache["tokens_left"]
+        span = f"{blocks['first']}:{blocks['end']} of {blocks['of']}"
+        phase = "" if model["phase"]["name"] == "serving" else f", {model['phase']['name']}"
+        _line(out, "blocks", f"{span}, {model['name']}{phase}; {total - left} of {total} cache tokens in use")
+
+
+def _loaded(loading: dict[str, Any] | None) -> str:
+    return "" if loading is None else f", {loading['blocks_done']} of {loading['blocks_total']} blocks"
 
 
 def _draw_host(status: dict[str, Any], out: Console) -> None:
@@ -186,31 +197,12 @@ def _draw_host(status: dict[str, Any], out: Console) -> None:
     )
 
 
-def _draw_networks(networks: dict[str, Any], out: Console) -> None:
+def _draw_networks(status: dict[str, Any], out: Console) -> None:
     rows = []
-    for name, network in networks.items():
-        known, served, bootstrap = network["announced"], network["served"], network["bootstrap"]
-        told = (
-            ""
-            if known is None
-            else (
-                f"{known['state']}, {known['by_others']} of {known['records']} kept by others, "
-                f"{_span(known['age_seconds'])} ago"
-            )
-        )
-        rows.append(
-            [
-                name,
-                f"{len(bootstrap['reached'])} of {bootstrap['total']}",
-                network["prefix"] or "",
-                told,
-                str(network["sessions"]),
-                str(served["steps"]),
-                str(served["step_tokens"] + served["pass_tokens"]),
-                _mb(sum(served["received_bytes"].values())),
-                _mb(sum(served["sent_bytes"].values())),
-            ]
-        )
+    for name, network in status["networks"].items():
+        bootstrap = f"{len(network['bootstrap']['reached'])} of {network['bootstrap']['total']}"
+        used = [m["networks"][name] for m in status["models"] if name in m["networks"]]
+        rows += [[name, bootstrap, *_row(use)] for use in used or [network]]
     if rows:
         out.print()
         columns = [
@@ -225,6 +217,24 @@ def _draw_networks(networks: dict[str, Any], out: Console) -> None:
             "sent",
         ]
         print_table(out, columns, rows, fixed=["network", "bootstrap"])
+
+
+def _row(use: dict[str, Any]) -> list[str]:
+    """Of one model in one network, or of a network without any."""
+    known, served = use.get("announced"), use["served"]
+    told = ""
+    if known is not None:
+        age = _span(known["age_seconds"])
+        told = f"{known['state']}, {known['by_others']} of {known['records']} kept by others, {age} ago"
+    return [
+        use.get("prefix") or "",
+        told,
+        str(use["sessions"]),
+        str(served["steps"]),
+        str(served["step_tokens"] + served["pass_tokens"]),
+        _mb(sum(served["received_bytes"].values())),
+        _mb(sum(served["sent_bytes"].values())),
+    ]
 
 
 def _draw_averaging(runs: dict[str, Any], out: Console) -> None:

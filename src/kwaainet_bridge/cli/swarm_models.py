@@ -105,16 +105,21 @@ def _not_registered(wanted: Wanted, registered: Mapping[str, Iterable[SwarmModel
 
 
 def _known_names(config: NodeConfig, in_petals: Iterable[str]) -> dict[str, str]:
-    """What the configured model is called in Petals, if that is one of ``in_petals``, and in KwaaiNet."""
-    model, network = config.model, config.networks.kwaainet
-    if model is None or network is None:
+    """What a configured model is called in Petals, if that is one of ``in_petals``, and in KwaaiNet."""
+    network = config.networks.kwaainet
+    if network is None:
         return {}
     there = set(in_petals)
-    try:
-        # its family is in the checkpoint, which nobody wants to fetch for this
-        candidates = [swarm_prefix(model.name, family, model.dht_prefix) for family in _NAMING_FAMILIES]
-        names = {KWAAINET: kwaainet_prefix(model.name, network.dht_prefix)}
-    except ConfigError:  # what it is called gives no prefix: then it is served nowhere under a derived one
-        return {}
-    own = next((prefix for prefix in candidates if prefix in there), None)
-    return {} if own is None else {PETALS: own, **names}
+    for model in config.served_models:
+        try:
+            # its family is in the checkpoint, which nobody wants to fetch for this
+            candidates = [swarm_prefix(model.name, family, model.dht_prefix) for family in _NAMING_FAMILIES]
+            names = {KWAAINET: kwaainet_prefix(model.name, network.dht_prefix)}
+        except (
+            ConfigError
+        ):  # what it is called gives no prefix: then it is served nowhere under a derived one
+            continue
+        own = next((prefix for prefix in candidates if prefix in there), None)
+        if own is not None:
+            return {PETALS: own, **names}
+    return {}

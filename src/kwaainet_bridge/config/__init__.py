@@ -3,6 +3,7 @@
 from kwaainet_bridge.config.reading import anchored, load_config, merge_settings, parse_config
 from kwaainet_bridge.config.schema import NodeConfig
 from kwaainet_bridge.config.sections import LimitsConfig, NetworksConfig, OpenAIConfig
+from kwaainet_bridge.config.several import check_together
 from kwaainet_bridge.config.values import AUTO, EMBEDDED_MODEL, PRESETS
 from kwaainet_bridge.config.work import AveragingConfig, AveragingRun, ModelConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "NodeConfig",
     "OpenAIConfig",
     "anchored",
+    "check_together",
     "load_config",
     "merge_settings",
     "parse_config",

@@ -17,12 +17,19 @@ from pydantic import (
 
 from kwaainet_bridge.admin_address import UNIX_PREFIX, UnixAddress, parse_admin_address
 from kwaainet_bridge.config.schema import NodeConfig
+from kwaainet_bridge.config.several import pick_model
 from kwaainet_bridge.config.values import EMBEDDED_MODEL
+from kwaainet_bridge.config.work import ModelConfig
 from kwaainet_bridge.errors import ConfigError
 
 
-def parse_config(text: str, source: str, overrides: dict[str, Any] | None = None) -> NodeConfig:
+def parse_config(
+    text: str, source: str, overrides: dict[str, Any] | None = None, *, folder: Path | None = None
+) -> NodeConfig:
     """Read a configuration. ``overrides`` (nested like the YAML) replace its values.
+
+    Those of ``model`` make it one of a single model: of ``models`` the one that they name, folders of which are
+    relative to ``folder``.
 
     Raises ConfigError that lists every mistake with its key and the remedy.
     """
@@ -34,6 +41,9 @@ def parse_config(text: str, source: str, overrides: dict[str, Any] | None = None
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: expected keys and values, found {type(raw).__name__}")
+    asked = (overrides or {}).get("model")
+    if asked and isinstance(raw.get("models"), list) and raw.get("model") is None:
+        raw = pick_model(raw, asked, folder)
     try:
         return NodeConfig.model_validate(merge_settings(raw, overrides or {}))
     except ValidationError as e:
@@ -51,7 +61,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> NodeConf
         ) from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: not UTF-8 text") from e
-    return anchored(parse_config(text, str(path), overrides), path.parent)
+    return anchored(parse_config(text, str(path), overrides, folder=path.parent), path.parent)
 
 
 def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
@@ -62,16 +72,8 @@ def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
     """
     path = _absolute("identity.path", config.identity.path, folder)
     identity = config.identity.model_copy(update={"path": path})
-    model = config.model
-    if model is not None:
-        names: dict[str, Any] = {
-            "adapters": tuple(_source("model.adapters", name, folder) for name in model.adapters)
-        }
-        if model.name != EMBEDDED_MODEL:
-            names["name"] = _source("model.name", model.name, folder)
-        if model.cache_dir is not None:
-            names["cache_dir"] = _absolute("model.cache_dir", model.cache_dir, folder)
-        model = model.model_copy(update=names)
+    model = None if config.model is None else _anchored_model("model", config.model, folder)
+    models = tuple(_anchored_model("models", model, folder) for model in config.models)
     admin = config.admin
     address = parse_admin_address(admin.listen)
     if isinstance(address, UnixAddress) and address.path is not None:
@@ -92,7 +94,19 @@ def anchored(config: NodeConfig, folder: Path) -> NodeConfig:
     if isinstance(address, UnixAddress) and address.path is not None:
         listen = f"{UNIX_PREFIX}{_absolute('openai.listen', address.path, folder)}"
         openai = openai.model_copy(update={"listen": listen})
-    return config.model_copy(update={"identity": identity, "model": model, "admin": admin, "openai": openai})
+    changed = {"identity": identity, "model": model, "models": models, "admin": admin, "openai": openai}
+    return config.model_copy(update=changed)
+
+
+def _anchored_model(key: str, model: ModelConfig, folder: Path) -> ModelConfig:
+    names: dict[str, Any] = {
+        "adapters": tuple(_source(f"{key}.adapters", name, folder) for name in model.adapters)
+    }
+    if model.name != EMBEDDED_MODEL:
+        names["name"] = _source(f"{key}.name", model.name, folder)
+    if model.cache_dir is not None:
+        names["cache_dir"] = _absolute(f"{key}.cache_dir", model.cache_dir, folder)
+    return model.model_copy(update=names)
 
 
 def _source(key: str, name: str, folder: Path) -> str:
@@ -165,6 +179,8 @@ def _keys_at(location: Sequence[str]) -> list[str]:
     """The keys that the schema knows below ``location``."""
     section: Any = NodeConfig
     for part in location:
+        if part.isdigit():
+            continue  # an entry of a list, whose section the annotation of the list names
         annotation = section.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

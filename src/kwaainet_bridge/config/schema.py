@@ -22,6 +22,7 @@ from kwaainet_bridge.config.sections import (
     ProtocolsConfig,
     ReachabilityConfig,
 )
+from kwaainet_bridge.config.several import check_together
 from kwaainet_bridge.config.values import AnnounceAddresses, ListenAddresses, Section
 from kwaainet_bridge.config.work import AveragingConfig, ModelConfig
 
@@ -39,6 +40,8 @@ class NodeConfig(Section):
     kademlia: KademliaConfig = KademliaConfig()
     model: ModelConfig | None = None
     """What to serve; left out: nothing, the node is a bootstrap peer."""
+    models: tuple[ModelConfig, ...] = ()
+    """The same for several: each has the keys of ``model``, which must be left out then."""
     averaging: AveragingConfig = AveragingConfig()
     drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS
     """How long running sessions may go on after SIGTERM."""
@@ -60,7 +63,12 @@ class NodeConfig(Section):
     @property
     def openai_models(self) -> tuple[str, ...]:
         """What clients of the endpoint may ask for."""
-        return self.openai.models or (() if self.model is None else (self.model.name,))
+        return self.openai.models or tuple(dict.fromkeys(model.name for model in self.served_models))
+
+    @property
+    def served_models(self) -> tuple[ModelConfig, ...]:
+        """All that is to be served: ``model`` or ``models``."""
+        return self.models if self.model is None else (self.model,)
 
     @model_validator(mode="after")
     def _check_openai_has_a_model(self) -> NodeConfig:
@@ -81,21 +89,26 @@ class NodeConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_model_can_be_served(self) -> NodeConfig:
-        if self.model is None:
-            return self
+    def _check_models_can_be_served(self) -> NodeConfig:
+        if self.model is not None and self.models:
+            raise ValueError("model and models exclude each other: make model an entry of models")
         networks, protocols = self.networks, self.protocols
         by_petals = networks.petals is not None and protocols.petals_inference
         by_kwaai = networks.kwaainet is not None and protocols.kwaai_inference
-        if not by_petals and not by_kwaai:
-            raise ValueError(
-                "model is given but no network serves it: turn on networks.petals with protocols.petals_inference, or "
-                "networks.kwaainet with protocols.kwaai_inference, or remove model"
-            )
         only_dials = networks.petals is not None and networks.petals.dht == "client"
-        if (by_petals and only_dials) or not self.listen:
-            raise ValueError(
-                "model is given but nobody can dial this node: set networks.petals.dht to server and give "
-                "it an address under listen, or remove model"
-            )
+        for model in self.served_models:
+            given = "model is given" if self.model is not None else f"models has {model.name!r}"
+            in_petals = by_petals and "petals" in model.networks
+            if not in_petals and not (by_kwaai and "kwaainet" in model.networks):
+                raise ValueError(
+                    f"{given} but no network serves it: turn on networks.petals with protocols.petals_inference, or "
+                    "networks.kwaainet with protocols.kwaai_inference, and name it under the model's networks, or "
+                    "remove the model"
+                )
+            if (in_petals and only_dials) or not self.listen:
+                raise ValueError(
+                    f"{given} but nobody can dial this node: set networks.petals.dht to server and give "
+                    "it an address under listen, or remove the model"
+                )
+        check_together(self.served_models, kwaainet=by_kwaai)
         return self

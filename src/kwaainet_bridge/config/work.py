@@ -42,6 +42,8 @@ class ModelConfig(Section):
     """It moves if the model's weakest block has less than this share of the throughput that it could have."""
     dht_prefix: Annotated[str, checked(check_prefix)] | None = None
     """Name of the blocks in the swarm. Left out: what Petals derives from the repository's name."""
+    networks: tuple[Literal["petals", "kwaainet"], ...] = ("petals", "kwaainet")
+    """In which networks it is served, of those that are on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto`` is the checkpoint's own."""
     device: str = "cpu"
@@ -115,6 +117,11 @@ class ModelConfig(Section):
                 "blocks: auto chooses which blocks, not how many: give num_blocks (--num-blocks)"
             )
         return self
+
+    @property
+    def key(self) -> str:
+        """What the model is called here: unlike :attr:`name`, no two models of a node have the same."""
+        return self.dht_prefix or self.name
 
     @property
     def blocks_to_choose(self) -> int | None:

@@ -17,7 +17,7 @@ from kwaainet_bridge.engine.checkpoint import Download, hub_download
 from kwaainet_bridge.engine.compute import Pieces, Priority
 from kwaainet_bridge.engine.config import Choose, EngineConfig, ModelInfo
 from kwaainet_bridge.engine.holding import CacheRoom
-from kwaainet_bridge.engine.loading import LoadedSpan, Progress, Sources, load_span
+from kwaainet_bridge.engine.loading import Admit, LoadedSpan, Progress, Sources, load_span
 from kwaainet_bridge.engine.offload import Offload
 from kwaainet_bridge.engine.pages import PageAllocator, pages_for
 from kwaainet_bridge.engine.prefix import PrefixCache
@@ -77,12 +77,15 @@ class Engine:
         progress: Progress | None = None,
         on_described: Callable[[ModelInfo, range], None] | None = None,
         choose: Choose | None = None,
+        admit: Admit | None = None,
         download: Download = hub_download,
         weights: WeightCache | None = None,
     ) -> Engine:
         """Read the configured blocks and return an engine that can serve them.
 
         ``choose`` is asked for the blocks, in the trio thread, in place of ``config.blocks``; what it raises is raised.
+        ``admit`` is told the model, those blocks, and the bytes of weights and of KV cache that they will take on the
+        device (on the CPU those of all processes), before anything is fetched, and may raise.
         ``on_described`` is told the model and its served blocks as soon as they are known, before weights are
         read; ``progress`` while tensors are fetched and after each block is read; both in the trio thread.
         ``download`` fetches the small files of a hub repository, ``weights`` its tensors, both in a worker thread.
@@ -100,6 +103,7 @@ class Engine:
                 report=progress or (lambda _progress: None),
                 on_described=on_described,
                 choose=choose,
+                admit=admit,
                 sources=Sources(download, weights),
             )
             return cls(config, loaded, files.pop_all())

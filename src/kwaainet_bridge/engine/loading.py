@@ -17,6 +17,7 @@ from kwaainet_bridge.engine.adapters import Adapter
 from kwaainet_bridge.engine.checkpoint import Checkpoint, Download
 from kwaainet_bridge.engine.compute import ComputeThread
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline
+from kwaainet_bridge.engine.pages import pages_for
 from kwaainet_bridge.engine.requests import check_blocks
 from kwaainet_bridge.engine.weights.cache import WeightCache
 from kwaainet_bridge.errors import ConfigError, InvalidRequest
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[LoadProgress], None]
+Admit = Callable[[ModelInfo, range, int, int], None]
 T = TypeVar("T")
 
 
@@ -62,6 +64,7 @@ async def load_span(
     report: Progress,
     on_described: Callable[[ModelInfo, range], None] | None,
     choose: Choose | None,
+    admit: Admit | None,
     sources: Sources,
 ) -> LoadedSpan:
     """See :meth:`Engine.load`."""
@@ -83,9 +86,11 @@ async def load_span(
         if choose is not None:
             blocks = await choose(ModelOutline(skeleton.config.model_type, skeleton.num_blocks))
         span, model = await compute.run(partial(_prepare, config, checkpoint, skeleton, blocks))
+        sizes = [span.weight_bytes(block) for block in span.blocks]
+        if admit is not None:
+            admit(model, span.blocks, *_device_bytes(config, model, sizes))
         if on_described is not None:
             on_described(model, span.blocks)
-        sizes = [span.weight_bytes(block) for block in span.blocks]
         tell = partial(_tell, report, sizes)
         adapters = [await _in_thread(partial(Adapter, s, download=sources.download)) for s in config.adapters]
         await _in_thread(partial(checkpoint.fetch_tensors, span.tensors(), _Teller(partial(tell, 0))))
@@ -111,6 +116,14 @@ async def load_span(
         span.held_bytes() // defaults.MIB,
     )
     return LoadedSpan(span, model, runner, compute, followers)
+
+
+def _device_bytes(config: EngineConfig, model: ModelInfo, sizes: list[int]) -> tuple[int, int]:
+    """Bytes of weights and KV cache on one device."""
+    share = 1 if config.device == "cpu" else config.tensor_parallel
+    token = 2 * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+    cache = pages_for(config.cache_tokens) * defaults.PAGE_TOKENS * token * len(sizes)
+    return sum(sizes) // share, cache // share
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

@@ -65,15 +65,18 @@ class KwaaiServer:
         return 0 if self._inference is None else self._inference.sessions.open_sessions
 
     @asynccontextmanager
-    async def serving(self, model: ServedModel) -> AsyncIterator[KwaaiServer]:
+    async def serving(
+        self, model: ServedModel, *, counts: ServingCounts | None = None
+    ) -> AsyncIterator[KwaaiServer]:
         """Serve the blocks of ``model`` for the length of the block; requests before it learn that the node warms up.
 
-        At its end sessions are closed, those with a step that runs as soon as it has ended. ValueError if another model
-        is served.
+        ``counts``, if given, are added to from now on, instead of those before. At its end sessions are closed, those
+        with a step that runs as soon as it has ended. ValueError if another model is served.
         """
         if self._model is not None:
             raise ValueError("a model is served already")
         self._model = model
+        self.counts = self.counts if counts is None else counts
         if "_places" in self.__dict__:  # they may have been drained of another model's sessions
             self._places.accepting = True
         try:

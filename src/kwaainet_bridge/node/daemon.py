@@ -20,14 +20,15 @@ from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node.admin.server import open_admin
 from kwaainet_bridge.node.models import storage_of
 from kwaainet_bridge.node.networks import network_protocols
+from kwaainet_bridge.node.node_models import NodeModels
 from kwaainet_bridge.node.openai.server import open_openai
 from kwaainet_bridge.node.reachability import ReachabilityWatch
-from kwaainet_bridge.node.serving import ModelService
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.node.watching import measure_lag
 from kwaainet_bridge.wire.peer_id import PeerId
 
 if TYPE_CHECKING:
+    from kwaainet_bridge.engine import Storage
     from kwaainet_bridge.node.kwaainet import KwaaiSide
     from kwaainet_bridge.node.petals import PetalsSide
 
@@ -49,12 +50,18 @@ class Contact:
 
 
 async def run_node(
-    config: NodeConfig, state: NodeState, stop: trio.Event, *, on_started: Callable[[Contact], None]
+    config: NodeConfig,
+    state: NodeState,
+    stop: trio.Event,
+    *,
+    on_started: Callable[[Contact], None],
+    on_models: Callable[[NodeModels], None] = lambda _models: None,
 ) -> None:
     """Run a node until ``stop`` is set, then drain it.
 
-    ``on_started`` is called once the node listens. Raises ConfigError and its kin for what the operator must
-    mend: an identity in use, a port taken, a model that cannot be served. Unreachable peers are never fatal.
+    ``on_started`` is called once the node listens, ``on_models`` then, with what adds and removes models. Raises
+    ConfigError and its kin for what the operator must mend: an identity in use, a port taken, a model that cannot be
+    served, if it is the only one. Unreachable peers are never fatal.
     Cancelled: blocks are withdrawn from the swarm, for at most ``defaults.OFFLINE_STORE_SECONDS``, and everything
     ends; sessions are not waited for.
     """
@@ -65,7 +72,9 @@ async def run_node(
             nursery.start_soon(_cancel_when_cancelled, work)
             # the host and the DHTs outlive the work, or the records could not be withdrawn
             with trio.CancelScope(shield=True):
-                await _run_host(config, identity, state, stop, work, on_started=on_started)
+                await _run_host(
+                    config, identity, state, stop, work, on_started=on_started, on_models=on_models
+                )
             nursery.cancel_scope.cancel()
     state.enter(Phase.STOPPED)
 
@@ -114,6 +123,7 @@ async def _run_host(
     work: trio.CancelScope,
     *,
     on_started: Callable[[Contact], None],
+    on_models: Callable[[NodeModels], None],
 ) -> None:
     host_config = HostConfig(
         identity=identity,
@@ -141,12 +151,24 @@ async def _run_host(
         async with _networks(config, host, state, reachability) as networks:
             state.bootstrap = {network.name: network.watch for network in networks}
             state.surveys = {network.name: network.survey for network in networks}
+            models = NodeModels(
+                config.served_models,
+                [network for network in networks if network.serves_blocks],
+                state,
+                reachability=reachability,
+                drain_seconds=config.drain_seconds,
+            )
+            on_models(models)
+            storage = partial(_storage_for, config)
             with work:
-                async with open_openai(
-                    config.openai, config.openai_models, networks, storage_of(config.model)
-                ):
-                    await _work(config, networks, state, stop, reachability)
+                async with open_openai(config.openai, config.openai_models, networks, storage):
+                    await _work(networks, models, state, stop)
         services.cancel_scope.cancel()
+
+
+def _storage_for(config: NodeConfig, name: str) -> Storage:
+    """How the weights of a model that the endpoint is asked for are kept."""
+    return storage_of(next((model for model in config.served_models if model.name == name), config.model))
 
 
 @asynccontextmanager
@@ -168,32 +190,13 @@ async def _networks(
 
 
 async def _work(
-    config: NodeConfig,
-    networks: Sequence[PetalsSide | KwaaiSide],
-    state: NodeState,
-    stop: trio.Event,
-    reachability: ReachabilityWatch,
+    networks: Sequence[PetalsSide | KwaaiSide], models: NodeModels, state: NodeState, stop: trio.Event
 ) -> None:
-    serving = [] if config.model is None else [network for network in networks if network.serves_blocks]
-    state.announces = tuple(network.name for network in serving)
     async with trio.open_nursery() as nursery:
         for network in networks:
             nursery.start_soon(network.run)
-        with trio.CancelScope() as start:
-            nursery.start_soon(_cancel_start, stop, start, state)
-            state.enter(Phase.BOOTSTRAPPING, peers=sum(network.watch.total for network in networks))
-            if config.model is None:
-                await _join(networks)
-                await _serve_until(stop, state)
-            else:
-                model = ModelService(
-                    config.model,
-                    serving,
-                    state,
-                    reachability=reachability,
-                    drain_seconds=config.drain_seconds,
-                )
-                await model.run(stop, join=partial(_join, networks))
+        state.enter(Phase.BOOTSTRAPPING, peers=sum(network.watch.total for network in networks))
+        await models.run(stop, join=partial(_join, networks))
         nursery.cancel_scope.cancel()
 
 
@@ -202,17 +205,3 @@ async def _join(networks: Sequence[PetalsSide | KwaaiSide]) -> None:
     async with trio.open_nursery() as trying:
         for network in networks:
             trying.start_soon(network.watch.first_round)
-
-
-async def _serve_until(stop: trio.Event, state: NodeState) -> None:
-    """The whole life of a node without blocks."""
-    state.enter(Phase.SERVING)
-    await stop.wait()
-    state.enter(Phase.DRAINING)
-
-
-async def _cancel_start(stop: trio.Event, start: trio.CancelScope, state: NodeState) -> None:
-    """A node told to stop before it serves has nothing to drain."""
-    await stop.wait()
-    if state.phase in (Phase.BOOTSTRAPPING, Phase.LOADING):
-        start.cancel()

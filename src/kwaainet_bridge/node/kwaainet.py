@@ -11,6 +11,7 @@ import trio
 from kwaainet_bridge.bridge.kwaai_directory import spans_for_choice, survey_kwaainet
 from kwaainet_bridge.bridge.kwaai_servers import KwaaiServers
 from kwaainet_bridge.config import ModelConfig, NodeConfig
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, ModelOutline, load_client_weights
 from kwaainet_bridge.hivemind.client import SurveyedModel
 from kwaainet_bridge.hivemind.client.directory import Span
@@ -45,7 +46,8 @@ class KwaaiSide:
         assert config.networks.kwaainet is not None
         self.watch = watch
         self._averaging = AveragingService("kwaainet", config.averaging, peer, state)
-        self.serves_blocks = config.protocols.kwaai_inference
+        self.serves_blocks = mounts_inference(config)
+        self._counts: dict[str, ServingCounts] = {}
         self._network = config.networks.kwaainet
         self._leases = config.protocols.kwaai_lease
         self._dht = peer.dht
@@ -97,7 +99,14 @@ class KwaaiSide:
         self, config: ModelConfig, engine: Engine, publisher: Publisher
     ) -> AbstractAsyncContextManager[KwaaiServer]:
         load = partial(load_client_weights, storage=storage_of(config))
-        return self._server.serving(ServedModel(engine, names=[config.name, publisher.prefix], load=load))
+        counts = self._counts.setdefault(config.key, ServingCounts())
+        model = ServedModel(engine, names=[config.name, publisher.prefix], load=load)
+        return self._server.serving(model, counts=counts)
+
+
+def mounts_inference(config: NodeConfig) -> bool:
+    """Whether requests for blocks are answered: not by a node that was not to have any when it started."""
+    return config.protocols.kwaai_inference and any("kwaainet" in m.networks for m in config.served_models)
 
 
 @asynccontextmanager
@@ -112,8 +121,8 @@ async def open_kwaainet(config: NodeConfig, host: Libp2pHost, state: NodeState) 
     server, client = RpcServer(host), RpcClient(host)
     mux = protocols.kwaai_mux
     mounted = KwaaiProtocols(
-        inference=protocols.kwaai_inference and config.model is not None,
-        lease=protocols.kwaai_lease and config.model is not None,
+        inference=mounts_inference(config),
+        lease=protocols.kwaai_lease and bool(config.served_models),
         hello=protocols.kwaai_hello,
         mux=None if mux is None else MuxEndpoint(url=mux.endpoint, paths=mux.paths, remote=mux.remote),
     )

@@ -17,9 +17,9 @@ from kwaainet_bridge.hivemind.client.directory import Span
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 from kwaainet_bridge.node.choosing import ReadableNetwork, reconsider_blocks
 from kwaainet_bridge.node.memory import available_bytes
+from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.models import shown
 from kwaainet_bridge.node.served import ServedBlocks
-from kwaainet_bridge.node.state import NodeState
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -37,7 +37,7 @@ class Placement:
         self,
         config: ModelConfig,
         networks: Sequence[ReadableNetwork],
-        state: NodeState,
+        state: ModelState,
         *,
         rng: random.Random,
         memory: Callable[[str], int | None] = available_bytes,

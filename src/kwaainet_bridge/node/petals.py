@@ -95,8 +95,7 @@ class PetalsSide:
         """This network's servers are those of its own swarm."""
 
     def _given_prefix(self, name: str) -> str | None:
-        model = self._config.model
-        return model.dht_prefix if model is not None and model.name == name else None
+        return next((m.dht_prefix for m in self._config.served_models if m.name == name), None)
 
     def check_blocks(self, model: ModelInfo, blocks: range) -> None:
         """Any can be served."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kwaainet_bridge.hivemind.experts.records import ServerState
+from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.models import shown
 from kwaainet_bridge.node.state import CLOCK, NodeState, Phase
 
@@ -22,21 +23,25 @@ def announced_in(network: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """Something that must hold for a node to be ready. ``reason`` says why it does or does not."""
+    """Something that must hold for a node to be ready. ``reason`` says why it does or does not.
+
+    ``model`` is the key of the model that it is about, None for the whole node.
+    """
 
     name: str
     met: bool
     reason: str
+    model: str | None = None
 
 
 def conditions(state: NodeState) -> tuple[Condition, ...]:
     """All that must hold, each with its reason. The node is ready when all are met."""
     return (
         _serving(state),
-        *_blocks(state),
+        *(condition for model in state.models.values() for condition in _blocks(model)),
         _unless_degraded(state, REACHABLE, ": ".join(state.reachability)),
         _unless_degraded(state, CLOCK, "no bootstrap peer says otherwise"),
-        *_announced(state),
+        *(condition for model in state.models.values() for condition in _announced(state, model)),
     )
 
 
@@ -50,39 +55,39 @@ def _serving(state: NodeState) -> Condition:
     return Condition("serving", state.phase is Phase.SERVING, f"{state.phase.value} for {seconds:.0f} s")
 
 
-def _unless_degraded(state: NodeState, name: str, otherwise: str) -> Condition:
-    wrong = state.degraded.get(name)
-    return Condition(name, wrong is None, otherwise if wrong is None else wrong)
+def _unless_degraded(of: NodeState | ModelState, name: str, otherwise: str) -> Condition:
+    wrong = of.degraded.get(name)
+    model = of.key if isinstance(of, ModelState) else None
+    return Condition(name, wrong is None, otherwise if wrong is None else wrong, model)
 
 
-def _blocks(state: NodeState) -> Iterator[Condition]:
-    """Of a node that is to serve some."""
-    if not state.announces:
+def _blocks(model: ModelState) -> Iterator[Condition]:
+    if model.served is None:
+        wrong = model.degraded.get(BLOCKS, model.phase.value)
+        yield Condition(BLOCKS, False, f"not loaded: {wrong}", model.key)
         return
-    if state.served is None:
-        yield Condition(BLOCKS, False, f"not loaded: {state.phase.value}")
-        return
-    blocks = state.served.engine.blocks
-    yield Condition(BLOCKS, True, f"{shown(blocks)} are loaded")
-    yield _unless_degraded(state, ENGINE, "it computes")
+    blocks = model.served.engine.blocks
+    yield Condition(BLOCKS, True, f"{shown(blocks)} are loaded", model.key)
+    yield _unless_degraded(model, ENGINE, "it computes")
 
 
-def _announced(state: NodeState) -> Iterator[Condition]:
+def _announced(state: NodeState, model: ModelState) -> Iterator[Condition]:
     """An announcement holds if another node keeps it, or none is to be there, and for as long as records live."""
-    for network in state.announces:
-        name, known, watch = announced_in(network), state.announced.get(network), state.bootstrap.get(network)
+    for network in model.announces:
+        name, known, watch = announced_in(network), model.announced.get(network), state.bootstrap.get(network)
         if known is None:
-            yield Condition(name, False, "nothing was announced yet")
+            yield Condition(name, False, "nothing was announced yet", model.key)
             continue
         report, age = known.last, state.now - known.at
         told = f"{report.by_others} of {report.records} records kept by others, {age:.0f} s ago"
+        wrong = None
         if report.state is not ServerState.ONLINE:
-            yield Condition(name, False, f"announced as {report.state.name}: {told}")
+            wrong = f"announced as {report.state.name}: {told}"
         elif age > report.lifetime:
-            yield Condition(name, False, f"the records have expired: {told}")
+            wrong = f"the records have expired: {told}"
         elif not report.by_others and watch is not None and watch.total:
-            yield Condition(
-                name, False, f"nobody in the network knows of these blocks: {report.told_by_peers}"
-            )
+            wrong = f"nobody in the network knows of these blocks: {report.told_by_peers}"
+        if wrong is not None:
+            yield Condition(name, False, wrong, model.key)
         else:
-            yield _unless_degraded(state, name, told)
+            yield _unless_degraded(model, name, told)

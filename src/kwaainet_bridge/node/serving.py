@@ -1,8 +1,8 @@
-"""The blocks on a node: loaded once, served in every network whose inference protocol is on, announced in those.
+"""The blocks of one model: loaded once, served in every network whose inference protocol is on, announced in those.
 
-A node that chose its blocks itself moves to others when its networks need those more (:mod:`.moving`). One span is
-served at a time: the calls of a network do not say which of two engines they mean. The next one is loaded beforehand if
-memory allows.
+A node that chose its blocks itself moves to others when its networks need those more (:mod:`.moving`). One span of a
+model is served at a time: the calls of a network do not say which of two engines they mean. The next one is loaded
+beforehand if memory allows.
 """
 
 from __future__ import annotations
@@ -13,75 +13,77 @@ from contextlib import AsyncExitStack, aclosing
 from functools import partial
 
 import structlog
-import torch
 import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig
-from kwaainet_bridge.engine import (
-    Choose,
-    Engine,
-    EngineConfig,
-    LoadProgress,
-    ModelInfo,
-    ModelOutline,
-    cache_of,
-    names_of,
-)
+from kwaainet_bridge.engine import Choose, Engine, LoadProgress, ModelInfo, ModelOutline, cache_of
 from kwaainet_bridge.errors import BridgeError, ConfigError, EngineError
-from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.hivemind.experts.throughput import Throughput, measure_throughput
-from kwaainet_bridge.net.reachability import Verdict
-from kwaainet_bridge.node.announcing import Announcer, AnnounceReport, Offer, Publisher
 from kwaainet_bridge.node.choosing import choose_blocks
+from kwaainet_bridge.node.engine_settings import engine_settings
 from kwaainet_bridge.node.memory import available_bytes, release
-from kwaainet_bridge.node.models import model_source, shown, storage_of
+from kwaainet_bridge.node.model_state import ModelState
+from kwaainet_bridge.node.models import shown, storage_of
 from kwaainet_bridge.node.moving import Placement
+from kwaainet_bridge.node.phase import Phase
+from kwaainet_bridge.node.presence import Others, Presence
 from kwaainet_bridge.node.reachability import ReachabilityWatch
-from kwaainet_bridge.node.readiness import announced_in
-from kwaainet_bridge.node.served import BlockServer, ServedBlocks, ServingNetwork, withdraw
-from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.node.readiness import BLOCKS
+from kwaainet_bridge.node.served import BlockServer, ServedBlocks, ServingNetwork
 from kwaainet_bridge.node.watching import watch_engine
-from kwaainet_bridge.wire.peer_id import PeerId
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-_LOAD_ERRORS = (BridgeError, OSError, MemoryError)
+LOAD_ERRORS = (BridgeError, OSError, MemoryError)
 
 
 class ModelService:
     """Loads a span of blocks, serves it in these networks, and keeps their records of it true.
 
     ``drain_seconds`` is how long sessions may go on when their blocks are to go. ``load``, ``memory`` and ``rng`` are
-    what loads an engine, tells the memory that is left, and draws when to look for better blocks.
+    what loads an engine, tells the memory that is left, and draws when to look for better blocks. ``others`` are the
+    other models of the node.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         networks: Sequence[ServingNetwork],
-        state: NodeState,
+        state: ModelState,
         *,
         reachability: ReachabilityWatch,
         drain_seconds: float,
         load: Callable[..., Awaitable[Engine]] = Engine.load,
         memory: Callable[[str], int | None] = available_bytes,
         rng: random.Random | None = None,
+        others: Others = list,
     ) -> None:
         self._config = config
         self._networks = networks
         self._state = state
-        self._reachability = reachability
         self._drain_seconds = drain_seconds
         self._load_engine = load
         self._weights = cache_of(storage_of(config))
         self._joined = trio.Event()
+        self._memory = memory
         self._placement = Placement(config, networks, state, rng=rng or random.Random(), memory=memory)
-        self._publishers: list[Publisher] = []
-        self._announcer: Announcer | None = None
-        self._throughput: Throughput | None = None
+        self._presence = Presence(
+            config, networks, state, reachability, others=others, joined=self._joined.wait
+        )
+        self._read_bytes = self._coming_bytes = 0
+        self._serving: Engine | None = None
         self._loaded: Engine | None = None
         """An engine that is loaded and not served yet."""
+
+    @property
+    def claimed_bytes(self) -> int:
+        """Memory that will be taken and is not yet: by what is loaded now, and by KV caches, page by page."""
+        coming = max(0, self._coming_bytes - self._read_bytes)
+        if self._config.device != "cpu":  # there a cache is taken whole when it is made
+            return coming
+        engines = (self._loaded, self._serving)
+        return coming + sum(engine.cache_bytes_left for engine in engines if engine is not None)
 
     async def run(self, stop: trio.Event, *, join: Callable[[], Awaitable[None]] | None = None) -> None:
         """Load, announce JOINING, serve, announce ONLINE; move where blocks are needed more; drain once told to stop.
@@ -99,7 +101,7 @@ class ModelService:
                     joining.start_soon(self._join, join)
                     self._loaded = await self._load(
                         self._config.block_range,
-                        on_described=partial(self._announce_joining, nursery),
+                        on_described=partial(self._presence.join, nursery),
                         choose=self._chooser(),
                     )
                 while (move := await self._stay(stop)) is not None:
@@ -107,8 +109,7 @@ class ModelService:
                     await self._load_one_of(move)
             finally:
                 await self._drop_loaded()
-                if self._announcer is not None:
-                    await withdraw(self._announcer)
+                await self._presence.withdraw()
                 self._weights.close()
                 nursery.cancel_scope.cancel()
 
@@ -124,26 +125,25 @@ class ModelService:
         Then it returns those, and those that were served. The former are loaded now, unless there was no room for both.
         """
         engine, self._loaded = self._loaded, None
-        announcer = self._announcer
+        presence, announcer = self._presence, self._presence.announcer
         assert engine is not None
         assert announcer is not None  # loading has described the model
-        is_first = self._throughput is None
+        self._serving = engine
+        is_first = presence.throughput is None
         async with aclosing(engine), AsyncExitStack() as serving:
-            await self._complete(announcer, engine)
+            if is_first:  # before anybody is served; all spans of this length are as fast
+                presence.throughput = await self._measure(engine)
+            presence.tell_of(engine)
             servers: list[BlockServer] = [
                 await serving.enter_async_context(network.serve(self._config, engine, publisher))
-                for network, publisher in zip(self._networks, self._publishers, strict=True)
+                for network, publisher in zip(self._networks, presence.publishers, strict=True)
             ]
-            if is_first:
-                await self._reachability.settle()
-            self._take_verdict(announcer)
-            await announcer.announce(ServerState.ONLINE)
-            prefixes = {publisher.network: publisher.prefix for publisher in self._publishers}
-            served = ServedBlocks(engine, prefixes, servers, announcer)
+            await presence.announce_online(settle=is_first)
+            served = ServedBlocks(engine, self._state.prefixes, servers, announcer)
             try:
                 goal = await self._serve(served, stop)
             finally:
-                self._state.served = None
+                self._state.served = self._serving = None
                 announcer.offer.cache_tokens = lambda: None  # or it would keep the engine in memory
         return None if goal is None or stop.is_set() else (goal, engine.blocks)
 
@@ -151,6 +151,7 @@ class ModelService:
         """Stay in the phase of serving until told to stop or until other blocks are needed more; drain."""
         engine = served.engine
         self._state.served = served
+        self._state.recover(BLOCKS)
         self._state.enter(
             Phase.SERVING,
             blocks=shown(engine.blocks),
@@ -200,7 +201,7 @@ class ModelService:
                 return goal
             try:
                 self._loaded = await self._load(goal)
-            except _LOAD_ERRORS as e:
+            except LOAD_ERRORS as e:
                 placement.failed(goal, e)
                 continue
             # loading may have taken long, and others may have been faster
@@ -223,10 +224,8 @@ class ModelService:
             error: Exception | None = None
             async with trio.open_nursery() as joining:
                 try:
-                    self._loaded = await self._load(
-                        goal, on_described=partial(self._announce_joining, joining)
-                    )
-                except _LOAD_ERRORS as e:
+                    self._loaded = await self._load(goal, on_described=partial(self._presence.join, joining))
+                except LOAD_ERRORS as e:
                     error = e
                     joining.cancel_scope.cancel()
             if error is None:
@@ -237,8 +236,7 @@ class ModelService:
                 both = " nor ".join(shown(span) for span in blocks)
                 raise EngineError(f"neither the blocks {both} load any more: {error}") from error
             self._placement.failed(goal, error)
-            assert self._announcer is not None
-            await withdraw(self._announcer)
+            await self._presence.withdraw()
 
     async def _drop_loaded(self) -> None:
         engine, self._loaded = self._loaded, None
@@ -254,32 +252,17 @@ class ModelService:
         on_described: Callable[[ModelInfo, range], None] | None = None,
         choose: Choose | None = None,
     ) -> Engine:
-        config = self._config
-        engine_config = EngineConfig(
-            model=model_source(config.name),
-            blocks=blocks,
-            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-            device=config.device,
-            cache_tokens=config.cache_tokens,
-            max_length=config.max_length,
-            max_batch_tokens=config.max_batch_tokens,
-            threads=config.threads,
-            tensor_parallel=config.tensor_parallel,
-            quantization=config.quantization,
-            shares={PeerId.parse(peer): share for peer, share in config.shares.items()},
-            adapters=config.adapters,
-            share_prefixes=config.share_prefixes,
-            storage=storage_of(config),
-            offload_idle_seconds=config.offload_idle_seconds,
-            offload_bytes=config.offload_mib * defaults.MIB,
-        )
-        return await self._load_engine(
-            engine_config,
-            progress=self._report_loading,
-            on_described=on_described,
-            choose=choose,
-            weights=self._weights,
-        )
+        try:
+            return await self._load_engine(
+                engine_settings(self._config, blocks),
+                progress=self._report_loading,
+                on_described=on_described,
+                choose=choose,
+                admit=self._admit,
+                weights=self._weights,
+            )
+        finally:
+            self._coming_bytes = 0
 
     def _chooser(self) -> Choose | None:
         """Who decides which blocks are served at first, None if the configuration does."""
@@ -293,20 +276,22 @@ class ModelService:
 
         return choose
 
+    def _admit(self, model: ModelInfo, blocks: range, weights_bytes: int, cache_bytes: int) -> None:
+        """Raise ConfigError for what does not fit into memory; before anything of it is fetched or read."""
+        config = self._config
+        needed, left = weights_bytes + cache_bytes, self._memory(config.device)
+        if left is not None and needed > left:
+            raise ConfigError(
+                f"{config.name}: the blocks {shown(blocks)} need {_mib(needed)} MiB, {_mib(weights_bytes)} for weights "
+                f"as {str(model.dtype).removeprefix('torch.')} and {_mib(cache_bytes)} for a KV cache of "
+                f"{config.cache_tokens} tokens, and {max(0, left) // defaults.MIB} MiB are left on {config.device}: "
+                "serve fewer blocks (blocks), lower cache_tokens, or make room"
+            )
+        self._coming_bytes, self._read_bytes = needed, 0
+
     def _report_loading(self, progress: LoadProgress) -> None:
+        self._read_bytes = progress.bytes_done
         self._state.note_loading(progress)
-
-    async def _complete(self, announcer: Announcer, engine: Engine) -> None:
-        """Have the records tell of these blocks, with what only a loaded engine tells.
-
-        The throughput is measured once, before anybody is served: all spans of this length are as fast.
-        """
-        if announcer.offer.blocks != engine.blocks:
-            announcer.replace(self._offer(engine.model, engine.blocks))
-        if self._throughput is None:
-            self._throughput = await self._measure(engine)
-        announcer.offer.throughput = self._throughput
-        announcer.offer.cache_tokens = lambda: engine.cache_bytes_left // engine.cache_bytes_per_token
 
     async def _measure(self, engine: Engine) -> Throughput:
         if self._config.throughput == "auto":
@@ -321,65 +306,6 @@ class ModelService:
         )
         return measured
 
-    # --- announcing
 
-    def _announce_joining(self, nursery: trio.Nursery, model: ModelInfo, blocks: range) -> None:
-        offer = self._offer(model, blocks)
-        if self._announcer is not None:
-            self._announcer.replace(offer)
-            nursery.start_soon(self._announcer.announce, ServerState.JOINING)
-            return
-        self._publishers = [network.publisher(self._config, model) for network in self._networks]
-        self._announcer = Announcer(offer, self._publishers, on_report=self._judge)
-        nursery.start_soon(self._keep_announced, self._announcer, nursery)
-
-    def _offer(self, model: ModelInfo, blocks: range) -> Offer:
-        offer = Offer(
-            blocks=blocks,
-            model_blocks=model.num_blocks,
-            repository=model.repository,
-            torch_dtype=str(model.dtype).removeprefix("torch."),
-            public_name=self._config.public_name,
-            adapters=names_of(self._config.adapters),
-            quantization=self._config.quantization,
-        )
-        if self._throughput is not None:
-            offer.throughput = self._throughput
-        elif self._config.throughput != "auto":
-            offer.throughput = Throughput(self._config.throughput)
-        return offer
-
-    async def _keep_announced(self, announcer: Announcer, nursery: trio.Nursery) -> None:
-        """Announce JOINING, unless the blocks are ready by now; renew the records, and follow the verdict."""
-        await self._joined.wait()
-        await self._reachability.settle()
-        self._take_verdict(announcer)
-        if announcer.wanted is ServerState.OFFLINE:
-            await announcer.announce(ServerState.JOINING)
-        nursery.start_soon(announcer.run)
-        while True:
-            if self._take_verdict(announcer):
-                await announcer.announce(announcer.wanted)
-            else:
-                await self._reachability.wait_changed()
-
-    def _take_verdict(self, announcer: Announcer) -> bool:
-        """Have the records say how this node is reached; whether that is new."""
-        verdict = self._reachability.verdict
-        dialable, relayed = verdict is not Verdict.UNREACHABLE, verdict is Verdict.RELAYED
-        if (announcer.dialable, announcer.offer.using_relay) == (dialable, relayed):
-            return False
-        announcer.dialable = dialable
-        announcer.offer.using_relay = relayed
-        return True
-
-    def _judge(self, report: AnnounceReport) -> None:
-        """A swarm of which no other node keeps the records does not know of these blocks."""
-        self._state.note_announced(report)
-        condition = announced_in(report.network)
-        if not report.peers or report.by_others or report.state is ServerState.OFFLINE:
-            self._state.recover(condition)
-        else:
-            self._state.degrade(
-                condition, f"no other node keeps the records of blocks: {report.told_by_peers}"
-            )
+def _mib(num_bytes: int) -> int:
+    return -(-num_bytes // defaults.MIB)

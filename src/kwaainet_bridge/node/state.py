@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import enum
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -16,15 +14,16 @@ from kwaainet_bridge.counting import Histogram
 from kwaainet_bridge.hivemind.averaging import Status
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.events import Event, Events
+from kwaainet_bridge.node.model_state import ModelState
+from kwaainet_bridge.node.phase import Phase, of_all
 from kwaainet_bridge.wire.peer_id import PeerId
 
 if TYPE_CHECKING:
-    from kwaainet_bridge.engine import LoadProgress
     from kwaainet_bridge.hivemind.client import SurveyedModel
     from kwaainet_bridge.net import Libp2pHost
-    from kwaainet_bridge.node.announcing import AnnounceReport
     from kwaainet_bridge.node.bootstrap import BootstrapWatch
-    from kwaainet_bridge.node.served import ServedBlocks
+
+__all__ = ["CLOCK", "NodeState", "Phase"]
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -32,41 +31,15 @@ CLOCK: Final = "clock"
 """The condition that this machine's clock is that of most bootstrap peers."""
 
 
-class Phase(enum.StrEnum):
-    STARTING = "starting"
-    BOOTSTRAPPING = "bootstrapping"
-    LOADING = "loading"
-    SERVING = "serving"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-
-
-@dataclass(slots=True)
-class Announced:
-    """The rounds of announcements in one network: the latest, when it ended, and sums over all."""
-
-    last: AnnounceReport
-    at: float
-    rounds: int = 0
-    records: int = 0
-    acknowledged: int = 0
-    by_others: int = 0
-
-
-def _outcome(report: AnnounceReport) -> tuple[object, ...]:
-    return report.state, report.records, report.by_others
-
-
 class NodeState:
-    """The node's phase and what is wrong with it, if anything.
+    """The node's phase and what is wrong with it, if anything; ``models`` has the same of each model, by its key.
 
-    ``degraded`` maps a condition's name to its reason; the node serves on beside it. ``reachability`` is the verdict on
-    whether others can dial it, and the evidence for that. ``averaging`` tells of each run that it helps, by its
-    name. ``host``, ``served`` and the watches of ``bootstrap``, by network, are there as long as they live; they are
-    asked, not copied, when somebody wants to know. ``announces`` are the networks in which blocks are to be announced,
-    and ``announced`` how that went; ``lag`` how late the event loop was. ``loading`` is how far blocks are on their way
-    into memory, or were the last time. ``surveys`` read, by network, which servers have which blocks; that
-    asks other peers. ``events`` is what happened lately.
+    ``degraded`` maps the name of a condition of the whole node to its reason; the node serves on beside it.
+    ``reachability`` is the verdict on whether others can dial it, and the evidence for that. ``averaging`` tells of
+    each run that it helps, by its name. ``host`` and the watches of ``bootstrap``, by network, are there as long as
+    they live; they are asked, not copied, when somebody wants to know. ``lag`` is how late the event loop was.
+    ``surveys`` read, by network, which servers have which blocks; that asks other peers. ``events`` is what happened
+    lately.
     """
 
     def __init__(
@@ -89,11 +62,7 @@ class NodeState:
         self.reachability = (Verdict.UNKNOWN, "no peer has tried to dial it yet")
         self.host: Libp2pHost | None = None
         self.bootstrap: dict[str, BootstrapWatch] = {}
-        self.announces: tuple[str, ...] = ()
-        self.announced: dict[str, Announced] = {}
-        self.served: ServedBlocks | None = None
-        self.loading: LoadProgress | None = None
-        self._loading_told = float("-inf")
+        self.models: dict[str, ModelState] = {}
         self.lag = Histogram(defaults.LAG_BOUNDS)
         self._skews: dict[PeerId, float] = {}
 
@@ -110,6 +79,48 @@ class NodeState:
         """Keep an event for whoever looks at the node; the log is told apart from that."""
         self.events.add(Event(self._unix_clock(), kind, text[: defaults.MAX_ERROR_CHARACTERS]))
 
+    @property
+    def announces(self) -> tuple[str, ...]:
+        """The networks in which blocks are to be announced."""
+        return tuple(dict.fromkeys(name for model in self.models.values() for name in model.announces))
+
+    def degradations(self) -> Iterator[tuple[ModelState | None, str, str]]:
+        """All that degrades the node: of which model, None for the whole node; the condition, and the reason."""
+        yield from ((None, condition, reason) for condition, reason in self.degraded.items())
+        for model in self.models.values():
+            yield from ((model, condition, reason) for condition, reason in model.degraded.items())
+
+    def add_model(self, key: str, announces: Sequence[str]) -> ModelState:
+        """A model that is to be served, in the networks ``announces``. ValueError if there is one with this key."""
+        if key in self.models:
+            raise ValueError(f"the model {key} is there already")
+        self.models[key] = model = ModelState(key, self, announces=announces)
+        return model
+
+    def remove_model(self, model: ModelState) -> None:
+        """A model that is served no longer; a node without any goes on."""
+        del self.models[model.key]
+        log.info("model removed", model=model.key)
+        self.note("model", f"{model.key} is served no longer")
+        self._follow({"removed": model.key})
+
+    def follow(self, model: ModelState) -> None:
+        """Be in the phase that follows from those of the models, of which ``model`` is in another; log both."""
+        if len(self.models) == 1:
+            self.enter(model.phase, **model.facts)
+            return
+        facts = {**model.facts, "model": model.key}
+        log.info("model", event_kind="phase", phase=model.phase.value, **facts)
+        self.note("model", f"{model.key}: {model.phase.value}")
+        self._follow(facts)
+
+    def _follow(self, facts: dict[str, object]) -> None:
+        phase = of_all(model.phase for model in self.models.values())
+        if phase is self.phase:
+            self.notify()
+        else:
+            self.enter(phase, **facts)
+
     def enter(self, phase: Phase, **facts: object) -> None:
         """Move to ``phase`` and log it, with how long the last one took."""
         now = self._clock()
@@ -122,7 +133,7 @@ class NodeState:
         )
         self.note("phase", f"{phase.value}, after {now - self.since:.1f} s of {self.phase.value}")
         self.phase, self.since, self.facts = phase, now, facts
-        self._notify()
+        self.notify()
 
     def judge(self, verdict: Verdict, evidence: str) -> None:
         """Note whether others can dial the node. Logged when the verdict is new."""
@@ -130,34 +141,7 @@ class NodeState:
         if verdict is not before:
             log.info("reachability", verdict=verdict.value, before=before.value, evidence=evidence)
             self.note("reachability", f"{verdict.value}: {evidence}")
-            self._notify()
-
-    def note_loading(self, progress: LoadProgress) -> None:
-        """Note how far loading is; logged now and then while tensors are fetched."""
-        self.loading = progress
-        if progress.missing_bytes and self._clock() >= self._loading_told + defaults.LOADING_LOG_SECONDS:
-            self._loading_told = self._clock()
-            log.info(
-                "fetching weights",
-                mib=progress.fetched_bytes // defaults.MIB,
-                of_mib=progress.missing_bytes // defaults.MIB,
-            )
-
-    def note_announced(self, report: AnnounceReport) -> None:
-        """Note how a round of announcements went; it is an event if it went otherwise than the one before."""
-        before = self.announced.get(report.network)
-        if before is None or _outcome(before.last) != _outcome(report):
-            self.note(
-                "announced",
-                f"{report.state.name} in {report.network}: "
-                f"{report.by_others} of {report.records} records kept by others",
-            )
-        known = self.announced.setdefault(report.network, Announced(report, self._clock()))
-        known.last, known.at = report, self._clock()
-        known.rounds += 1
-        known.records += report.records
-        known.acknowledged += report.acknowledged
-        known.by_others += report.by_others
+            self.notify()
 
     def hear_clock(self, peer: PeerId, ahead: float) -> None:
         """Note how many seconds a bootstrap peer's clock is ahead, 0 if near enough, and judge this machine's by all.
@@ -181,15 +165,16 @@ class NodeState:
             self.degraded[condition] = reason
             log.warning("degraded", condition=condition, reason=reason)
             self.note("degraded", f"{condition}: {reason}")
-            self._notify()
+            self.notify()
 
     def recover(self, condition: str) -> None:
         if self.degraded.pop(condition, None) is not None:
             log.info("recovered", condition=condition)
             self.note("recovered", condition)
-            self._notify()
+            self.notify()
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Wake whoever waits for a change."""
         self._changed.set()
         self._changed = trio.Event()
 

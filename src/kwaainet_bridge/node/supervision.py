@@ -100,7 +100,8 @@ def _is_up(state: NodeState) -> bool:
 
 
 def _is_working(state: NodeState) -> bool:
-    return ENGINE not in state.degraded
+    """Whether some model's engine computes, if there are any: what helps one would end the sessions of the others."""
+    return not state.models or any(ENGINE not in model.degraded for model in state.models.values())
 
 
 async def _tell_ready(manager: _Manager, state: NodeState) -> None:
@@ -129,8 +130,12 @@ def _status(state: NodeState) -> Iterator[str]:
     """One line. Names of conditions only: a reason may hold what a peer said."""
     blocks = state.facts.get("blocks")
     yield state.phase.value if blocks is None else f"{state.phase.value} blocks {blocks}"
-    if state.degraded:
-        yield f"degraded: {', '.join(state.degraded)}"
+    degraded = [
+        condition if model is None or len(state.models) == 1 else f"{condition} of {model.key}"
+        for model, condition, _ in state.degradations()
+    ]
+    if degraded:
+        yield f"degraded: {', '.join(degraded)}"
 
 
 async def _ask_to_wait(manager: _Manager, state: NodeState, stop: trio.Event) -> None:

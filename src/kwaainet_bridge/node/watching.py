@@ -9,8 +9,8 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import Histogram
 from kwaainet_bridge.errors import EngineError
+from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.readiness import ENGINE
-from kwaainet_bridge.node.state import NodeState
 
 
 async def measure_lag(
@@ -28,12 +28,12 @@ async def measure_lag(
 
 async def watch_engine(
     check: Callable[[], Awaitable[None]],
-    state: NodeState,
+    state: ModelState,
     *,
     period: float = defaults.ENGINE_CHECK_SECONDS,
     patience: float = defaults.ENGINE_PATIENCE_SECONDS,
 ) -> None:
-    """``check`` the engine every ``period`` seconds until cancelled; the node is degraded while it gets no turn.
+    """``check`` the engine every ``period`` seconds until cancelled; its model is degraded while it gets no turn.
 
     ``check`` returns once the engine has had a turn, or raises EngineError.
     """

@@ -26,7 +26,9 @@ def make_app(state: NodeState, nursery: trio.Nursery) -> Starlette:
         ready = is_ready(judged)
         body = {
             "ready": ready,
-            "conditions": [{"name": c.name, "met": c.met, "reason": c.reason} for c in judged],
+            "conditions": [
+                {"name": c.name, "model": c.model, "met": c.met, "reason": c.reason} for c in judged
+            ],
         }
         return JSONResponse(body, status_code=200 if ready else 503)
 

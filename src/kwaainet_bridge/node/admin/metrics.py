@@ -5,8 +5,8 @@ Every label has few values that the node or its configuration decides; none hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -24,8 +24,13 @@ from kwaainet_bridge.counting import Histogram, ServingCounts
 from kwaainet_bridge.hivemind.averaging import FailureKind, Outcome
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.admin.status import host_counts
+from kwaainet_bridge.node.phase import Phase
 from kwaainet_bridge.node.readiness import conditions, is_ready
-from kwaainet_bridge.node.state import NodeState, Phase
+from kwaainet_bridge.node.state import NodeState
+
+if TYPE_CHECKING:
+    from kwaainet_bridge.engine import Engine
+    from kwaainet_bridge.node.served import BlockServer
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
 
@@ -81,7 +86,7 @@ class _StateCollector(Collector):
         yield from _node(self._state)
         yield from _host(self._state)
         yield from _networks(self._state)
-        yield from _serving(self._state)
+        yield from _models(self._state)
         yield from _averaging(self._state)
 
 
@@ -92,10 +97,11 @@ def _node(state: NodeState) -> Iterator[Metric]:
     yield _gauge("phase", "1 for the phase that the node is in.", phases, ("phase",))
     judged = conditions(state)
     yield _gauge("ready", "1 while all conditions are met.", [((), float(is_ready(judged)))])
-    met = [((c.name,), float(c.met)) for c in judged]
-    yield _gauge("condition", "1 for each condition of readiness that is met.", met, ("condition",))
-    degraded = [((name,), 1.0) for name in state.degraded]
-    yield _gauge("degraded", "1 for each condition that degrades the node.", degraded, ("condition",))
+    met = [((c.name, c.model or ""), float(c.met)) for c in judged]
+    of_model = ("condition", "model")
+    yield _gauge("condition", "1 for each condition of readiness that is met.", met, of_model)
+    degraded = [((name, "" if model is None else model.key), 1.0) for model, name, _ in state.degradations()]
+    yield _gauge("degraded", "1 for each condition that degrades the node.", degraded, of_model)
     verdicts = [((verdict.value,), float(verdict is state.reachability[0])) for verdict in Verdict]
     yield _gauge("reachability", "1 for the verdict on whether others can dial it.", verdicts, ("verdict",))
     yield _histogram(
@@ -122,94 +128,122 @@ def _host(state: NodeState) -> Iterator[Metric]:
 
 
 def _networks(state: NodeState) -> Iterator[Metric]:
-    watches, announced = state.bootstrap, state.announced
-    network = ("network",)
+    watches = state.bootstrap
     reached = [((name,), len(watch.reached)) for name, watch in watches.items()]
-    yield _gauge("bootstrap_peers_reached", "Bootstrap peers in touch.", reached, network)
+    yield _gauge("bootstrap_peers_reached", "Bootstrap peers in touch.", reached, ("network",))
     total = [((name,), watch.total) for name, watch in watches.items()]
-    yield _gauge("bootstrap_peers", "Bootstrap peers there should be.", total, network)
+    yield _gauge("bootstrap_peers", "Bootstrap peers there should be.", total, ("network",))
+    announced = {
+        (model.key, name): known for model in state.models.values() for name, known in model.announced.items()
+    }
+    where = ("model", "network")
     yield _counter(
         "announce_rounds",
         "Rounds in which records were written.",
-        [((name,), known.rounds) for name, known in announced.items()],
-        network,
+        [(of, known.rounds) for of, known in announced.items()],
+        where,
     )
     kept = [
         row
-        for name, known in announced.items()
+        for of, known in announced.items()
         for row in (
-            ((name, "sent"), known.records),
-            ((name, "acknowledged"), known.acknowledged),
-            ((name, "by_others"), known.by_others),
+            ((*of, "sent"), known.records),
+            ((*of, "acknowledged"), known.acknowledged),
+            ((*of, "by_others"), known.by_others),
         )
     ]
     yield _counter(
-        "dht_records", "Records written, kept by some node, and by another one.", kept, ("network", "outcome")
+        "dht_records", "Records written, kept by some node, and by another one.", kept, (*where, "outcome")
     )
-    age = [((name,), state.now - known.at) for name, known in announced.items()]
-    yield _gauge("announce_age_seconds", "Since the latest round of announcements ended.", age, network)
-    by_others = [((name,), known.last.by_others) for name, known in announced.items()]
-    yield _gauge("announced_records", "Records of the latest round that others keep.", by_others, network)
+    age = [(of, state.now - known.at) for of, known in announced.items()]
+    yield _gauge("announce_age_seconds", "Since the latest round of announcements ended.", age, where)
+    by_others = [(of, known.last.by_others) for of, known in announced.items()]
+    yield _gauge("announced_records", "Records of the latest round that others keep.", by_others, where)
 
 
-def _serving(state: NodeState) -> Iterator[Metric]:
-    served = state.served
-    if served is None:
-        return
-    engine, network = served.engine, ("network",)
-    yield _gauge("blocks", "Blocks that are served.", [((), len(engine.blocks))])
-    total, left = served.cache_tokens
-    yield _gauge(
-        "cache_tokens",
-        "Room of the KV cache in tokens of one sequence through all served blocks.",
-        [(("used",), total - left), (("left",), left)],
-        ("state",),
-    )
-    batches = engine.counts
-    yield _histogram("queue_seconds", "How long a step waited for its batch.", [((), batches.queue_seconds)])
-    yield _histogram(
-        "batch_seconds", "How long a batch of steps was computed.", [((), batches.batch_seconds)]
-    )
-    yield _histogram("batch_tokens", "Tokens of a batch of steps.", [((), batches.batch_tokens)])
-    servers = served.by_network
-    sessions = [((name,), server.open_sessions) for name, server in servers.items()]
-    yield _gauge("sessions", "Open inference sessions.", sessions, network)
-    counts = {name: server.counts for name, server in servers.items()}
-    steps = [((name,), count.steps) for name, count in counts.items()]
-    yield _counter("steps", "Steps of sessions that were computed.", steps, network)
+def _models(state: NodeState) -> Iterator[Metric]:
+    phases = [
+        ((m.key, phase.value), float(phase is m.phase)) for m in state.models.values() for phase in Phase
+    ]
+    if phases:
+        yield _gauge("model_phase", "1 for the phase that a model is in.", phases, ("model", "phase"))
+    served = {model.key: model.served for model in state.models.values() if model.served is not None}
+    if served:
+        yield from _engines({key: blocks.engine for key, blocks in served.items()})
+        rooms = {key: blocks.cache_tokens for key, blocks in served.items()}
+        yield _gauge(
+            "cache_tokens",
+            "Room of the KV cache in tokens of one sequence through all served blocks.",
+            [
+                row
+                for key, (total, left) in rooms.items()
+                for row in (((key, "used"), total - left), ((key, "left"), left))
+            ],
+            ("model", "state"),
+        )
+        yield from _serving(
+            {
+                (key, name): server
+                for key, blocks in served.items()
+                for name, server in blocks.by_network.items()
+            }
+        )
+
+
+def _engines(engines: Mapping[str, Engine]) -> Iterator[Metric]:
+    model = ("model",)
+    blocks = [((key,), len(engine.blocks)) for key, engine in engines.items()]
+    yield _gauge("blocks", "Blocks that are served.", blocks, model)
+    counts = {(key,): engine.counts for key, engine in engines.items()}
+    waited = [(of, count.queue_seconds) for of, count in counts.items()]
+    yield _histogram("queue_seconds", "How long a step waited for its batch.", waited, model)
+    computed = [(of, count.batch_seconds) for of, count in counts.items()]
+    yield _histogram("batch_seconds", "How long a batch of steps was computed.", computed, model)
+    sizes = [(of, count.batch_tokens) for of, count in counts.items()]
+    yield _histogram("batch_tokens", "Tokens of a batch of steps.", sizes, model)
+
+
+def _serving(servers: Mapping[tuple[str, str], BlockServer]) -> Iterator[Metric]:
+    """By model and network."""
+    where = ("model", "network")
+    sessions = [(of, server.open_sessions) for of, server in servers.items()]
+    yield _gauge("sessions", "Open inference sessions.", sessions, where)
+    counts = {of: server.counts for of, server in servers.items()}
+    steps = [(of, count.steps) for of, count in counts.items()]
+    yield _counter("steps", "Steps of sessions that were computed.", steps, where)
     tokens = [
         row
-        for name, count in counts.items()
-        for row in (((name, "step"), count.step_tokens), ((name, "pass"), count.pass_tokens))
+        for of, count in counts.items()
+        for row in (((*of, "step"), count.step_tokens), ((*of, "pass"), count.pass_tokens))
     ]
-    yield _counter("tokens", "Tokens that were computed.", tokens, ("network", "kind"))
+    yield _counter("tokens", "Tokens that were computed.", tokens, (*where, "kind"))
     yield _histogram(
         "step_seconds",
         "How long a step took, to read it, in the engine, and to reply.",
         [
-            ((name, phase), histogram)
-            for name, count in counts.items()
+            ((*of, phase), histogram)
+            for of, count in counts.items()
             for phase, histogram in count.step_seconds.items()
         ],
-        ("network", "phase"),
+        (*where, "phase"),
     )
-    passes = [((name,), count.passes) for name, count in counts.items()]
-    yield _counter("passes", "Forward and backward requests that were computed.", passes, network)
-    refused = [((name,), count.refused) for name, count in counts.items()]
-    yield _counter("requests_refused", "Sessions and requests that were refused.", refused, network)
+    passes = [(of, count.passes) for of, count in counts.items()]
+    yield _counter("passes", "Forward and backward requests that were computed.", passes, where)
+    refused = [(of, count.refused) for of, count in counts.items()]
+    yield _counter("requests_refused", "Sessions and requests that were refused.", refused, where)
     yield _counter(
         "tensor_bytes",
         "Bytes of tensors as they travelled.",
-        [row for name, count in counts.items() for row in _tensor_bytes(name, count)],
-        ("network", "direction", "compression"),
+        [row for of, count in counts.items() for row in _tensor_bytes(of, count)],
+        (*where, "direction", "compression"),
     )
 
 
-def _tensor_bytes(network: str, counts: ServingCounts) -> Iterator[tuple[tuple[str, ...], float]]:
+def _tensor_bytes(of: tuple[str, str], counts: ServingCounts) -> Iterator[tuple[tuple[str, ...], float]]:
     for compression, count in counts.received_bytes.items():
-        yield (network, "received", compression), count
+        yield (*of, "received", compression), count
     for compression, count in counts.sent_bytes.items():
-        yield (network, "sent", compression), count
+        yield (*of, "sent", compression), count
 
 
 def _averaging(state: NodeState) -> Iterator[Metric]:

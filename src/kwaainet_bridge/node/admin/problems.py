@@ -11,11 +11,15 @@ from kwaainet_bridge.node.state import NodeState, Phase
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A condition that degrades the node or keeps it from being ready, why, and what helps."""
+    """A condition that degrades the node or keeps it from being ready, why, and what helps.
+
+    ``model`` is the key of the model that it is about, None for the whole node.
+    """
 
     name: str
     reason: str
     remedy: str
+    model: str | None = None
 
 
 _REMEDIES: Final = {
@@ -55,7 +59,12 @@ def remedy_of(name: str) -> str:
 
 def problems(state: NodeState) -> tuple[Problem, ...]:
     """All that degrades the node; while it serves, also what else keeps it from being ready."""
-    reasons = dict(state.degraded)
+    reasons = {
+        (None if model is None else model.key, condition): why
+        for model, condition, why in state.degradations()
+    }
     if state.phase is Phase.SERVING:
-        reasons |= {c.name: c.reason for c in conditions(state) if not c.met and c.name not in reasons}
-    return tuple(Problem(name, reason, remedy_of(name)) for name, reason in reasons.items())
+        for condition in conditions(state):
+            if not condition.met:
+                reasons.setdefault((condition.model, condition.name), condition.reason)
+    return tuple(Problem(name, why, remedy_of(name), model) for (model, name), why in reasons.items())

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from kwaainet_bridge import __version__, defaults
-from kwaainet_bridge.counting import ServingCounts
+from kwaainet_bridge import __version__
 from kwaainet_bridge.hivemind.averaging import Outcome, Status
 from kwaainet_bridge.net import Libp2pHost
+from kwaainet_bridge.node.admin.models import model_as_json, seconds, servers_in, text, use_of
 from kwaainet_bridge.node.admin.problems import problems
 from kwaainet_bridge.node.readiness import conditions, is_ready
-from kwaainet_bridge.node.state import Announced, NodeState
+from kwaainet_bridge.node.state import NodeState
 
-if TYPE_CHECKING:
-    from kwaainet_bridge.engine import LoadProgress
-
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 def status_of(state: NodeState) -> dict[str, Any]:
@@ -29,19 +26,20 @@ def status_of(state: NodeState) -> dict[str, Any]:
         "version": __version__,
         "peer_id": None if state.host is None else str(state.host.peer_id),
         "addresses": [] if state.host is None else list(state.host.addresses()),
-        "uptime_seconds": _seconds(state.now - state.began),
-        "phase": {"name": state.phase.value, "seconds": _seconds(state.now - state.since)},
+        "uptime_seconds": seconds(state.now - state.began),
+        "phase": {"name": state.phase.value, "seconds": seconds(state.now - state.since)},
         "ready": is_ready(judged),
-        "conditions": [{"name": c.name, "met": c.met, "reason": _text(c.reason)} for c in judged],
-        "degraded": {name: _text(reason) for name, reason in state.degraded.items()},
-        "problems": [
-            {"name": p.name, "reason": _text(p.reason), "remedy": p.remedy} for p in problems(state)
+        "conditions": [
+            {"name": c.name, "model": c.model, "met": c.met, "reason": text(c.reason)} for c in judged
         ],
-        "loading": _loading(state.loading),
+        "degraded": {name: text(reason) for name, reason in state.degraded.items()},
+        "problems": [
+            {"name": p.name, "model": p.model, "reason": text(p.reason), "remedy": p.remedy}
+            for p in problems(state)
+        ],
         "reachability": {"verdict": verdict.value, "evidence": evidence},
         "networks": {name: _network(state, name) for name in state.bootstrap},
-        "blocks": _blocks(state),
-        "cache": _cache(state),
+        "models": [model_as_json(model, state.now) for model in state.models.values()],
         "host": None if state.host is None else host_counts(state.host),
         "averaging": {name: _run(status()) for name, status in state.averaging.items()},
         "event_loop": {
@@ -52,85 +50,12 @@ def status_of(state: NodeState) -> dict[str, Any]:
     }
 
 
-def _loading(progress: LoadProgress | None) -> dict[str, Any] | None:
-    if progress is None:
-        return None
-    return {
-        "blocks_done": progress.blocks_done,
-        "blocks_total": progress.blocks_total,
-        "fetched_bytes": progress.fetched_bytes,
-        "missing_bytes": progress.missing_bytes,
-    }
-
-
-def _seconds(value: float) -> float:
-    return round(value, 3)
-
-
-def _text(value: str) -> str:
-    """A reason, which may hold what a peer said."""
-    return value[: defaults.MAX_ERROR_CHARACTERS]
-
-
 def _network(state: NodeState, name: str) -> dict[str, Any]:
-    watch, known, served = state.bootstrap[name], state.announced.get(name), state.served
-    server = None if served is None else served.by_network.get(name)
+    watch = state.bootstrap[name]
     return {
         "bootstrap": {"total": watch.total, "reached": sorted(str(peer) for peer in watch.reached)},
-        "announced": None if known is None else _announced(known, state.now),
-        "prefix": None if served is None else served.prefixes.get(name),
-        "sessions": 0 if server is None else server.open_sessions,
-        "served": _served(ServingCounts() if server is None else server.counts),
+        **use_of(servers_in(state.models.values(), name)),
     }
-
-
-def _announced(known: Announced, now: float) -> dict[str, Any]:
-    report = known.last
-    return {
-        "state": report.state.name,
-        "age_seconds": _seconds(now - known.at),
-        "lifetime_seconds": report.lifetime,
-        "records": report.records,
-        "acknowledged": report.acknowledged,
-        "by_others": report.by_others,
-        "peers": {
-            str(peer): answer if isinstance(answer, int) else _text(answer)
-            for peer, answer in report.peers.items()
-        },
-    }
-
-
-def _served(counts: ServingCounts) -> dict[str, Any]:
-    return {
-        "steps": counts.steps,
-        "step_tokens": counts.step_tokens,
-        "passes": counts.passes,
-        "pass_tokens": counts.pass_tokens,
-        "refused": counts.refused,
-        "timed_steps": counts.step_seconds["engine"].count,
-        "step_seconds": {phase: round(seen.sum, 6) for phase, seen in counts.step_seconds.items()},
-        "received_bytes": dict(counts.received_bytes),
-        "sent_bytes": dict(counts.sent_bytes),
-    }
-
-
-def _blocks(state: NodeState) -> dict[str, Any] | None:
-    if state.served is None:
-        return None
-    engine = state.served.engine
-    return {
-        "model": engine.model.name,
-        "first": engine.blocks.start,
-        "end": engine.blocks.stop,
-        "of": engine.model.num_blocks,
-    }
-
-
-def _cache(state: NodeState) -> dict[str, Any] | None:
-    if state.served is None:
-        return None
-    total, left = state.served.cache_tokens
-    return {"tokens_total": total, "tokens_left": left}
 
 
 def host_counts(host: Libp2pHost) -> dict[str, Any]:
@@ -165,8 +90,8 @@ def _run(status: Status) -> dict[str, Any]:
             {
                 "peer": str(ban.peer),
                 "kind": ban.kind.value,
-                "reason": _text(ban.reason),
-                "at": _seconds(ban.at),
+                "reason": text(ban.reason),
+                "at": seconds(ban.at),
             }
             for ban in counts.bans
         ],

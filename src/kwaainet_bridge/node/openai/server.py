@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 import structlog
@@ -23,11 +22,14 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @asynccontextmanager
 async def open_openai(
-    config: OpenAIConfig, names: Sequence[str], networks: Sequence[TextNetwork], storage: Storage
+    config: OpenAIConfig,
+    names: Sequence[str],
+    networks: Sequence[TextNetwork],
+    storage: Callable[[str], Storage],
 ) -> AsyncIterator[None]:
     """Serve text of the models ``names`` within the block, if the configuration wants it.
 
-    Their ends are kept where ``storage`` says. Raises ConfigError for an address that cannot be listened on, or a
+    Their ends are kept as ``storage`` says of each. Raises ConfigError for an address that cannot be listened on, or a
     token that cannot be used.
     """
     address = parse_admin_address(config.listen)
@@ -47,7 +49,9 @@ async def open_openai(
             limits = Limits(at_once=config.at_once, per_minute=config.most_per_minute)
             access = Access(token, "openai.token_file", local_names_only=host_check)
             # a client is silent for as long as its answer takes
-            models = TextModels(names, networks, load=partial(load_text_model, storage=storage))
+            models = TextModels(
+                names, networks, load=lambda name: load_text_model(name, storage=storage(name))
+            )
             return make_handler(make_app(models, limits), access, silent_seconds=None)
 
         server = WebServer(bound, make, name="openai")

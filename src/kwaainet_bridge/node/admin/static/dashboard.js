@@ -86,8 +86,9 @@ function draw(id, values) {
 // --- the parts of the page
 
 function showStatus() {
-  const { phase, ready, networks, cache, blocks, host, loading } = status;
+  const { phase, ready, networks, models, host } = status;
   let text = phase.name;
+  const loading = models.find((model) => model.loading)?.loading;
   if (phase.name === "loading" && loading) text += ` ${loading.blocks_done} of ${count(loading.blocks_total, "block")}`;
   put("phase", text);
   by("phase").className = `badge ${phase.name === "serving" ? "good" : "warn"}`;
@@ -97,7 +98,7 @@ function showStatus() {
   showProblems(status.problems);
   pairs("facts", [
     ["peer", status.peer_id ?? "starting"],
-    ["blocks", blocks ? `${blocks.first}:${blocks.end} of ${blocks.of} of ${blocks.model}` : "none are served"],
+    ...(models.length ? models.map((model) => ["blocks", blocksText(model)]) : [["blocks", "none are served"]]),
     ["others can dial it", `${status.reachability.verdict}: ${status.reachability.evidence}`],
     ["addresses", status.addresses.join(" ") || "none"],
     ["running for", age(status.uptime_seconds)],
@@ -114,8 +115,26 @@ function showStatus() {
   const sum = (key) => served.reduce((total, one) => total + one[key], 0);
   put("totals", `${count(sum("steps"), "step")} with ${count(sum("step_tokens"), "token")}, ${sum("passes").toLocaleString()} passes with ${count(sum("pass_tokens"), "token")}, ${sum("refused").toLocaleString()} refused`);
   pairs("sessions", Object.entries(networks).map(([name, network]) => [name, `${network.sessions} open`]));
-  by("cache").value = cache ? (cache.tokens_total - cache.tokens_left) / Math.max(1, cache.tokens_total) : 0;
-  put("cache-text", cache ? `${(cache.tokens_total - cache.tokens_left).toLocaleString()} of ${count(cache.tokens_total, "token")} in use` : "no blocks are served");
+  const caches = models.filter((model) => model.cache).map(cachePart);
+  by("caches").replaceChildren(...(caches.length ? caches : [make("p", { text: "no blocks are served", name: "muted" })]));
+}
+
+function blocksText({ name, phase, blocks, loading }) {
+  if (blocks) return `${blocks.first}:${blocks.end} of ${blocks.of} of ${name}${phase.name === "serving" ? "" : `, ${phase.name}`}`;
+  return `${name}: ${phase.name}${loading ? `, ${loading.blocks_done} of ${count(loading.blocks_total, "block")}` : ""}`;
+}
+
+function cachePart({ name, cache }) {
+  const used = cache.tokens_total - cache.tokens_left;
+  const bar = make("progress", { title: `Share of the KV cache of ${name} in use` });
+  bar.value = used / Math.max(1, cache.tokens_total);
+  const of = status.models.length > 1 ? `${name}: ` : "";
+  return make("div", { kids: [bar, make("p", { text: `${of}${used.toLocaleString()} of ${count(cache.tokens_total, "token")} in use`, name: "muted" })] });
+}
+
+// what this node serves in a network, with what the blocks are called there
+function ownIn(network) {
+  return status.models.filter((model) => model.networks[network]?.prefix).map((model) => ({ ...model.networks[network], blocks: model.blocks }));
 }
 
 let problemsShown = null;
@@ -126,8 +145,8 @@ function showProblems(problems) {
   problemsShown = key;
   by("problems").classList.toggle("some", problems.length > 0);
   by("problem-list").replaceChildren(...(problems.length
-    ? problems.map(({ name, reason, remedy }) => make("div", { name: "problem", kids: [
-        make("p", { kids: [make("b", { text: name, name: "bad" })] }), make("p", { text: reason }),
+    ? problems.map(({ name, model, reason, remedy }) => make("div", { name: "problem", kids: [
+        make("p", { kids: [make("b", { text: model && status.models.length > 1 ? `${name} of ${model}` : name, name: "bad" })] }), make("p", { text: reason }),
         make("p", { kids: [make("b", { text: "What helps: " }), remedy] })] }))
     : [make("p", { text: "Nothing that is known.", name: "good" })]));
 }
@@ -135,7 +154,8 @@ function showProblems(problems) {
 let networksShown = null;
 function showNetworks() {
   const known = Object.entries(status.networks);
-  const key = JSON.stringify([coverage, status.blocks, known.map(([name, n]) => [name, n.bootstrap, n.prefix, n.announced && [n.announced.state, n.announced.by_others, n.announced.records]])]);
+  const told = (name) => ownIn(name).map(({ prefix, blocks, announced: a }) => [prefix, blocks, a && [a.state, a.by_others, a.records]]);
+  const key = JSON.stringify([coverage, known.map(([name, n]) => [name, n.bootstrap, told(name)])]);
   if (key === networksShown) return;
   networksShown = key;
   const open = new Set([...document.querySelectorAll("#networks details[open]")].map((e) => e.dataset.model));
@@ -147,27 +167,30 @@ function networkPart(name, network, survey, open) {
   const { total, reached } = network.bootstrap;
   const part = make("section", { kids: [make("h3", { text: name })] });
   part.append(make("p", { text: `${reached.length} of ${count(total, "bootstrap peer")} in touch`, name: total && !reached.length ? "bad" : "muted" }));
-  const told = network.announced;
-  if (told) part.append(make("p", { text: `announced as ${told.state}: ${told.by_others} of ${count(told.records, "record")} kept by others`, name: "muted" }));
+  const mine = ownIn(name);
+  for (const { prefix, announced: told } of mine) {
+    const of = mine.length > 1 ? `${prefix} ` : "";
+    if (told) part.append(make("p", { text: `${of}announced as ${told.state}: ${told.by_others} of ${count(told.records, "record")} kept by others`, name: "muted" }));
+  }
   const models = survey ? [...survey.models] : [];
-  if (network.prefix && status.blocks && !models.some((model) => model.prefix === network.prefix)) {
-    const { of } = status.blocks;
-    models.unshift({ prefix: network.prefix, num_blocks: of, blocks_per_cell: Math.ceil(of / 96), servers_per_cell: null, gaps: [], error: "", servers: [], servers_total: 0 });
+  for (const { prefix, blocks } of mine) {
+    if (!blocks || models.some((model) => model.prefix === prefix)) continue;
+    const { of } = blocks;
+    models.unshift({ prefix, num_blocks: of, blocks_per_cell: Math.ceil(of / 96), servers_per_cell: null, gaps: [], error: "", servers: [], servers_total: 0 });
   }
   part.append(make("p", { name: "muted", text: survey ? `coverage read ${clock(survey.at)}` : "coverage is not read yet" }));
   if (survey?.error) part.append(make("p", { text: survey.error, name: "bad" }));
-  for (const model of models) part.append(modelPart(name, network, model, open));
+  for (const model of models) part.append(modelPart(name, mine.find(({ prefix }) => prefix === model.prefix)?.blocks, model, open));
   if (survey && !models.length && !survey.error) part.append(make("p", { text: "No model is registered.", name: "muted" }));
   return part;
 }
 
-function modelPart(name, network, model, open) {
+function modelPart(name, own, model, open) {
   const part = make("div", { name: "model" });
   const missing = model.gaps.map(([first, end]) => `${first}:${end}`).join(", ");
   part.append(make("p", { kids: [make("b", { text: model.prefix }), ` ${count(model.num_blocks, "block")}, ${count(model.servers_total, "server")}`] }));
   if (model.error) part.append(make("p", { text: model.error, name: "bad" }));
   const size = model.blocks_per_cell, cells = Math.ceil(model.num_blocks / size);
-  const own = network.prefix === model.prefix ? status.blocks : null;
   const seen = model.servers_per_cell;
   if (seen && !model.error) {
     part.append(make("div", { name: "cells", title: "servers of each block", kids: seen.map((n, i) => make("i", {
