@@ -19,6 +19,7 @@ def start_node(
     model: Path | str | None = None,
     prefix: str | None = None,
     blocks: range | None = None,
+    models: list[dict[str, Any]] | None = None,
     peers: list[str] | None = None,
     networks: dict[str, Any] | None = None,
     threads: int = 1,
@@ -26,14 +27,17 @@ def start_node(
 ) -> Process:
     """A node of its own identity in ``work``, listening on loopback. Returns at once: call ``wait_until_ready``.
 
-    ``model_options`` are further keys of the ``model`` section; without a model it is a bootstrap peer. It is in
-    Petals alone, joined through ``peers``, unless ``networks`` say otherwise, as that section does.
+    ``model_options`` are further keys of the ``model`` section; ``models`` is the section of that name for several.
+    Without a model it is a bootstrap peer. It is in Petals alone, joined through ``peers``, unless ``networks`` say
+    otherwise, as that section does.
     """
     config: dict[str, Any] = {
         "identity": {"path": f"{name}.key", "kind": "ed25519"},
         "listen": [LOOPBACK],
         "networks": networks or {"petals": {"bootstrap": peers or []}},
     }
+    if models is not None:
+        config["models"] = models
     if model is not None:
         section = {"name": str(model), "dtype": "float32", "throughput": 1.0, "threads": threads}
         if prefix is not None:
