@@ -121,9 +121,9 @@ async def _tell_when_serving(state: NodeState) -> None:
         await state.wait_changed()
 
 
-async def _show_loading(state: NodeState) -> None:
+async def _show_loading(state: NodeState, console: Console | None = None) -> None:
     """A bar on a terminal for as long as weights are fetched and read."""
-    console = Console(stderr=True)
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         return
     columns = (
