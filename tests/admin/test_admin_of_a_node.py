@@ -10,8 +10,9 @@ import httpx
 import pytest
 import torch
 import trio
+from adapter_files import make_adapter
 from admin_support import ROWS, asking, check_documented, condition_of, families, sample, table, until
-from node_support import NOWHERE, PREFIX, node_config, running_node
+from node_support import NOWHERE, PREFIX, TINY, node_config, running_node
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.hivemind.averaging import Averager
@@ -52,6 +53,9 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
         kwaai = await stack.enter_async_context(running_node(node_config(tmp_path, "kwaai")))
         networks = {"petals": {"bootstrap": [first.address]}, "kwaainet": {"bootstrap": [kwaai.address]}}
         config = node_config(tmp_path, "node", blocks="0:2", networks=networks)
+        adapter = await trio.to_thread.run_sync(make_adapter, tmp_path / "french", TINY)
+        model = config.model.model_copy(update={"adapters": (str(adapter),)})
+        config = config.model_copy(update={"model": model})
         node, client = await stack.enter_async_context(watched(config))
         await node.serving()
         await until(lambda: is_ready(client))
@@ -95,6 +99,9 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
             }
             assert model["name"] == PREFIX
             assert (model["blocks"]["first"], model["blocks"]["end"]) == (0, 2)
+            assert model["blocks"]["adapters"] == ["french"]
+            assert model["blocks"]["quantization"] == "none"
+            assert 0 < model["blocks"]["weights_bytes"] < 1 << 20
             assert model["cache"] == {"tokens_total": 16384, "tokens_left": 16384 - 16}  # a page
             assert status["host"]["connections"]["inbound"] >= 1
 

@@ -38,6 +38,7 @@ async def test_a_running_node_is_shown(tmp_path, capsys):
             "phase       serving for",
             "NOT READY",
             "blocks      0:2 of 8, tiny-llama-hf; 0 of 16384 cache tokens in use",
+            "weights     0 MiB",
             "bootstrap petals  none of 1 bootstrap peers is reached",
             "petals   0 of 1     tiny-llama-hf",
         ):

@@ -8,6 +8,8 @@ import pytest
 
 # how stock peers are started is written down there
 sys.path.append(str(Path(__file__).parents[1] / "interop"))
+# what adapters are made of
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 import trio
+from adapter_files import make_adapter, merged
 from client_fakes import peer
 
 from kwaainet_bridge.engine import ClientModel, Engine, EngineConfig, load_client_weights
+from kwaainet_bridge.errors import NoRoute
 from kwaainet_bridge.hivemind.client import (
     Directory,
     Sampling,
@@ -67,14 +69,25 @@ class RealSwarm:
 
 
 @asynccontextmanager
-async def real_swarm(*spans: range, rps: Sequence[float] = ()) -> AsyncIterator[RealSwarm]:
-    """A server with its own DHT node for every span, and a client that knows only the first of them."""
+async def real_swarm(
+    *spans: range, rps: Sequence[float] = (), adapted: Path | None = None, adapter: str | None = None
+) -> AsyncIterator[RealSwarm]:
+    """A server with its own DHT node for every span, and a client that knows only the first of them.
+
+    The first server has the adapter ``adapted``; the client asks for ``adapter``.
+    """
     async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         network = MemoryNetwork(nursery)
         servers: dict[PeerId, ExpertServer] = {}
         for number, blocks in enumerate(spans):
             engine = await Engine.load(
-                EngineConfig(model=str(MODEL), blocks=blocks, threads=1, dtype=torch.float32)
+                EngineConfig(
+                    model=str(MODEL),
+                    blocks=blocks,
+                    threads=1,
+                    dtype=torch.float32,
+                    adapters=() if adapted is None or number else (str(adapted),),
+                )
             )
             stack.push_async_callback(engine.aclose)
             host = network.host(peer(number + 1))
@@ -90,6 +103,7 @@ async def real_swarm(*spans: range, rps: Sequence[float] = ()) -> AsyncIterator[
                 model_blocks=BLOCKS,
                 repository=None,
                 torch_dtype="float32",
+                adapters=engine.adapters,
                 throughput=Throughput(1.0, inference_rps=rps[number] if rps else None),
             )
             announcer = Announcer(offer, [PetalsPublisher(dht, PREFIX)])
@@ -100,7 +114,9 @@ async def real_swarm(*spans: range, rps: Sequence[float] = ()) -> AsyncIterator[
         dht = DhtNode(host, RpcServer(host), client, client_mode=True, rng=random.Random(99))
         await stack.enter_async_context(dht.running())
         await dht.bootstrap([peer(1)])
-        swarm = Swarm(client, Directory(dht, PREFIX, BLOCKS), ping=dht.ping, rng=random.Random(5))
+        swarm = Swarm(
+            client, Directory(dht, PREFIX, BLOCKS, adapter=adapter), ping=dht.ping, rng=random.Random(5)
+        )
         yield RealSwarm(network, servers, swarm)
         nursery.cancel_scope.cancel()
 
@@ -130,6 +146,50 @@ async def test_greedy_tokens_equal_those_of_the_whole_model(whole, weights, batc
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert [server.open_sessions for server in real.servers.values()] == [0, 0]
         assert len({span.peer for span in real.swarm.spans}) == 2
+
+
+@pytest.mark.parametrize("adapter", [None, "french"])
+async def test_an_adapter_is_computed_by_those_who_have_it(
+    whole, weights, adapter: str | None, tmp_path
+) -> None:
+    """The other server is faster, and good enough without."""
+    folder = make_adapter(tmp_path / "french", MODEL, lora_alpha=8)
+    model = whole if adapter is None else merged_whole(folder)
+    hidden = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
+    async with real_swarm(range(8), range(8), rps=[1.0, 1000.0], adapted=folder, adapter=adapter) as real:
+        assert await remote_tokens(real, weights, PROMPT, 12) == local_tokens(model, PROMPT, 12)
+        run = await forward(real.swarm, hidden)
+        grads = await backward(real.swarm, run, torch.ones_like(hidden))
+    inputs = hidden.clone().requires_grad_()
+    expected = through_blocks(model, inputs)
+    (gradient,) = torch.autograd.grad(expected.sum(), inputs)
+    torch.testing.assert_close(run.output, expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads.hidden, gradient, rtol=1e-3, atol=1e-3)
+    used = {hop.peer for hop, _ in run.inputs}
+    assert used == {peer(1 if adapter else 2)}
+
+
+async def test_nobody_has_the_adapter() -> None:
+    async with real_swarm(range(8), adapter="else") as real:
+        with pytest.raises(NoRoute):
+            await forward(real.swarm, torch.zeros(1, 2, 64))
+
+
+def merged_whole(adapter: Path) -> transformers.PreTrainedModel:
+    reference = merged(MODEL, adapter, 8 / 4)
+    changed = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    changed.model.layers.load_state_dict(reference.layers.state_dict())
+    return changed
+
+
+def through_blocks(model: transformers.PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    position_ids = torch.arange(hidden.shape[1])[None]
+    rotary = model.model.rotary_emb(hidden, position_ids)
+    mask = torch.full((hidden.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+    for layer in model.model.layers:
+        output = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 async def test_a_replica_that_dies_in_the_middle_changes_nothing(whole, weights) -> None:

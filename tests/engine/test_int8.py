@@ -1,21 +1,17 @@
-"""Linear layers and whole models in eight bits, beside the exact ones."""
+"""Linear layers in eight bits, beside the exact ones."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import aclosing
-from pathlib import Path
 
 import pytest
 import torch
-from engine_support import Reference, at_once
 from torch.nn.functional import linear
 
-from kwaainet_bridge.engine import Engine, EngineConfig
 from kwaainet_bridge.engine import int8 as module
-from kwaainet_bridge.engine.int8 import Int8Linear, input_levels, quantise
-from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.engine.int8 import Int8Linear, input_levels
+from kwaainet_bridge.engine.quantized import quantise
 
 ERROR = 0.015
 """Of a matrix' output, relative, by norms; 0.010 was measured."""
@@ -63,7 +59,7 @@ def test_memory_is_a_quarter_and_the_plain_weights_are_let_go_of() -> None:
     plain = torch.nn.Linear(512, 320, bias=False)
     outer = torch.nn.ModuleDict({"large": plain, "small": torch.nn.Linear(8, 8)})
     rows = weakref.ref(plain.weight)
-    quantise(outer)
+    assert quantise("int8", outer, torch.device("cpu")) == 512 * 320
     gc.collect()
     assert rows() is None
     assert isinstance(outer["large"], Int8Linear)
@@ -75,59 +71,3 @@ def test_inputs_have_seven_bits_where_products_could_overflow(monkeypatch: pytes
     for supported, levels in ((True, 127), (False, 63)):
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda answer=supported: answer)
         assert input_levels() == levels
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose matrices are large enough."""
-    import transformers
-
-    folder = tmp_path_factory.mktemp("models") / "wide"
-    torch.manual_seed(5)
-    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 3, "vocab_size": 64}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-async def test_a_model_in_eight_bits(folder: Path) -> None:
-    """Steps, passes and gradients are near the exact ones; batches are as good as steps alone; memory is measured."""
-    whole = Reference(folder)
-    hidden = torch.randn(2, 12, 512, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    expected = whole(hidden)
-    (gradient,) = torch.autograd.grad(expected.square().sum(), hidden)
-    plain = await Engine.load(EngineConfig(str(folder)))
-    async with aclosing(plain):
-        exact_bytes = plain.weights_bytes
-    engine = await Engine.load(EngineConfig(str(folder), quantization="int8"))
-    async with aclosing(engine):
-        assert 0.25 <= engine.weights_bytes / exact_bytes < 0.28
-        hidden = hidden.detach()
-        expected = expected.detach()
-        assert distance(await engine.forward(hidden, engine.blocks), expected) < 0.03
-        ours, _ = await engine.backward(hidden, 2 * expected, engine.blocks)
-        assert distance(ours.flatten(1), gradient.flatten(1)) < 0.05
-        async with (
-            engine.open_session(engine.blocks, 2, 32) as one,
-            engine.open_session(engine.blocks, 2, 32) as two,
-        ):
-            first, again = await at_once(
-                engine, lambda: one.step(hidden[:, :9]), lambda: two.step(hidden[:, :9])
-            )
-            assert torch.equal(first, again)
-            last = await one.step(hidden[:, 9:])
-            assert distance(last, expected[:, 9:]) < 0.03
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"tensor_parallel": 2}, "quantization does not go with tensor_parallel")],
-)
-def test_what_does_not_go_with_it(options: dict[str, int], reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        EngineConfig("model", quantization="int8", **options)  # type: ignore[arg-type]
-
-
-def test_gpus_are_refused() -> None:
-    with pytest.raises(ConfigError, match="int8 is for CPUs with oneDNN, and the device is cuda:0"):
-        module.check(torch.device("cuda:0"))

@@ -49,7 +49,11 @@ async def test_blocks_that_are_given_are_loaded_while_the_networks_are_joined(
             await world.state.wait_for(Phase.SERVING)
         assert trio.current_time() < 13.0
         world.stop.set()
-    assert world.petals.changes == [("ONLINE", "0:4"), ("OFFLINE", "0:4")]
+    # JOINING may begin in the same moment as ONLINE, whose records expire later and so count
+    assert [change for change in world.petals.rounds if change[0] != "JOINING"] == [
+        ("ONLINE", "0:4"),
+        ("OFFLINE", "0:4"),
+    ]
 
 
 async def test_joining_is_announced_while_blocks_are_loaded(autojump_clock: MockClock) -> None:

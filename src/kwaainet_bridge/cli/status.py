@@ -170,6 +170,10 @@ def _draw_models(models: list[dict[str, Any]], out: Console) -> None:
         span = f"{blocks['first']}:{blocks['end']} of {blocks['of']}"
         phase = "" if model["phase"]["name"] == "serving" else f", {model['phase']['name']}"
         _line(out, "blocks", f"{span}, {model['name']}{phase}; {total - left} of {total} cache tokens in use")
+        bits = "" if blocks["quantization"] == "none" else f" as {blocks['quantization']}"
+        _line(out, "weights", f"{blocks['weights_bytes'] / defaults.MIB:.0f} MiB{bits}")
+        if blocks["adapters"]:
+            _line(out, "adapters", ", ".join(blocks["adapters"]))
 
 
 def _loaded(loading: dict[str, Any] | None) -> str:

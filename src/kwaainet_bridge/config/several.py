@@ -16,7 +16,7 @@ def check_together(models: Sequence[ModelConfig], *, kwaainet: bool) -> None:
     """Raise ValueError for models that cannot be served side by side. ``kwaainet``: whether blocks are served there."""
     by_name: dict[str, list[ModelConfig]] = defaultdict(list)
     for model in models:
-        for name in {_called(model), model.key}:
+        for name in dict.fromkeys((_called(model), model.key)):
             by_name[name].append(model)
     for called, same in by_name.items():
         if len(same) > 1:

@@ -72,6 +72,11 @@ class Adapter:
         """Of each block and module: the names of its two tensors."""
         self._find_keys()
 
+    def check(self, num_blocks: int) -> None:
+        """Raise CheckpointError if it is for a model with more blocks."""
+        if (last := max(self._keys)) >= num_blocks:
+            raise self._refused(f"it changes block {last}, and the model has blocks 0:{num_blocks}")
+
     def of(self, block: int, dtype: torch.dtype, device: torch.device) -> dict[str, Pair]:
         """What is added to which modules of a block, by their names inside of it."""
         return {
@@ -128,6 +133,8 @@ class Adapter:
                     raise self._refused(f"it has {key}, which is no matrix of LoRA")
                 modules = self._keys.setdefault(int(match["block"]), {})
                 modules.setdefault(match["module"], {})[match["side"]] = key
+        if not self._keys:
+            raise self._refused("it changes no layer of any block")
 
     def _open(self) -> Any:
         try:

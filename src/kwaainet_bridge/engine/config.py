@@ -14,6 +14,9 @@ from kwaainet_bridge.errors import ConfigError
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Quantization = Literal["none", "int8", "nf4"]
+"""What becomes of large matrices: nothing, eight bits for each weight, or four."""
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:
@@ -38,7 +41,7 @@ class EngineConfig:
     ``max_length`` is in tokens per session, ``max_batch_tokens`` in batch times tokens per forward or
     backward request. ``threads`` is what one torch operator may use on the CPU; None leaves torch's choice.
     ``tensor_parallel`` is how many processes of this machine share the model: with "cuda" for a device each has a GPU
-    of its own, from the first on. ``quantization`` "int8" has large matrices in eight bits (CPU). ``adapters`` are LoRA
+    of its own, from the first on. ``quantization`` keeps large matrices in fewer bits. ``adapters`` are LoRA
     adapters, folders or hub repository ids.
     ``share_prefixes`` says which sessions compute a common beginning once: those of one peer, all, or none.
     Sessions that were idle for ``offload_idle_seconds`` (None: none) leave the KV cache where others need the room, for
@@ -58,7 +61,7 @@ class EngineConfig:
     share_prefixes: Literal["off", "peer", "all"] = "peer"
     offload_idle_seconds: float | None = None
     offload_bytes: int = defaults.OFFLOAD_MIB * defaults.MIB
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Quantization = "none"
     adapters: tuple[str, ...] = ()
     storage: Storage = field(default_factory=Storage)
     shares: Mapping[Hashable, float] = field(default_factory=dict)

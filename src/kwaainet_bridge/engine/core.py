@@ -61,8 +61,9 @@ class Engine:
         self._room = CacheRoom(allocator, budget, page_bytes, span.blocks.start, prefixes, offload)
         self.adapters = names_of(config.adapters)
         """Names of the LoRA adapters that requests may ask for."""
+        self.quantization = config.quantization
         self.weights_bytes = span.held_bytes()
-        """What the weights take in memory, measured."""
+        """What the weights and those of adapters take in memory, measured."""
         self._span = span
         self._runner = loaded.runner
         self._compute = loaded.compute

@@ -80,18 +80,9 @@ def input_levels() -> int:
     return 127 if torch.cpu._is_vnni_supported() else 63  # noqa: SLF001  # the only way to ask
 
 
-def check(device: torch.device) -> None:
-    """Raise ConfigError where weights cannot be in eight bits."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def check() -> None:
+    """Raise ConfigError where these layers do not run."""
+    if not torch.backends.mkldnn.is_available():
         raise ConfigError(
-            f"model.quantization int8 is for CPUs with oneDNN, and the device is {device}: set it to none"
+            "model.quantization int8 on a CPU needs oneDNN, which this torch lacks: set it to none"
         )
-
-
-def quantise(module: torch.nn.Module) -> None:
-    """Put an Int8Linear in the place of each plain large Linear inside ``module``, whose weights are let go of."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear and child.weight.numel() >= SMALLEST:
-                setattr(parent, name, Int8Linear(child))
-                child.weight = None

@@ -177,7 +177,7 @@ def _prepare(
     config: EngineConfig, checkpoint: Checkpoint, model: Family, blocks: range | None
 ) -> tuple[Span, ModelInfo]:
     """The span without weights; ``blocks`` None is all of them. Runs in the compute thread."""
-    from kwaainet_bridge.engine import int8
+    from kwaainet_bridge.engine import quantized
     from kwaainet_bridge.engine.span import Span
 
     if blocks is None:
@@ -187,8 +187,7 @@ def _prepare(
     except InvalidRequest as error:
         raise ConfigError(f"{config.model} has blocks 0:{model.num_blocks}: {error}") from error
     span = Span(model, checkpoint, blocks, config.dtype, config.device_of(0))
-    if config.quantization == "int8":
-        int8.check(span.device)
+    quantized.check(config.quantization, span.device)
     span.quantization = config.quantization
     return span, ModelInfo(
         name=config.model,

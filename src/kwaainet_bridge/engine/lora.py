@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from kwaainet_bridge.engine.adapters import Pair
-from kwaainet_bridge.engine.int8 import Int8Linear
-from kwaainet_bridge.engine.packed import PackedLinear
+from kwaainet_bridge.engine.quantized import LINEAR
 from kwaainet_bridge.errors import CheckpointError, EngineError
 
 Rows = Sequence[tuple[str, int, int]]
@@ -50,6 +49,9 @@ class AdaptedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is untyped 
         self.plain = plain
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self._pairs = pairs
+        for number, pair in enumerate(pairs.values()):  # so that their memory is counted
+            self.register_buffer(f"down_{number}", pair.down, persistent=False)
+            self.register_buffer(f"up_{number}", pair.up, persistent=False)
         self._active = active
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the name in torch's layers
@@ -94,7 +96,7 @@ def _check(layer: torch.nn.Module, block: int, module: str, adapter: str, pair: 
         plain = layer.get_submodule(module)
     except AttributeError:
         raise CheckpointError(f"{where} does not exist in this model") from None
-    if not isinstance(plain, torch.nn.Linear | PackedLinear | Int8Linear):
+    if not isinstance(plain, LINEAR):
         raise CheckpointError(f"{where} is no linear layer but {type(plain).__name__}")
     shape, expected = [pair.up.shape[0], pair.down.shape[1]], [plain.out_features, plain.in_features]
     if shape != expected:

@@ -5,8 +5,8 @@ through all blocks. Everything larger is a sequence of pieces, of which one runs
 or a forward or backward pass (*batch*). Inference goes first: a batch of steps and a piece of a prompt take turns where
 both wait, and pieces of other passes run when neither does, or when they have waited for ``patience`` seconds.
 
-Among peers, whoever has been given least of its share comes first, except that every other choice goes to whoever has waited
-longest, if that is more than ``patience``; so nobody waits for ever, however many others come.
+Among peers, whoever has been given least of its share comes first, except that every other choice goes to whoever has
+waited longest, if that is more than ``patience``; so nobody waits for ever, however many others come.
 """
 
 from __future__ import annotations

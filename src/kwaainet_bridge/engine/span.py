@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kwaainet_bridge.engine import attention, int8, lora, packed
+from kwaainet_bridge.engine import attention, lora, packed, quantized
 from kwaainet_bridge.engine.adapters import Adapter
 from kwaainet_bridge.engine.attention import RaggedCache, Rule
 from kwaainet_bridge.engine.checkpoint import Checkpoint
-from kwaainet_bridge.engine.config import SUPPORTED_DTYPES
+from kwaainet_bridge.engine.config import SUPPORTED_DTYPES, Quantization
 from kwaainet_bridge.engine.family import Family
 from kwaainet_bridge.engine.layout import Part, parts_of
 from kwaainet_bridge.engine.own_attention import OwnAttention
@@ -56,7 +56,7 @@ class Span:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             self._own = OwnAttention(model, self._rotary, self.adapters, like)
         self._parts = {block: self._find(block) for block in blocks}
-        self.quantization = "none"
+        self.quantization: Quantization = "none"
         """What :meth:`load` makes of large matrices."""
         self._packs = self.device.type == "cpu" and self._own is None and packed.supported(self.dtype)
 
@@ -71,7 +71,7 @@ class Span:
         return values * int(self.dtype.itemsize)
 
     def held_bytes(self) -> int:
-        """Bytes that the weights of all loaded blocks take here, as they are."""
+        """Bytes that the weights of all loaded blocks and of their adapters take here, as they are."""
         return sum(
             int(tensor.numel()) * int(tensor.element_size())
             for layer in self._layers.values()
@@ -105,13 +105,21 @@ class Span:
             raise CheckpointError(
                 f"block {block} of {self._checkpoint.name} computes {left[0]} itself: not supported"
             )
-        if self.quantization == "int8":
-            int8.quantise(layer)
-        elif self._packs and self.share is None:
+        if self.quantization != "none":
+            weights = sum(int(tensor.numel()) for tensor in tensors.values())
+            done = quantized.quantise(self.quantization, layer, self.device)
+            if done < weights * quantized.LEAST_SHARE:
+                raise CheckpointError(
+                    f"{self._checkpoint.name} cannot be quantised: in block {block} large linear layers have "
+                    f"{done / weights:.0%} of the weights; set model.quantization to none"
+                )
+        if self._packs and self.share is None:
             packed.pack(layer)
 
     def adapt(self, block: int, adapters: Sequence[Adapter]) -> None:
         """Have these adapters at hand in a block that is loaded. Raises CheckpointError for one that does not fit."""
+        for adapter in adapters:
+            adapter.check(self.model.num_blocks)
         pairs = {adapter.name: adapter.of(block, self.dtype, self.device) for adapter in adapters}
         lora.install(self._layers[block], block, pairs, self.adapters)
 
@@ -170,7 +178,10 @@ class Span:
                 ) from error
             scale = theirs.abs().max()
             differences = [(ours - theirs).abs().max() for ours in outputs]
-            if not all(difference <= CHECK_TOLERANCE[self.dtype] * scale for difference in differences):
+            tolerance = CHECK_TOLERANCE[self.dtype]
+            if self.quantization != "none":
+                tolerance = max(tolerance, quantized.TOLERANCE)
+            if not all(difference <= tolerance * scale for difference in differences):
                 raise CheckpointError(
                     f"{self._checkpoint.name} cannot be served: block {block} differs from what its own "
                     f"attention gives as {self.dtype} on {self.device}; the family is not supported"

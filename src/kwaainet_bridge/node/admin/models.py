@@ -69,6 +69,9 @@ def _blocks(served: ServedBlocks) -> dict[str, Any]:
         "first": engine.blocks.start,
         "end": engine.blocks.stop,
         "of": engine.model.num_blocks,
+        "quantization": engine.quantization,
+        "weights_bytes": engine.weights_bytes,
+        "adapters": list(engine.adapters),
     }
 
 
