@@ -28,7 +28,7 @@ class Access:
     """Who may ask: with a ``token``, which ``token_key`` of the configuration names, whoever sends it.
 
     ``open_paths`` may be asked without. ``local_names_only``: refuse requests that name another host than this machine,
-    as a page in a browser makes them that has its own name point here.
+    as a page in a browser makes them that has its own name point here, and those of pages that came from elsewhere.
     """
 
     token: str | None
@@ -77,8 +77,14 @@ class _Guard:
 
     def _refusal(self, request: Request) -> Response | None:
         access = self._access
-        if access.local_names_only and not _is_local(request.headers.get("host", "")):
-            return PlainTextResponse("this is served to this machine only\n", status_code=421)
+        if access.local_names_only:
+            host = request.headers.get("host", "")
+            if not _is_local(host):
+                return PlainTextResponse("this is served to this machine only\n", status_code=421)
+            if not _is_of(request.headers.get("origin"), host):
+                return PlainTextResponse(
+                    "pages of other sites may not ask: open this node's own page\n", status_code=403
+                )
         if access.token is None or request.scope["path"] in access.open_paths:
             return None
         if admits(access.token, request.headers.get("authorization", "")):
@@ -88,6 +94,14 @@ class _Guard:
             status_code=401,
             headers={"www-authenticate": "Bearer"},
         )
+
+
+def _is_of(origin: str | None, host: str) -> bool:
+    """Whether a request is of a page from ``host`` itself, or of no page: browsers tell the origin of all others.
+
+    A page cannot read what it gets from elsewhere, but what it sends would be done.
+    """
+    return origin is None or origin.partition("://")[2] == host
 
 
 def _is_local(host: str) -> bool:
