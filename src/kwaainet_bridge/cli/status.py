@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, Final
 
-import httpx
 import typer
 from rich.console import Console
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.admin_address import UnixAddress
+from kwaainet_bridge.cli.admin_client import asking
 from kwaainet_bridge.cli.printing import console, counted, print_table, printable
 from kwaainet_bridge.config import NodeConfig
-from kwaainet_bridge.errors import ConfigError, NetworkError, RemoteError
-from kwaainet_bridge.node.web.sockets import reachable
-from kwaainet_bridge.node.web.tokens import bearer, read_token
-
-Fetch = Callable[[], Any]
+from kwaainet_bridge.errors import RemoteError
 
 _SCHEMA: Final = 2  # of the status that is understood here
 
@@ -34,9 +25,9 @@ def show_status(config: NodeConfig, *, watch: bool, as_json: bool) -> None:
     else than a status.
     """
     out = console()
-    with _asking(config) as fetch:
+    with asking(config) as node:
         while True:
-            status = fetch()
+            status = node.get("/api/status")
             if as_json:
                 typer.echo(json.dumps(status))
             else:
@@ -57,73 +48,6 @@ def show_status(config: NodeConfig, *, watch: bool, as_json: bool) -> None:
                 time.sleep(defaults.STATUS_WATCH_SECONDS)
             except KeyboardInterrupt:
                 return
-
-
-@contextmanager
-def _asking(config: NodeConfig) -> Iterator[Fetch]:
-    address = config.admin_address
-    if address is None:
-        raise ConfigError("admin.listen is off in this configuration: nobody can be asked for a status")
-    headers = {}
-    if config.admin.token_file is not None:
-        headers["Authorization"] = bearer(read_token(config.admin.token_file, key="admin.token_file"))
-    if isinstance(address, UnixAddress):
-        assert address.path is not None
-        with _name_of(address.path, str(address)) as name:
-            transport = httpx.HTTPTransport(uds=name)
-            with httpx.Client(transport=transport, base_url="http://localhost", headers=headers) as client:
-                yield lambda: _fetch(client, str(address))
-    else:
-        with httpx.Client(base_url=address.url, headers=headers, trust_env=False) as client:
-            yield lambda: _fetch(client, str(address))
-
-
-@contextmanager
-def _name_of(path: Path, where: str) -> Iterator[str]:
-    """A short enough name of the socket at ``path``, if somebody listens there."""
-    with ExitStack() as stack:
-        try:
-            name = stack.enter_context(reachable(path))
-            # httpx forgets to close a socket with which it could not connect
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(defaults.STATUS_SECONDS)
-                probe.connect(name)
-        except OSError as e:
-            raise NetworkError(_nobody(where, e)) from e
-        yield name
-
-
-def _nobody(where: str, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or error
-    return (
-        f"no node answers at {where} ({reason}): start one with `kwaainet-bridge run`, or name with -c the "
-        "configuration of the one that runs; a socket is for the user who runs the node"
-    )
-
-
-def _fetch(client: httpx.Client, where: str) -> Any:
-    try:
-        answer = client.get("/api/status", timeout=defaults.STATUS_SECONDS)
-    except httpx.ConnectError as e:
-        raise NetworkError(_nobody(where, e)) from e
-    except httpx.TimeoutException as e:
-        raise NetworkError(
-            f"the node at {where} does not answer within {defaults.STATUS_SECONDS:g} s: it is overloaded or hangs; "
-            "its log may tell why"
-        ) from e
-    except httpx.HTTPError as e:
-        raise NetworkError(f"the node at {where} broke off: {e}; it may just have stopped") from e
-    if answer.status_code == httpx.codes.UNAUTHORIZED:
-        raise ConfigError(
-            f"the node at {where} wants another token: give the configuration with which it runs, with its token_file"
-        )
-    try:
-        status = answer.json()
-    except ValueError as e:
-        raise RemoteError(f"what answers at {where} is no node: {answer.text[:100]!r}") from e
-    if answer.status_code != httpx.codes.OK or not isinstance(status, dict):
-        raise RemoteError(f"what answers at {where} is no node: HTTP {answer.status_code}")
-    return status
 
 
 def draw(status: dict[str, Any], out: Console) -> None:
