@@ -32,16 +32,19 @@ class NodeConfig(Section):
 
     identity: IdentityConfig = IdentityConfig()
     listen: ListenAddresses = defaults.LISTEN_ADDRESSES
-    """Addresses to listen on; port 0 takes any free one."""
+    """Where to listen: ``/ip4/<address>/tcp/<port>`` or ``/ip6/…``. Port 0 takes any free one. An empty list
+    listens nowhere; such a node can only dial."""
     announce: AnnounceAddresses = ()
-    """Addresses that others should dial, when they differ from those listened on (port forwarding)."""
+    """What others are told to dial instead of the addresses listened on, for instance a router's forwarded
+    port. ``/ip4``, ``/ip6``, ``/dns``, ``/dns4`` or ``/dns6``, then ``/tcp/<port>``."""
     networks: NetworksConfig = NetworksConfig()
     protocols: ProtocolsConfig = ProtocolsConfig()
     kademlia: KademliaConfig = KademliaConfig()
     model: ModelConfig | None = None
-    """What to serve; left out: nothing, the node is a bootstrap peer."""
+    """What to serve. Left out: nothing. ``model: {}`` serves the whole embedded model."""
     models: tuple[ModelConfig, ...] = ()
-    """The same for several: each has the keys of ``model``, which must be left out then."""
+    """The same for several models (docs/configuration.md#several-models), each with the keys of ``model``,
+    which must be left out then."""
     averaging: AveragingConfig = AveragingConfig()
     drain_seconds: Annotated[float, Field(ge=0)] = defaults.DRAIN_SECONDS
     """How long running sessions may go on after SIGTERM."""
