@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from kwaainet_bridge.engine.compute import ComputeThread, Priority
+from kwaainet_bridge.engine.scheduler import Scheduler
 from kwaainet_bridge.errors import AllocationFailed, EngineError
 
 
@@ -157,6 +158,63 @@ async def test_closing_leaves_no_thread_even_when_cancelled() -> None:
         scope.cancel()
         await compute.aclose()
     assert "to be gone" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_a_thread_that_dies_fails_what_waits_and_all_that_comes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compute, gate, outcomes = ComputeThread("to die"), Gate(), []
+
+    async def caller(work: object) -> None:
+        try:
+            outcomes.append(await compute.run(work))  # type: ignore[arg-type]
+        except EngineError as error:
+            outcomes.append(str(error))
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a mistake of its own")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(caller, gate)
+        await gate.wait_entered()
+        nursery.start_soon(caller, lambda: "never")
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(Scheduler, "done", broken)
+        gate.open()
+    died = "the compute thread has died of RuntimeError: a mistake of its own"
+    assert outcomes == [died, died]
+    assert "the compute thread has died" in caplog.text
+    with pytest.raises(EngineError, match="has died of RuntimeError"):
+        await compute.run(lambda: None)
+    with trio.fail_after(5):
+        await compute.aclose()
+    assert "to die" not in {thread.name for thread in threading.enumerate()}
+
+
+async def test_a_caller_that_is_cancelled_while_the_thread_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, gate = ComputeThread(), Gate()
+    results: list[str] = []
+
+    async def caller(scope: trio.CancelScope) -> None:
+        with scope:
+            try:
+                await compute.run(gate)
+            except EngineError as error:
+                results.append(str(error))
+
+    def die(*_: object, **__: object) -> None:
+        raise SystemExit(3)
+
+    scope = trio.CancelScope()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(caller, scope)
+        await gate.wait_entered()
+        monkeypatch.setattr(Scheduler, "done", die)
+        gate.open()
+        compute._thread.join(5)  # its result is on the way to the loop, which has not turned since
+        scope.cancel()
+    assert results == ["the compute thread has died of SystemExit: 3"]
+    await compute.aclose()
 
 
 async def test_an_idle_thread_keeps_no_result(compute: ComputeThread) -> None:

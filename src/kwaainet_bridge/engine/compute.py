@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from kwaainet_bridge.engine.scheduler import Priority, Scheduler
 from kwaainet_bridge.errors import BridgeError, EngineError
 
 __all__ = ["ComputeThread", "Merged", "Pieces", "Priority"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 RunMerged = Callable[[Sequence[Any]], Sequence["outcome.Outcome[Any]"]]
@@ -88,6 +91,7 @@ class ComputeThread:
         self._serial = itertools.count()
         self._clock = clock
         self._closing = False
+        self._died: str | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -95,7 +99,7 @@ class ComputeThread:
         """Return what ``work`` gives, computed in the thread. ``priority`` does not matter for a step.
 
         Raises what it raises: errors of this package as they are, any other exception as EngineError with
-        that one as its cause. EngineError if the thread is closed or gets closed while the work waits.
+        that one as its cause. EngineError if the thread is closed, gets closed while the work waits, or has died.
 
         Cancelled while it waits: it never runs. Cancelled while a piece runs: that piece runs to its end. If it was the
         last one, its result is returned and the cancellation arrives at the caller's next checkpoint; else the rest
@@ -110,6 +114,8 @@ class ComputeThread:
         elif isinstance(work, Pieces):
             peer = work.peer
         with self._changed:
+            if self._died is not None:
+                raise EngineError(self._died)
             if self._closing:
                 raise EngineError("the engine is closed")
             self._requests[key] = request
@@ -150,14 +156,34 @@ class ComputeThread:
     def _main(self) -> None:
         torch.set_grad_enabled(False)  # a setting of this thread
         try:
-            while batch := self._next():
-                began = self._clock()
-                results = self._run(batch)
-                self._end(batch, results, began)
-                del batch, results  # an idle thread must not keep tensors alive
+            try:
+                self._work()
+            except trio.RunFinishedError:
+                raise
+            except BaseException as error:
+                log.critical("the compute thread has died", exc_info=error)
+                self._die(error)
             self._token.run_sync_soon(self._finished.set)
         except trio.RunFinishedError:
             return  # the event loop is gone, and everyone who could wait with it
+
+    def _work(self) -> None:
+        while batch := self._next():
+            began = self._clock()
+            results = self._run(batch)
+            self._end(batch, results, began)
+            del batch, results  # an idle thread must not keep tensors alive
+
+    def _die(self, error: BaseException) -> None:
+        """Fail what waits, now and later: nobody would compute it."""
+        with self._changed:
+            self._died = f"the compute thread has died of {type(error).__name__}: {error}"
+            for request in self._requests.values():
+                request.started = True  # its result is on the way: a cancellation comes too late
+                failed = EngineError(self._died)
+                failed.__cause__ = error
+                self._tell(request, outcome.Error(failed))
+            self._requests.clear()
 
     def _next(self) -> dict[int, _Request]:
         """What runs now; waits for something. Empty when the thread is to end."""
