@@ -19,7 +19,7 @@ from pathlib import Path
 from child_processes import Driver
 from stock_swarm import StockEnvironment, start_bootstrap
 
-from bench.node_metrics import milliseconds, totals
+from bench.node_metrics import metrics_of, milliseconds
 from bench.petals import BLOCKS, TINY, Start, random_llama, start_client, starters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,10 +92,10 @@ class Bench:
             )
             found = {}
             for row in self._rows(model):
-                before = totals(socket) if who == "ours" else {}
+                before = metrics_of(socket) if who == "ours" else ""
                 found[row.name] = row.measure(self._client, prefix)
                 if who == "ours":
-                    self.parts[row.name] = milliseconds(before, totals(socket))
+                    self.parts[row.name] = milliseconds(before, metrics_of(socket))
             beside: dict[str, float] = {}
             if model == "mid" and self._options.prompt and (who == "ours" or self._turn <= 4):
                 beside = self._client.ask("beside_a_prompt", key=prefix, within=WITHIN, **PROMPT)

@@ -1,4 +1,4 @@
-"""Where our node says that the time of its steps goes."""
+"""What our node says of itself to Prometheus: where the time of its steps goes, how late its event loop is."""
 
 from __future__ import annotations
 
@@ -6,31 +6,50 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+from prometheus_client.metrics_core import Sample
 from prometheus_client.parser import text_string_to_metric_families
 
-Totals = dict[str, tuple[float, float]]
-"""Of each part of a step: seconds since the node began, and how many were counted."""
-
 PREFIX = "kwaainet_bridge_"
+LAG = "event_loop_lag_seconds_bucket"
 
 
-def totals(socket: Path) -> Totals:
-    """What the node whose admin side listens on ``socket`` has counted."""
+def metrics_of(socket: Path) -> str:
+    """The metrics of the node whose admin side listens on ``socket``, as text."""
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket))) as client:
-        text = client.get("http://node/metrics").raise_for_status().text
-    return dict(_parts(text))
+        return client.get("http://node/metrics").raise_for_status().text
 
 
-def milliseconds(before: Totals, after: Totals) -> dict[str, float]:
-    """The mean of each part in between: reading, waiting and computing in the engine, replying."""
-    means = {}
-    for part, (seconds, count) in after.items():
-        if steps := count - before[part][1]:
-            means[part] = 1000 * (seconds - before[part][0]) / steps
+def value(text: str, name: str, **labels: str) -> float:
+    """The sum of all samples of that name which have these labels."""
+    return sum(sample.value for sample in _samples(text, name) if labels.items() <= sample.labels.items())
+
+
+def lag_quantile(before: str, after: str, share: float) -> float:
+    """In between, the least bound in seconds within which ``share`` of the event loop's turns came."""
+    at_first = {sample.labels["le"]: sample.value for sample in _samples(before, LAG)}
+    counts = {
+        float(sample.labels["le"]): sample.value - at_first[sample.labels["le"]]
+        for sample in _samples(after, LAG)
+    }
+    return min(bound for bound, count in counts.items() if count >= share * max(counts.values()))
+
+
+def milliseconds(before: str, after: str) -> dict[str, float]:
+    """The mean of each part of a step in between: reading, waiting and computing in the engine, replying."""
+    at_first, means = dict(_parts(before)), {}
+    for part, (seconds, count) in _parts(after):
+        if steps := count - at_first[part][1]:
+            means[part] = 1000 * (seconds - at_first[part][0]) / steps
     return means
 
 
+def _samples(text: str, name: str) -> Iterator[Sample]:
+    for family in text_string_to_metric_families(text):
+        yield from (sample for sample in family.samples if sample.name == PREFIX + name)
+
+
 def _parts(text: str) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Of each part of a step: seconds since the node began, and how many were counted."""
     for family in text_string_to_metric_families(text):
         name = family.name.removeprefix(PREFIX)
         if name not in ("step_seconds", "queue_seconds", "batch_seconds"):

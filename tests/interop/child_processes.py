@@ -266,6 +266,11 @@ class Driver(Process):
             self._events.remove(event)
         return event
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of that name so far which nobody took."""
+        with self._changed:
+            return [event for event in self._events if event["event"] == name]
+
     async def aevent(self, name: str, *, within: float = 30.0, **details: Any) -> dict[str, Any]:
         """``event`` for a trio test."""
         take = partial(self.event, name, within=within, **details)

@@ -23,18 +23,20 @@ def start_node(
     peers: list[str] | None = None,
     networks: dict[str, Any] | None = None,
     threads: int = 1,
+    sections: dict[str, Any] | None = None,
     **model_options: Any,
 ) -> Process:
     """A node of its own identity in ``work``, listening on loopback. Returns at once: call ``wait_until_ready``.
 
     ``model_options`` are further keys of the ``model`` section; ``models`` is the section of that name for several.
     Without a model it is a bootstrap peer. It is in Petals alone, joined through ``peers``, unless ``networks`` say
-    otherwise, as that section does.
+    otherwise, as that section does. ``sections`` are further ones.
     """
     config: dict[str, Any] = {
         "identity": {"path": f"{name}.key", "kind": "ed25519"},
         "listen": [LOOPBACK],
         "networks": networks or {"petals": {"bootstrap": peers or []}},
+        **(sections or {}),
     }
     if models is not None:
         config["models"] = models
