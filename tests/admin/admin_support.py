@@ -36,10 +36,10 @@ async def asking(address: UnixAddress | TcpAddress, **options) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def served(address, *, token_file=None, state=None) -> AsyncIterator[NodeState]:
+async def served(address, *, token_file=None, state=None, openai=False) -> AsyncIterator[NodeState]:
     """An admin side without a node."""
     state = state or NodeState()
-    async with open_admin(address, token_file, state):
+    async with open_admin(address, token_file, state, openai=openai):
         yield state
 
 

@@ -56,14 +56,14 @@ class Page:
 
 
 @asynccontextmanager
-async def opened(address, *headers: str):
+async def opened(address, *headers: str, asked: str = ""):
     """A page. It speaks HTTP/1.0, whose answers are what comes until the end."""
     if isinstance(address, TcpAddress):
         stream = await trio.open_tcp_stream(address.host, address.port)
     else:
         stream = await trio.open_unix_socket(str(address.path))
     async with stream:
-        lines = ("GET /api/events HTTP/1.0", "Host: localhost", *headers, "", "")
+        lines = (f"GET /api/events?{asked} HTTP/1.0", "Host: localhost", *headers, "", "")
         await stream.send_all("\r\n".join(lines).encode())
         head = b""
         while b"\r\n\r\n" not in head:
@@ -83,14 +83,16 @@ def fast(monkeypatch):
 # --- files
 
 
-async def test_the_page_is_whole_and_asks_nobody_else(tmp_path):
-    """Every file that it names is served by the node, and no address of another host is in it."""
+async def test_the_pages_are_whole_and_ask_nobody_else(tmp_path):
+    """Every file that they name is served by the node, and no address of another host is in it."""
     address = UnixAddress(tmp_path / "node.sock")
+    pages, common = ("/", "/chat"), {"/", "/chat", "/dashboard.css", "data:,"}
     async with served(address), asking(address) as client:
-        page = await client.get("/")
-        named = Named()
-        named.feed(page.text)
-        assert named.files == {"/dashboard.css", "/dashboard.js", "data:,"}
+        for path, own in zip(pages, ({"/dashboard.js"}, {"/chat.css", "/chat.js"}), strict=True):
+            named = Named()
+            named.feed((await client.get(path)).text)
+            assert named.files == common | own
+            assert not named.inline, "the policy forbids it"
         for path in STATIC_PATHS:
             answer = await client.get(path)
             assert answer.status_code == 200
@@ -100,7 +102,8 @@ async def test_the_page_is_whole_and_asks_nobody_else(tmp_path):
             assert answer.headers["x-content-type-options"] == "nosniff"
             others = set(re.findall(r"https?://[^\"'\s]+", answer.text)) - {"http://www.w3.org/2000/svg"}
             assert not others, path
-        assert not named.inline, "the policy forbids it"
+            imported = set(re.findall(r'from "\.(/[\w.]+)"', answer.text))
+            assert imported <= set(STATIC_PATHS), path
         assert (await client.get("/dashboard.map")).status_code == 404
         assert (await client.post("/")).status_code == 405
 
@@ -123,9 +126,9 @@ class Named(HTMLParser):
 async def test_text_gets_into_the_page_as_text_only(tmp_path):
     address = UnixAddress(tmp_path / "node.sock")
     async with served(address), asking(address) as client:
-        script = (await client.get("/dashboard.js")).text
+        scripts = [(await client.get(path)).text for path in ("/dashboard.js", "/page.js", "/chat.js")]
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser"):
-        assert way not in script
+        assert not any(way in script for script in scripts)
 
 
 # --- who may
@@ -176,6 +179,20 @@ async def test_a_page_is_told_all_at_first_and_then_what_changes(tmp_path):
         state.recover("clock")
         assert [event["kind"] for event in await page.next("events")] == ["degraded", "recovered"]
         assert (await page.next("status"))["problems"] == []
+
+
+async def test_a_page_may_be_told_the_status_alone_and_then_the_networks_are_not_read(tmp_path):
+    address = UnixAddress(tmp_path / "node.sock")
+    state = NodeState()
+    surveys = Surveys(state, [])
+    async with served(address, state=state), opened(address, asked="only=status") as page:
+        for _ in range(3):
+            check_documented(await page.next("status"))
+        assert set(page.seen) == {"status"}
+        assert surveys.reads == 0
+        async with asking(address) as client:
+            wrong = await client.get("/api/events?only=peers")
+            assert (wrong.status_code, wrong.text) == (400, "only=status, or nothing for everything\n")
 
 
 async def test_a_page_that_is_closed_is_no_longer_told_and_its_place_is_free(tmp_path, monkeypatch):

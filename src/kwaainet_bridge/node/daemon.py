@@ -136,7 +136,7 @@ async def _run_host(
         relays=config.reachability.relays,
     )
     async with (
-        open_admin(config.admin_address, config.admin.token_file, state),
+        open_admin(config.admin_address, config.admin.token_file, state, openai=config.openai.listen != "off"),
         open_host(host_config) as host,
         trio.open_nursery() as services,
     ):
@@ -161,7 +161,7 @@ async def _run_host(
             on_models(models)
             storage = partial(_storage_for, config)
             with work:
-                async with open_openai(config.openai, config.openai_models, networks, storage):
+                async with open_openai(config.openai, config.openai_models, networks, storage, state):
                     await _work(networks, models, state, stop)
         services.cancel_scope.cancel()
 

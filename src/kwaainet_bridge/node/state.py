@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kwaainet_bridge.hivemind.client import SurveyedModel
     from kwaainet_bridge.net import Libp2pHost
     from kwaainet_bridge.node.bootstrap import BootstrapWatch
+    from kwaainet_bridge.node.openai.sharing import SharedApp
 
 __all__ = ["CLOCK", "NodeState", "Phase"]
 
@@ -39,7 +40,7 @@ class NodeState:
     each run that it helps, by its name. ``host`` and the watches of ``bootstrap``, by network, are there as long as
     they live; they are asked, not copied, when somebody wants to know. ``lag`` is how late the event loop was.
     ``surveys`` read, by network, which servers have which blocks; that asks other peers. ``events`` is what happened
-    lately.
+    lately. ``openai`` is the OpenAI endpoint while there is one.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class NodeState:
         self.host: Libp2pHost | None = None
         self.bootstrap: dict[str, BootstrapWatch] = {}
         self.models: dict[str, ModelState] = {}
+        self.openai: SharedApp | None = None
         self.lag = Histogram(defaults.LAG_BOUNDS)
         self._skews: dict[PeerId, float] = {}
 

@@ -1,4 +1,4 @@
-"""The dashboard: a page, and what it is told while somebody looks at it."""
+"""The dashboard: its pages, and what they are told while somebody looks at them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ _FILES: Final = {
     "/": ("dashboard.html", "text/html"),
     "/dashboard.css": ("dashboard.css", "text/css"),
     "/dashboard.js": ("dashboard.js", "text/javascript"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/chat": ("chat.html", "text/html"),
+    "/chat.css": ("chat.css", "text/css"),
+    "/chat.js": ("chat.js", "text/javascript"),
 }
 
 STATIC_PATHS: Final = tuple(_FILES)
-"""They tell nothing of the node, and the page that asks for a token is among them."""
+"""They tell nothing of the node, and the pages that ask for a token are among them."""
 
 _HEADERS: Final = {
     "content-security-policy": (
@@ -40,9 +44,11 @@ _HEADERS: Final = {
 
 _PART_OF = "kwaainet_bridge.node.admin"
 
+_STATUS: Final = "status"
+
 
 def dashboard_routes(state: NodeState, nursery: trio.Nursery) -> list[Route]:
-    """The page's files and ``/api/events``. Networks are read in ``nursery``."""
+    """The pages' files and ``/api/events``. Networks are read in ``nursery``."""
     coverage = CoverageWatch(state, nursery)
     pages: set[EventStream] = set()
 
@@ -55,7 +61,10 @@ def dashboard_routes(state: NodeState, nursery: trio.Nursery) -> list[Route]:
                 status_code=503,
                 headers={"retry-after": "5"},
             )
-        return EventStream(_News(state, coverage), pages)
+        only = request.query_params.get("only")
+        if only not in (None, _STATUS):
+            return PlainTextResponse(f"only={_STATUS}, or nothing for everything\n", status_code=400)
+        return EventStream(_News(state, None if only else coverage), pages)
 
     return [*(_file(path, name, kind) for path, (name, kind) in _FILES.items()), Route("/api/events", events)]
 
@@ -75,17 +84,23 @@ def _json(value: Any) -> str:
 
 
 class _News:
-    """What one page has not been told yet. Everything at first; then the status each time, the rest when it changes."""
+    """What one page has not been told yet. Everything at first; then the status each time, the rest when it changes.
 
-    def __init__(self, state: NodeState, coverage: CoverageWatch) -> None:
+    Without ``coverage`` the status alone, which asks nobody.
+    """
+
+    def __init__(self, state: NodeState, coverage: CoverageWatch | None) -> None:
         self._state = state
         self._coverage = coverage
         self._told: dict[str, object] = {}
 
     def __call__(self) -> Iterator[tuple[str, Any]]:
         state, coverage = self._state, self._coverage
+        if coverage is None:
+            yield _STATUS, status_of(state)
+            return
         coverage.refresh()
-        yield "status", status_of(state)
+        yield _STATUS, status_of(state)
         if self._is_new("events", state.events.noted):
             yield "events", [{"at": e.at, "kind": e.kind, "text": e.text} for e in state.events]
         peers = peers_of(state)

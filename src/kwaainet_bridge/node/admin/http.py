@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from kwaainet_bridge.node.admin.chat import chat_route
 from kwaainet_bridge.node.admin.dashboard import dashboard_routes
 from kwaainet_bridge.node.admin.metrics import CONTENT_TYPE, exposition
 from kwaainet_bridge.node.admin.status import status_of
@@ -15,8 +16,12 @@ from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState
 
 
-def make_app(state: NodeState, nursery: trio.Nursery) -> Starlette:
-    """The routes. ``state`` is read when somebody asks; what a page needs from other peers is read in ``nursery``."""
+def make_app(state: NodeState, nursery: trio.Nursery, *, openai: bool, has_token: bool) -> Starlette:
+    """The routes. ``state`` is read when somebody asks; what a page needs from other peers is read in ``nursery``.
+
+    ``openai``: the configuration wants an OpenAI endpoint, which pages may use here, too; with its token, unless
+    this side asks for its own (``has_token``).
+    """
 
     async def livez(_request: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -45,5 +50,6 @@ def make_app(state: NodeState, nursery: trio.Nursery) -> Starlette:
             Route("/metrics", metrics),
             Route("/api/status", status),
             *dashboard_routes(state, nursery),
+            chat_route(state, on=openai, has_token=has_token),
         ]
     )

@@ -21,12 +21,17 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 @asynccontextmanager
 async def open_admin(
-    address: UnixAddress | TcpAddress | None, token_file: Path | None, state: NodeState
+    address: UnixAddress | TcpAddress | None,
+    token_file: Path | None,
+    state: NodeState,
+    *,
+    openai: bool = False,
 ) -> AsyncIterator[None]:
     """Serve ``state`` at ``address`` within the block; nothing if that is None.
 
-    At the end, or when cancelled, its connections are closed at once. Raises ConfigError for an address that cannot be
-    listened on, or a token that cannot be used.
+    ``openai``: the node is to have an OpenAI endpoint, which its page may use. At the end, or when cancelled, its
+    connections are closed at once. Raises ConfigError for an address that cannot be listened on, or a token that
+    cannot be used.
     """
     if address is None:
         yield
@@ -45,8 +50,9 @@ async def open_admin(
 
                 open_paths = ("/livez", *STATIC_PATHS)
                 access = Access(token, "admin.token_file", open_paths, local_names_only=host_check)
-                # a page listens for hours without a word; no route reads a body that might never come whole
-                return make_handler(make_app(state, nursery), access, silent_seconds=None)
+                # a page listens for hours without a word; the one route that reads bodies bounds that itself
+                app = make_app(state, nursery, openai=openai, has_token=token is not None)
+                return make_handler(app, access, silent_seconds=None)
 
             nursery.start_soon(WebServer(bound, make, name="admin").run)
             yield

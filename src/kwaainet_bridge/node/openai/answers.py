@@ -117,6 +117,7 @@ def _token_ids(model: TextModel, asked: CompletionRequest | ChatRequest) -> list
             raise ApiError(
                 400,
                 f"{model.name} has no chat template: ask /v1/completions for a continuation",
+                code="no_chat_template",
                 param="model",
             )
         try:

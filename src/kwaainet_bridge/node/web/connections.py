@@ -89,11 +89,16 @@ class _Guard:
             return None
         if admits(access.token, request.headers.get("authorization", "")):
             return None
-        return PlainTextResponse(
-            f"needs the header Authorization: Bearer <token>, with what {access.token_key} holds\n",
-            status_code=401,
-            headers={"www-authenticate": "Bearer"},
-        )
+        return needs_token(access.token_key)
+
+
+def needs_token(key: str) -> Response:
+    """The refusal of a request without the token that ``key`` of the configuration names."""
+    return PlainTextResponse(
+        f"needs the header Authorization: Bearer <token>, with what {key} holds\n",
+        status_code=401,
+        headers={"www-authenticate": "Bearer"},
+    )
 
 
 def _is_of(origin: str | None, host: str) -> bool:

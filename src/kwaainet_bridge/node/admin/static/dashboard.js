@@ -1,22 +1,9 @@
-// What comes from peers gets into the page as text only: never as markup.
-const KEPT = 120; // seconds of the charts
-const SILENT = 6000; // ms without news, of which there should be some every second
-const TOKEN = "kwaainet-bridge token";
+import { by, count, follow, make, put, showPhase } from "./page.js";
 
-const by = (id) => document.getElementById(id);
-const put = (id, text) => { const e = by(id); if (e.textContent !== text) e.textContent = text; };
+const KEPT = 120; // seconds of the charts
+
 const clock = (unix) => new Date(unix * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "medium" });
 const short = (peer) => "…" + peer.slice(-6);
-const count = (n, what) => `${n.toLocaleString()} ${what}${n === 1 ? "" : "s"}`;
-
-function make(tag, { text, name, title, kids = [] } = {}) {
-  const e = document.createElement(tag);
-  if (text !== undefined) e.textContent = text;
-  if (name) e.className = name;
-  if (title) e.title = title;
-  e.append(...kids);
-  return e;
-}
 
 function age(seconds) {
   const s = Math.max(0, Math.round(seconds));
@@ -86,15 +73,8 @@ function draw(id, values) {
 // --- the parts of the page
 
 function showStatus() {
-  const { phase, ready, networks, models, host } = status;
-  let text = phase.name;
-  const loading = models.find((model) => model.loading)?.loading;
-  if (phase.name === "loading" && loading) text += ` ${loading.blocks_done} of ${count(loading.blocks_total, "block")}`;
-  put("phase", text);
-  by("phase").className = `badge ${phase.name === "serving" ? "good" : "warn"}`;
-  put("ready", ready ? "ready" : "not ready");
-  by("ready").className = `badge ${ready ? "good" : "bad"}`;
-  document.title = `${status.problems.length ? "⚠ " : ""}${phase.name} – kwaainet-bridge`;
+  const { networks, models, host } = status;
+  showPhase(status, "kwaainet-bridge");
   showProblems(status.problems);
   pairs("facts", [
     ["peer", status.peer_id ?? "starting"],
@@ -242,7 +222,6 @@ function showEvents(events) {
 
 const receivers = {
   status(value) {
-    if (status && status.version !== value.version) location.reload(); // the page of that version
     status = value;
     measure();
     showStatus();
@@ -253,89 +232,4 @@ const receivers = {
   coverage(value) { coverage = value; if (status) showNetworks(); },
 };
 
-// --- the stream: fetched, since EventSource cannot send a token
-
-let lost = null; // since when nothing comes
-
-function connected() {
-  lost = null;
-  put("link", "live");
-  by("link").className = "muted";
-  by("ask").hidden = true;
-  by("main").hidden = false;
-  by("main").classList.remove("stale");
-}
-
-function disconnected(why) {
-  lost ??= new Date();
-  put("link", `not connected since ${lost.toLocaleTimeString()}${why ? `: ${why}` : ""}`);
-  by("link").className = "bad";
-  by("main").classList.add("stale");
-  before = null;
-}
-
-function take(message) {
-  let name = "message";
-  const data = [];
-  for (const line of message.split("\n")) {
-    if (line.startsWith("event: ")) name = line.slice(7);
-    else if (line.startsWith("data: ")) data.push(line.slice(6));
-  }
-  receivers[name]?.(JSON.parse(data.join("\n")));
-}
-
-async function listen() {
-  const stop = new AbortController();
-  const token = sessionStorage.getItem(TOKEN);
-  let alarm;
-  const alive = () => { clearTimeout(alarm); alarm = setTimeout(() => stop.abort(), SILENT); };
-  try {
-    alive();
-    const answer = await fetch("/api/events", { cache: "no-store", signal: stop.signal, headers: token ? { authorization: `Bearer ${token}` } : {} });
-    if (answer.status === 401) return await ask(token !== null);
-    if (!answer.ok) return disconnected((await answer.text()).slice(0, 200));
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) break;
-      alive();
-      const messages = (rest + value).split("\n\n");
-      rest = messages.pop();
-      messages.forEach(take);
-      if (messages.length) connected();
-    }
-    disconnected();
-  } finally {
-    clearTimeout(alarm);
-    stop.abort();
-  }
-}
-
-async function ask(refused) {
-  sessionStorage.removeItem(TOKEN);
-  by("refused").hidden = !refused;
-  by("ask").hidden = false;
-  by("main").hidden = true;
-  for (const id of ["link", "phase", "ready"]) put(id, "");
-  await new Promise((given) => {
-    by("ask").onsubmit = (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(TOKEN, by("token").value.trim());
-      by("token").value = "";
-      given();
-    };
-  });
-}
-
-for (;;) {
-  const began = Date.now();
-  try {
-    await listen();
-  } catch (error) {
-    if (error.name !== "AbortError" && !(error instanceof TypeError)) console.error(error);
-    disconnected();
-  }
-  // one that ends at once is not asked again at once
-  if (by("ask").hidden || lost) await new Promise((resolve) => setTimeout(resolve, Math.max(0, 1000 - (Date.now() - began))));
-}
+follow("/api/events", receivers, () => { before = null; });
