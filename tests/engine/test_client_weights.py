@@ -13,7 +13,7 @@ import transformers as tr
 from engine_support import BLOCKS, HIDDEN, SIZES, VECTORS
 
 from kwaainet_bridge.engine import load_client_weights
-from kwaainet_bridge.errors import CheckpointError, InvalidRequest
+from kwaainet_bridge.errors import InvalidRequest
 
 IDS = torch.randint(0, 128, (2, 7), generator=torch.Generator().manual_seed(6))
 
@@ -72,11 +72,3 @@ def test_what_does_not_fit_is_refused(llama_folder: Path) -> None:
         client.embed(torch.tensor([1]))
     with pytest.raises(InvalidRequest, match=r"must be floating-point \[\.\.\., 64\]"):
         client.logits(torch.zeros(2, 63))
-
-
-def test_a_family_with_scaled_embeddings_is_refused(save_model: Callable[..., Path]) -> None:
-    folder = save_model(tr.Gemma3TextConfig(**SIZES, query_pre_attn_scalar=16))
-    with pytest.raises(
-        CheckpointError, match="no client for model_type gemma3_text, only for llama, mistral"
-    ):
-        load_client_weights(str(folder))

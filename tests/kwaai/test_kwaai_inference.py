@@ -304,10 +304,10 @@ async def test_reading_that_fails_is_tried_again(caplog):
         await world.client().step_ids(world.nodes[0].peer, 1, 0, PROMPT)
 
 
-async def test_ends_of_an_unknown_family_are_refused_at_once(llama_engine):
+async def test_ends_that_cannot_be_computed_are_refused_at_once(llama_engine):
     from dataclasses import replace
 
-    llama_engine.model = replace(llama_engine.model, family="gemma3")
+    llama_engine.model = replace(llama_engine.model, no_ends="it has two norms")
     with pytest.raises(ConfigError, match="serve blocks 1:7"):
         ServedModel(llama_engine)
     llama_engine.blocks = range(1, 7)

@@ -1,12 +1,12 @@
-"""The part of a model that a client of a swarm runs itself: token embeddings, final norm, head."""
+"""The part of a model that a client of a swarm runs itself: what is before the first block and after the last."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -15,8 +15,8 @@ from kwaainet_bridge.engine.config import SUPPORTED_DTYPES, Storage
 from kwaainet_bridge.engine.weights.cache import cache_of
 from kwaainet_bridge.errors import CheckpointError, InvalidRequest
 
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-"""Those whose embeddings and logits are exactly these three modules; others scale or cap around them."""
+if TYPE_CHECKING:
+    from kwaainet_bridge.engine.ends import Ends
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,9 +49,7 @@ class ClientModel:
     vocab_size: int
     dtype: torch.dtype
     eos_token_ids: frozenset[int]
-    _embedding: torch.nn.Module
-    _norm: torch.nn.Module
-    _head: torch.nn.Module
+    _ends: Ends
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] of token ids int64 [B, T]. InvalidRequest for anything else."""
@@ -61,11 +59,10 @@ class ClientModel:
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InvalidRequest(f"token ids must lie in 0..{self.vocab_size - 1}")
-        hidden: torch.Tensor = self._embedding(ids)
-        return hidden
+        return self._ends.embed(ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [..., vocabulary] of the last block's output [..., H]: final norm, then the head.
+        """float32 [..., vocabulary] of the last block's output [..., H].
 
         Differentiable with regard to ``hidden``. InvalidRequest if that has another size.
         """
@@ -74,7 +71,7 @@ class ClientModel:
                 f"hidden states must be floating-point [..., {self.hidden_size}], "
                 f"got {hidden.dtype} {list(hidden.shape)}"
             )
-        return self._head(self._norm(hidden.to(self.dtype))).float()
+        return self._ends.logits(hidden.to(self.dtype)).float()
 
 
 def load_client_weights(
@@ -105,52 +102,76 @@ def load_client_weights(
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype | Literal["auto"]) -> ClientModel:
     from kwaainet_bridge.engine import family
+    from kwaainet_bridge.engine.ends import Ends, Unfit
 
-    model = checkpoint.name
     skeleton = family.build(checkpoint)
-    config = skeleton.config
-    if config.model_type not in FAMILIES:
+    config, num_blocks = skeleton.config, skeleton.num_blocks
+    try:
+        ends = Ends(skeleton)
+        ends.make_buffers()
+        chosen = _read(checkpoint, ends, dtype)
+        ends.check()
+    except Unfit as reason:
         raise CheckpointError(
-            f"{model}: no client for model_type {config.model_type}, only for {', '.join(sorted(FAMILIES))}"
-        )
-    prefix = checkpoint.prefix_of("embed_tokens.weight")
-    tied = bool(config.tie_word_embeddings)
-    base, head = skeleton.base, skeleton.causal_lm.get_output_embeddings()
-    embedding_name, norm_name = prefix + "embed_tokens.weight", prefix + "norm.weight"
-    head_name = embedding_name if tied else "lm_head.weight"
-    modules = {embedding_name: base.embed_tokens, norm_name: base.norm, head_name: head}
-    shapes = {name: list(module.weight.shape) for name, module in modules.items()}
-    checkpoint.fetch_tensors(shapes)
-    stored = checkpoint.dtype_of(embedding_name)
-    chosen = stored if dtype == "auto" else dtype
-    if chosen not in SUPPORTED_DTYPES:
-        raise CheckpointError(f"{model} cannot be used as {chosen}: choose another dtype")
-    tensors = {name: tensor.to(chosen, copy=True) for name, tensor in checkpoint.read(shapes)}
-    _assign(base.embed_tokens, tensors[embedding_name])
-    _assign(base.norm, tensors[norm_name])
-    _assign(head, tensors[head_name])
+            f"{checkpoint.name}: no client for model_type {config.model_type}: {reason}"
+        ) from reason
     for file in TOKENIZER_FILES:
         checkpoint.find(file)
     return ClientModel(
-        name=model,
+        name=checkpoint.name,
         repository=checkpoint.repository,
         folder=checkpoint.folder,
         config=checkpoint.config,
         family=config.model_type,
         hidden_size=config.hidden_size,
-        num_blocks=skeleton.num_blocks,
+        num_blocks=num_blocks,
         vocab_size=config.vocab_size,
         dtype=chosen,
         eos_token_ids=_eos_token_ids(checkpoint),
-        _embedding=base.embed_tokens,
-        _norm=base.norm,
-        _head=head,
+        _ends=ends,
     )
 
 
-def _assign(module: torch.nn.Module, weight: torch.Tensor) -> None:
-    module.load_state_dict({"weight": weight}, strict=True, assign=True)
-    module.requires_grad_(requires_grad=False)
+def _read(checkpoint: Checkpoint, ends: Ends, dtype: torch.dtype | Literal["auto"]) -> torch.dtype:
+    """Read what the model has beside its blocks, and return the dtype that it has then."""
+    causal_lm = ends.causal_lm
+    shapes = {name: list(tensor.shape) for name, tensor in causal_lm.state_dict().items()}
+    tied = causal_lm.get_expanded_tied_weights_keys()
+    names = _stored_names(checkpoint, ends, shapes, tied)
+    wanted = {stored: shapes[name] for name, stored in names.items()}
+    checkpoint.fetch_tensors(wanted)
+    stored_dtype = checkpoint.dtype_of(names[ends.embedding_name])
+    chosen = stored_dtype if dtype == "auto" else dtype
+    if chosen not in SUPPORTED_DTYPES:
+        raise CheckpointError(f"{checkpoint.name} cannot be used as {chosen}: choose another dtype")
+    read = {stored: tensor.to(chosen, copy=True) for stored, tensor in checkpoint.read(wanted)}
+    tensors = {name: read[stored] for name, stored in names.items()}
+    for target, source in tied.items():
+        # some checkpoints have both, nearly always with the same values: memory has these once
+        if torch.equal(tensors[target], tensors[source]):
+            tensors[target] = tensors[source]
+    causal_lm.load_state_dict(tensors, strict=True, assign=True)
+    causal_lm.requires_grad_(requires_grad=False)
+    return chosen
+
+
+def _stored_names(
+    checkpoint: Checkpoint, ends: Ends, names: Iterable[str], tied: Mapping[str, str]
+) -> dict[str, str]:
+    """What the checkpoint calls the model's tensors. For a tied one that it does not have: what that is tied to."""
+    inside = ends.causal_lm.base_model_prefix + "."
+    prefix = checkpoint.prefix_of(ends.embedding_name.removeprefix(inside))
+
+    def stored(name: str) -> str:
+        if name.startswith(inside):
+            return prefix + name.removeprefix(inside)
+        if name in checkpoint:
+            return name
+        if name in tied:
+            return stored(tied[name])
+        return checkpoint.prefix_of(name) + name  # the text part of a larger model
+
+    return {name: stored(name) for name in names}
 
 
 def _eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:

@@ -118,7 +118,8 @@ class ModelInfo:
     """The whole model, whatever span of it is served.
 
     ``repository`` is the hub id, None for a local folder. ``family`` is the checkpoint's ``model_type``.
-    ``dtype`` is the engine's: what hidden states, answers and the KV cache are made of.
+    ``dtype`` is the engine's: what hidden states, answers and the KV cache are made of. ``no_ends`` says why what is
+    before the first block and after the last cannot be computed here; None if it can.
     """
 
     name: str
@@ -131,6 +132,7 @@ class ModelInfo:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    no_ends: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ def _prepare(
     config: EngineConfig, checkpoint: Checkpoint, model: Family, blocks: range | None
 ) -> tuple[Span, ModelInfo]:
     """The span without weights; ``blocks`` None is all of them. Runs in the compute thread."""
-    from kwaainet_bridge.engine import quantized
+    from kwaainet_bridge.engine import ends, quantized
     from kwaainet_bridge.engine.span import Span
 
     if blocks is None:
@@ -200,6 +200,7 @@ def _prepare(
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         vocab_size=model.config.vocab_size,
+        no_ends=ends.obstacle(model),
     )
 
 

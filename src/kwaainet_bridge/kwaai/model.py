@@ -11,7 +11,6 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import ClientModel, Engine, ModelInfo, load_client_weights
-from kwaainet_bridge.engine.client_weights import FAMILIES
 from kwaainet_bridge.errors import BridgeError, ConfigError, EngineError, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -20,14 +19,14 @@ log = logging.getLogger(__name__)
 def check_ends(model: ModelInfo, blocks: range) -> tuple[bool, bool]:
     """Whether these blocks have the first and the last of the model.
 
-    Raises ConfigError if they have an end of a model family whose ends this package cannot compute.
+    Raises ConfigError if they have an end of a model whose ends this package cannot compute.
     """
     first, last = blocks.start == 0, blocks.stop == model.num_blocks
-    if (first or last) and model.family not in FAMILIES:
+    if (first or last) and model.no_ends is not None:
         raise ConfigError(
             f"{model.name}: KwaaiNet's first and last blocks come with embeddings and head, which models of "
-            f"type {model.family} have in another form; serve blocks 1:{model.num_blocks - 1}, or one of the "
-            f"types {', '.join(sorted(FAMILIES))}"
+            f"type {model.family} have in another form ({model.no_ends}); serve blocks 1:{model.num_blocks - 1}, or "
+            "another model"
         )
     return first, last
 
