@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
 FUZZ_JOBS ?= 1
 
-.PHONY: run test test-fast test-interop lint format proto bench bench-net fuzz drift peers browser setup clean
+.PHONY: run test test-fast test-interop lint format proto bench bench-net docs fuzz drift peers browser setup clean
 
 run: $(VENV)/.runtime
 	$(BIN)/kwaainet-bridge demo
@@ -40,6 +40,11 @@ format: setup
 proto: setup
 	cd proto && for f in kwaainet_bridge/wire/pb/*.proto; do \
 	  ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=../src --pyi_out=../src $$f || exit 1; done
+
+# the pages as a site in build/site; the configuration's tables are made anew from the schema first
+docs: setup
+	$(BIN)/python scripts/config_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: setup peers
 	$(BIN)/python -m bench.petals
