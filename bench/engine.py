@@ -25,6 +25,7 @@ from bench.petals import BLOCKS, TINY, Start, random_llama, start_client, starte
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 600.0
 Measure = Callable[[Driver, str], float]
+Pass = dict[str, int | bool]
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,21 @@ def ask(do: str, **arguments: object) -> Measure:
     return lambda client, key: float(client.ask(do, key=key, within=WITHIN, **arguments))
 
 
+FORWARD: Pass = {"batch": 8, "tokens": 128, "repeats": 3, "backward": False}
+BOTH_WAYS: Pass = {"batch": 1, "tokens": 128, "repeats": 3, "backward": True}
 ROWS = (
     Row("step, tiny", "tiny", ask("steps", count=100), 1.8),
     Row("forward 1x128, tiny", "tiny", ask("passes", batch=1, tokens=128, repeats=15, backward=False), 4.0),
     Row("64 sessions, tiny", "tiny", ask("sessions_at_once", sessions=64, tokens=12), 8.0),
     Row("step, mid", "mid", ask("steps", count=40), 1.25),
     Row("16 sessions, mid", "mid", ask("sessions_at_once", sessions=16, tokens=12), 6.0),
-    Row("forward 8x128, mid", "mid", ask("passes", batch=8, tokens=128, repeats=3, backward=False), 1.2),
-    Row(
-        "forward and backward 1x128, mid",
-        "mid",
-        ask("passes", batch=1, tokens=128, repeats=3, backward=True),
-        1.2,
-    ),
+    Row("forward 8x128, mid", "mid", ask("passes", **FORWARD), 1.2),
+    Row("forward and backward 1x128, mid", "mid", ask("passes", **BOTH_WAYS), 1.2),
 )
+LOCAL: dict[str, Pass] = {"forward 8x128, mid": FORWARD, "forward and backward 1x128, mid": BOTH_WAYS}
+"""Rows that are compared with transformers in the client's own process, too."""
+LOCAL_TARGET = 0.9
+"""How fast they should be through our node, as a share of that."""
 PROMPT = {"sessions": 8, "tokens": 25, "prompt": 2048}
 PROMPT_TARGET = 3.0
 """Most that the p99 of steps beside a prompt may be, in multiples of their p99 alone."""
@@ -102,6 +104,17 @@ class Bench:
             self._client.ask("forget", key=prefix)
         return found, beside
 
+    def local(self) -> dict[str, float]:
+        """What transformers take alone for the wanted rows that have it."""
+        wanted = {row.name for row in self._rows("mid")} if self._options.model != "tiny" else set()
+        threads = self._stock.threads
+        common = {"model": str(self.models["mid"]), "threads": threads, "within": WITHIN}
+        return {
+            name: self._client.ask("local_passes", **common, **what)
+            for name, what in LOCAL.items()
+            if name in wanted
+        }
+
     def _rows(self, model: str) -> list[Row]:
         return [row for row in ROWS if row.model == model and self._options.row in row.name]
 
@@ -111,10 +124,12 @@ def quotient(values: dict[str, list[float]]) -> float:
 
 
 def report(
-    samples: dict[str, dict[str, list[float]]], beside: dict[str, list[dict[str, float]]]
+    samples: dict[str, dict[str, list[float]]],
+    beside: dict[str, list[dict[str, float]]],
+    local: dict[str, list[float]],
 ) -> dict[str, object]:
     """Print the table; return what goes to the file."""
-    result: dict[str, object] = {"samples": samples, "beside_a_prompt": beside}
+    result: dict[str, object] = {"samples": samples, "beside_a_prompt": beside, "local": local}
     print(f"{'':34}{'stock ms':>10}{'ours ms':>10}{'ratio':>8}{'target':>8}")
     for row in ROWS:
         if not samples.get(row.name):
@@ -122,6 +137,12 @@ def report(
         medians = [statistics.median(samples[row.name][who]) for who in ("stock", "ours")]
         print(
             f"{row.name:34}{medians[0]:10.1f}{medians[1]:10.1f}{quotient(samples[row.name]):8.2f}{row.target:8.2f}"
+        )
+    for name, durations in local.items():
+        alone = statistics.median(durations)
+        share = alone / statistics.median(samples[name]["ours"])
+        print(
+            f"{name}: transformers alone {alone:.1f} ms, ours {share:.2f} of that speed (target: {LOCAL_TARGET:g})"
         )
     for who, runs in beside.items():
         if not runs:
@@ -151,6 +172,7 @@ def main() -> None:
     stock = StockEnvironment.find(work, threads=options.threads)
     samples: dict[str, dict[str, list[float]]] = {}
     beside: dict[str, list[dict[str, float]]] = {"stock": [], "ours": []}
+    local: dict[str, list[float]] = {}
     bootstrap, address = start_bootstrap(stock)
     with bootstrap, start_client(stock, threads=1) as client:
         bench = Bench(work, stock, client, address, options=options)
@@ -166,9 +188,12 @@ def main() -> None:
                         samples.setdefault(name, {"stock": [], "ours": []})[who].append(value)
                     if prompt:
                         beside[who].append(prompt)
+            if not options.only:
+                for name, value in bench.local().items():
+                    local.setdefault(name, []).append(value)
     if options.only:
         return
-    result = report(samples, beside)
+    result = report(samples, beside, local)
     (work / "engine.json").write_text(json.dumps(result, indent=1))
 
 

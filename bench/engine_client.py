@@ -37,6 +37,18 @@ def _tokens_per_second(model: Any) -> float:
         return NEW_TOKENS / (time.perf_counter() - start)
 
 
+def _pass_duration(run: Callable[[], Any], repeats: int, *, backward: bool) -> float:
+    """The median of a pass in milliseconds, with that of its gradient; the first one is not counted."""
+    durations = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        output = run()
+        if backward:
+            output.sum().backward()
+        durations.append((time.perf_counter() - start) * 1000)
+    return statistics.median(durations[1:])
+
+
 def quantile(values: list[float], share: float) -> float:
     """The least value that is not exceeded by this share of them."""
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
@@ -57,6 +69,11 @@ class EngineCommands(Commands):
             key, sessions=sessions, tokens=tokens, at_start=lambda: began.append(time.perf_counter())
         )
         return (time.perf_counter() - min(began)) * 1000 / (sessions * tokens)
+
+    def steps_at_once(self, key: str, sessions: int, tokens: int) -> dict[str, float]:
+        """Steps of one token in so many sessions at once."""
+        steps = [d for of in self._decode(key, sessions=sessions, tokens=tokens) for d in of]
+        return {"p50": statistics.median(steps), "p99": quantile(steps, 0.99)}
 
     def tokens_per_second(self, key: str) -> float:
         """Of one session that generates, embeddings and head included."""
@@ -84,18 +101,23 @@ class EngineCommands(Commands):
         """The median of a forward pass, and of the backward pass that follows it."""
         blocks = self._models[key].blocks
         hidden = torch.randn(batch, tokens, blocks.config.hidden_size, requires_grad=backward)
+        return _pass_duration(lambda: blocks(hidden), repeats, backward=backward)
 
-        def run() -> None:
-            output = blocks(hidden)
-            if backward:
-                output.sum().backward()
-
-        durations = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            run()
-            durations.append((time.perf_counter() - start) * 1000)
-        return statistics.median(durations[1:])
+    def local_passes(
+        self, model: str, *, threads: int, batch: int, tokens: int, repeats: int, backward: bool
+    ) -> float:
+        """The same of transformers in this process, on as many threads as a server has."""
+        local = transformers.AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32).model
+        hidden = torch.randn(batch, tokens, local.config.hidden_size, requires_grad=backward)
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with torch.set_grad_enabled(backward):
+                return _pass_duration(
+                    lambda: local(inputs_embeds=hidden).last_hidden_state, repeats, backward=backward
+                )
+        finally:
+            torch.set_num_threads(threads_before)
 
     def beside_a_prompt(self, key: str, sessions: int, tokens: int, prompt: int) -> dict[str, float]:
         """Steps of sessions that decode: alone, then while another session's prompt is computed, its time beside."""
