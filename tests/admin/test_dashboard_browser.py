@@ -19,6 +19,8 @@ from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.records import ServerInfo, ServerState
 from kwaainet_bridge.net import HostConfig, open_host
 from kwaainet_bridge.net.identity import Identity
+from kwaainet_bridge.node.admin import dashboard
+from kwaainet_bridge.node.admin.status import status_of
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.rpc import RpcClient
 from kwaainet_bridge.wire import msgpack
@@ -136,6 +138,29 @@ async def test_a_page_outlives_the_node_and_finds_the_next_one(tmp_path):
         async with running_node(config) as node:
             await node.serving()
             await done.wait()
+
+
+async def test_a_node_that_is_paused_says_why_on_both_pages(monkeypatch):
+    address = TcpAddress("127.0.0.1", free_port())
+    state = NodeState()
+    pausing = {"paused": "the GPU is used by others", "phase": {"name": "paused", "seconds": 3.0}}
+    monkeypatch.setattr(dashboard, "status_of", lambda state: status_of(state) | pausing)
+
+    def look(started) -> None:
+        for path, name in (("/", "paused"), ("/chat", "chat-paused")):
+            page = Look(started, address, size=PHONE, dark=path == "/", path=path)
+            page.waits("#phase", "^paused$")
+            page.waits("#paused", "Paused: the GPU is used by others.*kwaainet-bridge resume ends it")
+            assert page.page.eval_on_selector("#phase", "e => e.className") == "badge warn"
+            assert page.page.title().startswith("paused")
+            assert page.fits()
+            page.shot(name)
+            pausing.clear()
+            page.page.wait_for_selector("#paused", state="hidden")
+            pausing.update(paused="the GPU is used by others", phase={"name": "paused", "seconds": 3.0})
+
+    async with served(address, state=state):
+        await in_browser(look)
 
 
 async def test_a_token_is_asked_for_and_kept_for_the_tab(tmp_path):

@@ -47,6 +47,9 @@ function restore() {
 
 // --- what is shown
 
+// folders by their last part alone
+const shortName = (id) => (id.startsWith("/") ? id.split("/").findLast(Boolean) : id);
+
 const parts = new WeakMap(); // of each turn, where it is shown
 
 function part(turn) {
@@ -64,7 +67,8 @@ function part(turn) {
 function show(turn) {
   const { whole, who, answer, note, wrong } = parts.get(turn);
   const now = running?.turn === turn;
-  who.textContent = turn.model ?? "";
+  who.textContent = shortName(turn.model ?? "");
+  who.title = turn.model ?? "";
   if (answer.textContent !== turn.answer) answer.textContent = turn.answer;
   note.textContent = turn.note ?? "";
   whole.classList.toggle("running", now);
@@ -166,7 +170,7 @@ async function read(turn, events) {
 async function answerTo(turn) {
   if (running) return;
   const stop = new AbortController();
-  const asked = body(turn), began = performance.now();
+  const asked = body(turn), began = performance.now(), before = turn.answer;
   const path = asked.messages ? "/v1/chat/completions" : "/v1/completions";
   Object.assign(turn, { model: asked.model, answer: "", wrong: null, note: "" });
   running = { turn, stop };
@@ -192,6 +196,7 @@ async function answerTo(turn) {
   } finally {
     const follows = atEnd();
     running = null;
+    turn.answer ||= before; // what there was is worth more than nothing
     turns.forEach(show);
     showRunning();
     if (follows) toEnd();
@@ -209,7 +214,11 @@ async function findModels() {
   try {
     const { data } = await (await request("/v1/models")).json();
     const chosen = by("model").value || wanted.model;
-    by("model").replaceChildren(...data.map(({ id }) => make("option", { text: id, title: id })));
+    const names = data.map(({ id }) => shortName(id));
+    by("model").replaceChildren(...data.map(({ id }, n) => {
+      const text = names.indexOf(names[n]) === names.lastIndexOf(names[n]) ? names[n] : id;
+      return Object.assign(make("option", { text, title: id }), { value: id });
+    }));
     if (data.some(({ id }) => id === chosen)) by("model").value = chosen;
     known = fresh = true;
     by("none").hidden = true;

@@ -15,7 +15,7 @@ export function make(tag, { text, name, title, kids = [] } = {}) {
   return e;
 }
 
-export function showPhase({ phase, ready, models, problems }, page) {
+export function showPhase({ phase, ready, models, problems, paused }, page) {
   let text = phase.name;
   const loading = models.find((model) => model.loading)?.loading;
   if (phase.name === "loading" && loading) text += ` ${loading.blocks_done} of ${count(loading.blocks_total, "block")}`;
@@ -23,6 +23,8 @@ export function showPhase({ phase, ready, models, problems }, page) {
   by("phase").className = `badge ${phase.name === "serving" ? "good" : "warn"}`;
   put("ready", ready ? "ready" : "not ready");
   by("ready").className = `badge ${ready ? "good" : "bad"}`;
+  by("paused").hidden = !paused;
+  put("paused", paused ? `Paused: ${paused}. No new work is taken; what runs goes on. kwaainet-bridge resume ends it, if it does not end by itself.` : "");
   document.title = `${problems.length ? "⚠ " : ""}${phase.name} – ${page}`;
 }
 
