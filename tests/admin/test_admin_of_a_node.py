@@ -54,7 +54,7 @@ async def test_status_and_metrics_of_a_node_in_both_networks(tmp_path):
         networks = {"petals": {"bootstrap": [first.address]}, "kwaainet": {"bootstrap": [kwaai.address]}}
         config = node_config(tmp_path, "node", blocks="0:2", networks=networks)
         adapter = await trio.to_thread.run_sync(make_adapter, tmp_path / "french", TINY)
-        model = config.model.model_copy(update={"adapters": (str(adapter),)})
+        model = config.model.model_copy(update={"adapters": (str(adapter),), "offload_idle_seconds": 60.0})
         config = config.model_copy(update={"model": model})
         node, client = await stack.enter_async_context(watched(config))
         await node.serving()

@@ -457,7 +457,10 @@ async def live_and_check(data: st.DataObject) -> None:
                 expected[block] -= bool(kept.sessions)
             owners[kept.page, kept.blocks.start] += 1
         moved = [s._holding._moved for s, _ in live]
-        assert offload.left == 3000 - sum(each.num_bytes for each in moved if each is not None) >= 0
+        there = [each for each in moved if each is not None]
+        assert offload.left == 3000 - sum(each.num_bytes for each in there) >= 0
+        assert (offload.use.sessions, offload.use.num_bytes) == (len(there), 3000 - offload.left)
+        assert cache.use.kept_bytes == most - cache._room
         assert budget._left == expected
         assert allocator._owners == owners
         assert min(budget._left) >= 0

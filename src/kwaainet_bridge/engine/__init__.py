@@ -7,6 +7,8 @@ from kwaainet_bridge.engine.adapters import names_of
 from kwaainet_bridge.engine.client_weights import ClientModel, load_client_weights
 from kwaainet_bridge.engine.config import Choose, EngineConfig, LoadProgress, ModelInfo, ModelOutline, Storage
 from kwaainet_bridge.engine.core import Engine
+from kwaainet_bridge.engine.offload import OffloadUse
+from kwaainet_bridge.engine.prefix import PrefixUse
 from kwaainet_bridge.engine.session import Session
 from kwaainet_bridge.engine.tree import Tree, plant
 from kwaainet_bridge.engine.weights.cache import WeightCache, cache_of
@@ -19,6 +21,8 @@ __all__ = [
     "LoadProgress",
     "ModelInfo",
     "ModelOutline",
+    "OffloadUse",
+    "PrefixUse",
     "Session",
     "Storage",
     "Tree",

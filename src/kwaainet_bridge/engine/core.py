@@ -18,9 +18,9 @@ from kwaainet_bridge.engine.compute import Pieces, Priority
 from kwaainet_bridge.engine.config import Choose, EngineConfig, ModelInfo
 from kwaainet_bridge.engine.holding import CacheRoom
 from kwaainet_bridge.engine.loading import Admit, LoadedSpan, Progress, Sources, load_span
-from kwaainet_bridge.engine.offload import Offload
+from kwaainet_bridge.engine.offload import Offload, OffloadUse
 from kwaainet_bridge.engine.pages import PageAllocator, pages_for
-from kwaainet_bridge.engine.prefix import PrefixCache
+from kwaainet_bridge.engine.prefix import PrefixCache, PrefixUse
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
 from kwaainet_bridge.engine.session import Session
 from kwaainet_bridge.engine.weights.cache import WeightCache, cache_of
@@ -113,6 +113,16 @@ class Engine:
     def counts(self) -> EngineCounts:
         """What the compute thread has done since it began."""
         return self._compute.counts
+
+    @property
+    def prefix_use(self) -> PrefixUse | None:
+        """How far sessions have had beginnings in common; None where they share nothing."""
+        return None if self._room.prefixes is None else self._room.prefixes.use
+
+    @property
+    def offload_use(self) -> OffloadUse | None:
+        """Sessions that made room for others; None where they do not."""
+        return None if self._room.offload is None else self._room.offload.use
 
     @property
     def cache_bytes_total(self) -> int:

@@ -121,6 +121,8 @@ class Holding:
             if found:
                 self._prepare(step.start, start=step.start)
             raise
+        if self._room.prefixes is not None:
+            self._room.prefixes.count(len(keys), len(found))
         if first == tokens:
             return Begun(keys, found, None)
         rows = [list(row) for row in self._table.rows]
@@ -145,7 +147,8 @@ class Holding:
         self._room.budget.give_back(self._inner, self._promised)
         if self._room.offload is not None:
             self._room.offload.holdings.pop(self, None)
-            self._room.offload.left += 0 if self._moved is None else self._moved.num_bytes
+            if self._moved is not None:
+                self._room.offload.forget(self._moved)
             self._moved = None
 
     # --- room
@@ -240,7 +243,9 @@ class Holding:
             contents = await compute.run(Pieces(read, self._peer))
             if not self._closed:
                 pages, rows = self._table.vacate()
-                self._moved = MovedOut(contents, rows, len(pages), num_bytes)
+                tokens = self._batch_size * self.position
+                self._moved = MovedOut(contents, rows, len(pages), num_bytes, tokens)
+                offload.note_out(self._moved)
                 if self._prefix is not None:
                     self._prefix.settle()
                 promised, self._promised = self._promised, 0
@@ -269,7 +274,7 @@ class Holding:
             self._room.budget.give_back(self._inner, moved.pages)
             raise AllocationFailed(refusal("immediately")) from None
         self._promised, self._moved = moved.pages, None
-        offload.left += moved.num_bytes
+        offload.note_back(moved)
         await run(
             Pieces(partial(offload.memory.write_pages, self._blocks, pages, moved.contents), self._peer)
         )

@@ -8,7 +8,7 @@ back first, and waits for room as one that grows does.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -37,13 +37,34 @@ class Memory(Protocol):
 class MovedOut:
     """Pages of a session on the host: for each block keys and values [2, kv_heads, pages, PAGE_TOKENS, head_dim].
 
-    ``rows[i]`` are numbers of pages in these tensors, in the order of sequence i.
+    ``rows[i]`` are numbers of pages in these tensors, in the order of sequence i. ``tokens`` counts those of all
+    sequences.
     """
 
     contents: list[torch.Tensor]
     rows: list[list[int]]
     pages: int
     num_bytes: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class Moved:
+    """How many sessions went one way since the engine began, and the bytes of their pages."""
+
+    sessions: int = 0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadUse:
+    """What is on the host now, and what went ``out`` to it and came ``back``."""
+
+    sessions: int
+    tokens: int
+    num_bytes: int
+    out: Moved
+    back: Moved
 
 
 class Offload:
@@ -63,9 +84,36 @@ class Offload:
         self.left = max_bytes
         self.holdings: dict[Holding, None] = {}
         """In the order in which they began."""
+        self._there: set[MovedOut] = set()
+        self._out, self._back = Moved(), Moved()
         self._compute = compute
         self._idle_seconds = idle_seconds
         self._one_at_a_time = trio.Lock()
+
+    @property
+    def use(self) -> OffloadUse:
+        return OffloadUse(
+            len(self._there),
+            sum(moved.tokens for moved in self._there),
+            sum(moved.num_bytes for moved in self._there),
+            replace(self._out),
+            replace(self._back),
+        )
+
+    def note_out(self, moved: MovedOut) -> None:
+        """These pages are on the host, where their place was taken before."""
+        self._there.add(moved)
+        _count(self._out, moved)
+
+    def note_back(self, moved: MovedOut) -> None:
+        """They are in the cache again."""
+        self.forget(moved)
+        _count(self._back, moved)
+
+    def forget(self, moved: MovedOut) -> None:
+        """Nobody needs them any more: their place is free."""
+        self._there.remove(moved)
+        self.left += moved.num_bytes
 
     async def make_room(self, budget: PageBudget, inner: range, pages: int) -> None:
         """Move idle sessions out until ``pages`` of each of the blocks are promised to nobody, or none is left to move.
@@ -92,3 +140,8 @@ class Offload:
             and holding.held_bytes <= self.left
         ]
         return min(idle)[2] if idle else None
+
+
+def _count(way: Moved, moved: MovedOut) -> None:
+    way.sessions += 1
+    way.num_bytes += moved.num_bytes

@@ -44,6 +44,16 @@ class KeptPage:
     sessions: int
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixUse:
+    """Tokens of whole pages that could have been kept: how many were ``found``, how many had to be ``computed``, since
+    the engine began; and what is kept now."""
+
+    found: int
+    computed: int
+    kept_bytes: int
+
+
 class PrefixCache:
     """All kept pages of an engine, at most ``max_bytes`` with their outputs; ``page_bytes`` is a page in one block."""
 
@@ -53,12 +63,22 @@ class PrefixCache:
         self._allocator = allocator
         self._budget = budget
         self._page_bytes = page_bytes
-        self._room = max_bytes
+        self._max_bytes = self._room = max_bytes
+        self._found = self._computed = 0
         self._kept: OrderedDict[Key, KeptPage] = OrderedDict()
         """Whatever was used last comes last, and the beginning of a prefix after its end."""
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def use(self) -> PrefixUse:
+        return PrefixUse(self._found * PAGE, self._computed * PAGE, self._max_bytes - self._room)
+
+    def count(self, asked: int, found: int) -> None:
+        """A step asked for so many pages, and had some of them without computing them."""
+        self._found += found
+        self._computed += asked - found
 
     def take(self, keys: Sequence[Key]) -> list[KeptPage]:
         """Pages for the first of ``keys``, as far as they are here and can be promised. The caller has them now."""

@@ -9,35 +9,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-)
+from prometheus_client.core import InfoMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kwaainet_bridge import __version__
-from kwaainet_bridge.counting import Histogram, ServingCounts
+from kwaainet_bridge.counting import ServingCounts
 from kwaainet_bridge.hivemind.averaging import FailureKind, Outcome
 from kwaainet_bridge.net.reachability import Verdict
+from kwaainet_bridge.node.admin.engine_metrics import engine_metrics
+from kwaainet_bridge.node.admin.samples import PREFIX, counter, gauge, histogram
 from kwaainet_bridge.node.admin.status import host_counts
 from kwaainet_bridge.node.phase import Phase
 from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState
 
 if TYPE_CHECKING:
-    from kwaainet_bridge.engine import Engine
     from kwaainet_bridge.node.served import BlockServer
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
-
-_PREFIX: Final = "kwaainet_bridge_"
-
-_Rows = Iterable[tuple[tuple[str, ...], float]]
-"""Values of labels, and the sample that has them."""
 
 
 def exposition(state: NodeState) -> bytes:
@@ -46,33 +37,6 @@ def exposition(state: NodeState) -> bytes:
     registry.register(_StateCollector(state))
     ProcessCollector(registry=registry)
     return generate_latest(registry)
-
-
-def _gauge(name: str, about: str, rows: _Rows, labels: tuple[str, ...] = ()) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(_PREFIX + name, about, labels=labels)
-    for values, value in rows:
-        family.add_metric(values, value)
-    return family
-
-
-def _counter(name: str, about: str, rows: _Rows, labels: tuple[str, ...] = ()) -> CounterMetricFamily:
-    family = CounterMetricFamily(_PREFIX + name, about, labels=labels)
-    for values, value in rows:
-        family.add_metric(values, value)
-    return family
-
-
-def _histogram(
-    name: str, about: str, rows: Iterable[tuple[tuple[str, ...], Histogram]], labels: tuple[str, ...] = ()
-) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(_PREFIX + name, about, labels=labels)
-    for values, histogram in rows:
-        buckets = [
-            ("+Inf" if bound == float("inf") else str(bound), float(seen))
-            for bound, seen in histogram.cumulative()
-        ]
-        family.add_metric(values, buckets, histogram.sum)
-    return family
 
 
 class _StateCollector(Collector):
@@ -91,20 +55,20 @@ class _StateCollector(Collector):
 
 
 def _node(state: NodeState) -> Iterator[Metric]:
-    yield InfoMetricFamily(f"{_PREFIX}build", "The program.", value={"version": __version__})
-    yield _gauge("uptime_seconds", "Since the start.", [((), state.now - state.began)])
+    yield InfoMetricFamily(f"{PREFIX}build", "The program.", value={"version": __version__})
+    yield gauge("uptime_seconds", "Since the start.", [((), state.now - state.began)])
     phases = [((phase.value,), float(phase is state.phase)) for phase in Phase]
-    yield _gauge("phase", "1 for the phase that the node is in.", phases, ("phase",))
+    yield gauge("phase", "1 for the phase that the node is in.", phases, ("phase",))
     judged = conditions(state)
-    yield _gauge("ready", "1 while all conditions are met.", [((), float(is_ready(judged)))])
+    yield gauge("ready", "1 while all conditions are met.", [((), float(is_ready(judged)))])
     met = [((c.name, c.model or ""), float(c.met)) for c in judged]
     of_model = ("condition", "model")
-    yield _gauge("condition", "1 for each condition of readiness that is met.", met, of_model)
+    yield gauge("condition", "1 for each condition of readiness that is met.", met, of_model)
     degraded = [((name, "" if model is None else model.key), 1.0) for model, name, _ in state.degradations()]
-    yield _gauge("degraded", "1 for each condition that degrades the node.", degraded, of_model)
+    yield gauge("degraded", "1 for each condition that degrades the node.", degraded, of_model)
     verdicts = [((verdict.value,), float(verdict is state.reachability[0])) for verdict in Verdict]
-    yield _gauge("reachability", "1 for the verdict on whether others can dial it.", verdicts, ("verdict",))
-    yield _histogram(
+    yield gauge("reachability", "1 for the verdict on whether others can dial it.", verdicts, ("verdict",))
+    yield histogram(
         "event_loop_lag_seconds", "How late the event loop wakes a task that slept.", [((), state.lag)]
     )
 
@@ -115,11 +79,11 @@ def _host(state: NodeState) -> Iterator[Metric]:
     counts = host_counts(state.host)
     connections, streams = counts["connections"], counts["streams"]
     directions = [((direction,), connections[direction]) for direction in ("inbound", "outbound")]
-    yield _gauge("connections", "Open connections.", directions, ("direction",))
-    yield _gauge("connections_limit", "Most connections at one time.", [((), connections["limit"])])
-    yield _gauge("streams", "Streams of peers that are served.", [((), streams["open"])])
-    yield _gauge("streams_limit", "Most such streams at one time.", [((), streams["limit"])])
-    yield _counter(
+    yield gauge("connections", "Open connections.", directions, ("direction",))
+    yield gauge("connections_limit", "Most connections at one time.", [((), connections["limit"])])
+    yield gauge("streams", "Streams of peers that are served.", [((), streams["open"])])
+    yield gauge("streams_limit", "Most such streams at one time.", [((), streams["limit"])])
+    yield counter(
         "refusals",
         "Connections and streams turned away, by whose limit it was.",
         [((scope,), count) for scope, count in counts["refused"].items()],
@@ -130,14 +94,14 @@ def _host(state: NodeState) -> Iterator[Metric]:
 def _networks(state: NodeState) -> Iterator[Metric]:
     watches = state.bootstrap
     reached = [((name,), len(watch.reached)) for name, watch in watches.items()]
-    yield _gauge("bootstrap_peers_reached", "Bootstrap peers in touch.", reached, ("network",))
+    yield gauge("bootstrap_peers_reached", "Bootstrap peers in touch.", reached, ("network",))
     total = [((name,), watch.total) for name, watch in watches.items()]
-    yield _gauge("bootstrap_peers", "Bootstrap peers there should be.", total, ("network",))
+    yield gauge("bootstrap_peers", "Bootstrap peers there should be.", total, ("network",))
     announced = {
         (model.key, name): known for model in state.models.values() for name, known in model.announced.items()
     }
     where = ("model", "network")
-    yield _counter(
+    yield counter(
         "announce_rounds",
         "Rounds in which records were written.",
         [(of, known.rounds) for of, known in announced.items()],
@@ -152,13 +116,13 @@ def _networks(state: NodeState) -> Iterator[Metric]:
             ((*of, "by_others"), known.by_others),
         )
     ]
-    yield _counter(
+    yield counter(
         "dht_records", "Records written, kept by some node, and by another one.", kept, (*where, "outcome")
     )
     age = [(of, state.now - known.at) for of, known in announced.items()]
-    yield _gauge("announce_age_seconds", "Since the latest round of announcements ended.", age, where)
+    yield gauge("announce_age_seconds", "Since the latest round of announcements ended.", age, where)
     by_others = [(of, known.last.by_others) for of, known in announced.items()]
-    yield _gauge("announced_records", "Records of the latest round that others keep.", by_others, where)
+    yield gauge("announced_records", "Records of the latest round that others keep.", by_others, where)
 
 
 def _models(state: NodeState) -> Iterator[Metric]:
@@ -166,12 +130,12 @@ def _models(state: NodeState) -> Iterator[Metric]:
         ((m.key, phase.value), float(phase is m.phase)) for m in state.models.values() for phase in Phase
     ]
     if phases:
-        yield _gauge("model_phase", "1 for the phase that a model is in.", phases, ("model", "phase"))
+        yield gauge("model_phase", "1 for the phase that a model is in.", phases, ("model", "phase"))
     served = {model.key: model.served for model in state.models.values() if model.served is not None}
     if served:
-        yield from _engines({key: blocks.engine for key, blocks in served.items()})
+        yield from engine_metrics({key: blocks.engine for key, blocks in served.items()})
         rooms = {key: blocks.cache_tokens for key, blocks in served.items()}
-        yield _gauge(
+        yield gauge(
             "cache_tokens",
             "Room of the KV cache in tokens of one sequence through all served blocks.",
             [
@@ -190,34 +154,21 @@ def _models(state: NodeState) -> Iterator[Metric]:
         )
 
 
-def _engines(engines: Mapping[str, Engine]) -> Iterator[Metric]:
-    model = ("model",)
-    blocks = [((key,), len(engine.blocks)) for key, engine in engines.items()]
-    yield _gauge("blocks", "Blocks that are served.", blocks, model)
-    counts = {(key,): engine.counts for key, engine in engines.items()}
-    waited = [(of, count.queue_seconds) for of, count in counts.items()]
-    yield _histogram("queue_seconds", "How long a step waited for its batch.", waited, model)
-    computed = [(of, count.batch_seconds) for of, count in counts.items()]
-    yield _histogram("batch_seconds", "How long a batch of steps was computed.", computed, model)
-    sizes = [(of, count.batch_tokens) for of, count in counts.items()]
-    yield _histogram("batch_tokens", "Tokens of a batch of steps.", sizes, model)
-
-
 def _serving(servers: Mapping[tuple[str, str], BlockServer]) -> Iterator[Metric]:
     """By model and network."""
     where = ("model", "network")
     sessions = [(of, server.open_sessions) for of, server in servers.items()]
-    yield _gauge("sessions", "Open inference sessions.", sessions, where)
+    yield gauge("sessions", "Open inference sessions.", sessions, where)
     counts = {of: server.counts for of, server in servers.items()}
     steps = [(of, count.steps) for of, count in counts.items()]
-    yield _counter("steps", "Steps of sessions that were computed.", steps, where)
+    yield counter("steps", "Steps of sessions that were computed.", steps, where)
     tokens = [
         row
         for of, count in counts.items()
         for row in (((*of, "step"), count.step_tokens), ((*of, "pass"), count.pass_tokens))
     ]
-    yield _counter("tokens", "Tokens that were computed.", tokens, (*where, "kind"))
-    yield _histogram(
+    yield counter("tokens", "Tokens that were computed.", tokens, (*where, "kind"))
+    yield histogram(
         "step_seconds",
         "How long a step took, to read it, in the engine, and to reply.",
         [
@@ -228,10 +179,10 @@ def _serving(servers: Mapping[tuple[str, str], BlockServer]) -> Iterator[Metric]
         (*where, "phase"),
     )
     passes = [(of, count.passes) for of, count in counts.items()]
-    yield _counter("passes", "Forward and backward requests that were computed.", passes, where)
+    yield counter("passes", "Forward and backward requests that were computed.", passes, where)
     refused = [(of, count.refused) for of, count in counts.items()]
-    yield _counter("requests_refused", "Sessions and requests that were refused.", refused, where)
-    yield _counter(
+    yield counter("requests_refused", "Sessions and requests that were refused.", refused, where)
+    yield counter(
         "tensor_bytes",
         "Bytes of tensors as they travelled.",
         [row for of, count in counts.items() for row in _tensor_bytes(of, count)],
@@ -249,22 +200,20 @@ def _tensor_bytes(of: tuple[str, str], counts: ServingCounts) -> Iterator[tuple[
 def _averaging(state: NodeState) -> Iterator[Metric]:
     runs = {name: status() for name, status in state.averaging.items()}
     steps = [((name, o.value), run.counts.steps[o]) for name, run in runs.items() for o in Outcome]
-    yield _counter("averaging_steps", "Steps of averaging by how they ended.", steps, ("run", "outcome"))
+    yield counter("averaging_steps", "Steps of averaging by how they ended.", steps, ("run", "outcome"))
     moved = [
         row
         for name, run in runs.items()
         for row in (((name, "sent"), run.sent_bytes), ((name, "received"), run.received_bytes))
     ]
-    yield _counter("averaging_bytes", "Bytes of tensors that were averaged.", moved, ("run", "direction"))
+    yield counter("averaging_bytes", "Bytes of tensors that were averaged.", moved, ("run", "direction"))
     sizes = [((name,), len(run.members)) for name, run in runs.items()]
-    yield _gauge(
-        "averaging_group_size", "Members of the group that averages now, 0 without.", sizes, ("run",)
-    )
+    yield gauge("averaging_group_size", "Members of the group that averages now, 0 without.", sizes, ("run",))
     bans = [((name, k.value), run.counts.failures[k]) for name, run in runs.items() for k in FailureKind]
-    yield _counter(
+    yield counter(
         "averaging_bans", "Members that were left out, or lost their share.", bans, ("run", "reason")
     )
-    yield _histogram(
+    yield histogram(
         "averaging_allreduce_seconds",
         "How long groups averaged.",
         [((name,), run.counts.allreduce_seconds) for name, run in runs.items()],

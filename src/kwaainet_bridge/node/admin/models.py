@@ -12,7 +12,7 @@ from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.phase import Announced
 
 if TYPE_CHECKING:
-    from kwaainet_bridge.engine import LoadProgress
+    from kwaainet_bridge.engine import LoadProgress, OffloadUse, PrefixUse
     from kwaainet_bridge.node.served import BlockServer, ServedBlocks
 
 
@@ -34,6 +34,8 @@ def model_as_json(model: ModelState, now: float) -> dict[str, Any]:
         "loading": None if model.loading is None or served is not None else _loading(model.loading),
         "blocks": None if served is None else _blocks(served),
         "cache": None if served is None else _cache(served),
+        "prefixes": None if served is None else _prefixes(served.engine.prefix_use),
+        "offload": None if served is None else _offload(served.engine.offload_use),
         "networks": {network: _network(model, network, now) for network in model.announces},
     }
 
@@ -78,6 +80,24 @@ def _blocks(served: ServedBlocks) -> dict[str, Any]:
 def _cache(served: ServedBlocks) -> dict[str, Any]:
     total, left = served.cache_tokens
     return {"tokens_total": total, "tokens_left": left}
+
+
+def _prefixes(use: PrefixUse | None) -> dict[str, Any] | None:
+    if use is None:
+        return None
+    return {"found_tokens": use.found, "computed_tokens": use.computed, "kept_bytes": use.kept_bytes}
+
+
+def _offload(use: OffloadUse | None) -> dict[str, Any] | None:
+    if use is None:
+        return None
+    return {
+        "sessions": use.sessions,
+        "tokens": use.tokens,
+        "bytes": use.num_bytes,
+        "moves": {"out": use.out.sessions, "back": use.back.sessions},
+        "moved_bytes": {"out": use.out.num_bytes, "back": use.back.num_bytes},
+    }
 
 
 def _network(model: ModelState, network: str, now: float) -> dict[str, Any]:
