@@ -68,6 +68,17 @@ def commands(name: str, pages: list[Path] | None = None) -> list[Command]:
     ]
 
 
+def inline_commands(name: str) -> list[Command]:
+    """Those within sentences, but for the ones that show a form: ``[options]``, ``a|b``, ``…``."""
+    return [
+        Command(page, number, words)
+        for page in PAGES
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
+        for code in re.findall(r"`([^`]+)`", line)
+        if not re.search(r"[\[|…]", code) and (words := command_in(code, name)) is not None
+    ]
+
+
 def command_in(line: str, name: str) -> tuple[str, ...] | None:
     """The command's words from ``name`` on, if ``line`` begins with it."""
     found = re.match(rf" *(?:\$ )?(?:nice )?(?:[\w./~-]+/)?({re.escape(name)}(?: .*)?)$", line)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import typer
-from pages import DOCS, PAGES, ROOT, Command, Fence, command_in, commands, fences
+from pages import DOCS, PAGES, ROOT, Command, Fence, command_in, commands, fences, inline_commands
 
 from kwaainet_bridge.cli.app import app
 from kwaainet_bridge.config import parse_config
@@ -29,11 +29,20 @@ def parse(command: Any, words: tuple[str, ...], parent: Any = None) -> None:
         parse(below, tuple(rest), context)
 
 
-@pytest.mark.parametrize("command", commands("kwaainet-bridge"), ids=str)
+WITHIN_TEXT = inline_commands("kwaainet-bridge")
+WHOLE = [*commands("kwaainet-bridge"), *(command for command in WITHIN_TEXT if len(command.words) > 2)]
+
+
+@pytest.mark.parametrize("command", WHOLE, ids=str)
 def test_the_command_line_knows_each_command(command: Command):
     if "--install-completion" in command.words:  # it acts while it is parsed
         return
     parse(PROGRAM, command.words[1:])
+
+
+def test_the_command_line_knows_each_name_within_text():
+    for command in WITHIN_TEXT:
+        assert not command.words[1:] or command.words[1] in PROGRAM.commands, str(command)
 
 
 @pytest.mark.parametrize(
