@@ -281,6 +281,7 @@ def judge(soak: Soak, begun: dict[str, Any], ended: dict[str, Any], first: str, 
     found["most_sessions"] = max(sample["sessions"] for sample in soak.samples)
     found["event_loop_lag_p99_seconds"] = lag_quantile(first, last, 0.99)
     found["events"] = dict(soak.events)
+    found["samples"] = soak.samples
     found["wrong"] = soak.wrong
     return found
 
@@ -358,6 +359,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     report = trio.run(soak_node, work, StockEnvironment.find(work), options.minutes * 60)
     (work / "soak.json").write_text(json.dumps(report, indent=1))
+    del report["samples"]
     print(json.dumps(report, indent=1))
     sys.exit(bool(report["wrong"]))
 
