@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -49,14 +49,41 @@ class Histogram:
 
 
 @dataclass(slots=True)
-class Refusals:
-    """What a host has turned away since it began: connections beyond its limits or those of an address, streams
-    beyond its limits or those of a protocol."""
+class Refused:
+    """Whom a host turned away how often, and when last. ``who`` is a peer's id, or an address where none is proven."""
 
-    connections: int = 0
-    address: int = 0
-    streams: int = 0
-    protocol: int = 0
+    who: str
+    scope: str
+    reason: str
+    times: int
+    at: float
+
+
+class Refusals:
+    """What a host has turned away since it began: ``connections`` beyond its limits or those of an ``address``,
+    ``streams`` beyond its limits or those of a ``protocol``."""
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys(("connections", "address", "streams", "protocol"), 0)
+        self._latest: OrderedDict[tuple[str, str], Refused] = OrderedDict()
+
+    def note(self, scope: str, who: str, reason: str, now: float) -> None:
+        """Count one; of whom it was the latest ``defaults.REFUSED_KEPT`` are kept."""
+        self._counts[scope] += 1
+        times = 1 if (known := self._latest.pop((who, scope), None)) is None else known.times + 1
+        self._latest[who, scope] = Refused(who, scope, reason, times, now)
+        if len(self._latest) > defaults.REFUSED_KEPT:
+            self._latest.popitem(last=False)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many of each scope."""
+        return dict(self._counts)
+
+    @property
+    def latest(self) -> list[Refused]:
+        """Who was turned away, the latest first."""
+        return list(reversed(self._latest.values()))
 
 
 def _seconds() -> Histogram:

@@ -949,6 +949,56 @@ STATUS_SECONDS: Final = 5.0
 STATUS_WATCH_SECONDS: Final = 2.0
 """Pause between two looks with `--watch`."""
 
+VIEW_ROWS: Final = 500
+"""Rows that `peers`, `sessions` and `blocks` show: more than anybody reads, some 200 KiB. Others are counted."""
+
+REFUSED_KEPT: Final = 64
+"""Peers or addresses that were turned away, of which a node knows why and how often."""
+
+LOG_RING_BYTES: Final = 2 * MIB
+"""Records of the log that a node keeps for `kwaainet-bridge logs`: some 8000, hours of a quiet node."""
+
+LOG_RECORD_BYTES: Final = 16 * KIB
+"""Longest record that is kept whole. Tracebacks take some KiB; their beginning and end are kept."""
+
+LOG_ANSWER_RECORDS: Final = 2000
+"""Records that one answer holds at most: about half a MiB."""
+
+LOG_RECORDS: Final = 200
+"""Records that are shown unless somebody asks for more."""
+
+LOG_FOLLOWERS: Final = 8
+"""Readers that are told of new records at one time, as of pages."""
+
+LOG_FOLLOW_SECONDS: Final = 0.25
+"""How often they are told: at once, as people see it."""
+
+LOG_SILENCE_SECONDS: Final = 5.0
+"""A reader is sent an empty line after so long without a record, so that it can tell quiet from gone."""
+
+IDLE_PERIOD_SECONDS: Final = 5.0
+"""How often it is looked at what others use of this machine: the driver keeps samples of some seconds, and a look takes
+milliseconds."""
+
+IDLE_PAUSE_PERCENT: Final = 20.0
+"""What others use, in percent, above which they count as using a machine: a desktop and a film on it stay below."""
+
+IDLE_PAUSE_SECONDS: Final = 10.0
+"""For how long. A program that starts may be busy for some seconds."""
+
+IDLE_RESUME_PERCENT: Final = 10.0
+"""What others use below which they count as having left."""
+
+IDLE_RESUME_SECONDS: Final = 120.0
+"""For how long. A node that comes back too early disturbs a game between two
+rounds; later, it only serves a bit less."""
+
+CONTROL_PERIOD_SECONDS: Final = 0.5
+"""How often `drain --wait` looks whether the node is still there."""
+
+RELOAD_SECONDS: Final = 30.0
+"""How long a reload may take: libraries may have to be imported for what it turns on."""
+
 SUPERVISOR_PATIENCE_SECONDS: Final = 60.0
 """How long a service manager is asked to wait at a time, three times as often, while a node starts or drains."""
 

@@ -29,7 +29,7 @@ from rich.progress import (
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig, NodeConfig
 from kwaainet_bridge.node.daemon import Contact, run_node
-from kwaainet_bridge.node.logs import configure_logging
+from kwaainet_bridge.node.logs import configure_logging, log_ring
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.node.supervision import tell_supervisor
 
@@ -49,9 +49,10 @@ async def run_until_signalled(config: NodeConfig) -> None:
 
     Leaves the garbage collector switched on, whether it was or not.
     """
-    configure_logging(config.log.level, config.log.format)
     stop = trio.Event()
     state = NodeState()
+    state.logs = log_ring(config)
+    configure_logging(config.log.level, config.log.format, ring=state.logs)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_obey, signals, stop)

@@ -10,6 +10,7 @@ from kwaainet_bridge.engine.core import Engine
 from kwaainet_bridge.engine.offload import OffloadUse
 from kwaainet_bridge.engine.prefix import PrefixUse
 from kwaainet_bridge.engine.session import Session
+from kwaainet_bridge.engine.snapshots import ServedSession, SessionSnapshot
 from kwaainet_bridge.engine.tree import Tree, plant
 from kwaainet_bridge.engine.weights.cache import WeightCache, cache_of
 
@@ -23,7 +24,9 @@ __all__ = [
     "ModelOutline",
     "OffloadUse",
     "PrefixUse",
+    "ServedSession",
     "Session",
+    "SessionSnapshot",
     "Storage",
     "Tree",
     "WeightCache",

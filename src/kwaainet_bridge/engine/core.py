@@ -62,8 +62,12 @@ class Engine:
         self.adapters = names_of(config.adapters)
         """Names of the LoRA adapters that requests may ask for."""
         self.quantization = config.quantization
-        self.weights_bytes = span.held_bytes()
-        """What the weights and those of adapters take in memory, measured."""
+        self.block_bytes = {block: span.held_bytes(block) for block in span.blocks}
+        """What each block's weights and those of adapters take in this process' memory, measured."""
+        self.weights_bytes = sum(self.block_bytes.values())
+        """The same of all."""
+        self.tensor_parallel = config.tensor_parallel
+        """How many processes share each block."""
         self._span = span
         self._runner = loaded.runner
         self._compute = loaded.compute

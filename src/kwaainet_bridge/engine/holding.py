@@ -220,6 +220,21 @@ class Holding:
     # --- moving out and back
 
     @property
+    def held_tokens(self) -> int:
+        """What its pages hold in each block, wherever they are: in the KV cache or, moved out, on the host."""
+        return defaults.PAGE_TOKENS * (self._table.held if self._moved is None else self._moved.pages)
+
+    @property
+    def promised_tokens(self) -> int:
+        """Room in the KV cache, in each block, that nobody else can have."""
+        return defaults.PAGE_TOKENS * self._promised
+
+    @property
+    def moved_out(self) -> bool:
+        """Whether its pages are on the host."""
+        return self._moved is not None
+
+    @property
     def held_bytes(self) -> int:
         """What its pages take in the KV cache."""
         return self._table.held * len(self._blocks) * self._room.page_bytes

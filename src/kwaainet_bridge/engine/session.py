@@ -12,6 +12,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.engine.compute import ComputeThread, Merged, Pieces
 from kwaainet_bridge.engine.holding import CacheRoom, Holding
 from kwaainet_bridge.engine.requests import check_hidden, check_hypo_ids, check_prompts
+from kwaainet_bridge.engine.snapshots import SessionSnapshot
 from kwaainet_bridge.engine.step import Step
 from kwaainet_bridge.engine.tree import Tree, plant
 from kwaainet_bridge.errors import InvalidRequest
@@ -62,6 +63,20 @@ class Session:
     def position(self) -> int:
         """How many tokens of each sequence the cache holds: where the next step begins."""
         return self._holding.position
+
+    def snapshot(self) -> SessionSnapshot:
+        """What it is and holds now."""
+        holding = self._holding
+        return SessionSnapshot(
+            blocks=self.blocks,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            position=holding.position,
+            cache_tokens=holding.held_tokens,
+            promised_tokens=holding.promised_tokens,
+            moved_out=holding.moved_out,
+            adapter=self._adapter,
+        )
 
     async def step(
         self,

@@ -70,11 +70,12 @@ class Span:
         values = sum(int(tensor.numel()) for tensor in self._layers[block].state_dict().values())
         return values * int(self.dtype.itemsize)
 
-    def held_bytes(self) -> int:
-        """Bytes that the weights of all loaded blocks and of their adapters take here, as they are."""
+    def held_bytes(self, block: int | None = None) -> int:
+        """Bytes that the weights of all loaded blocks, or of one, and of their adapters take here, as they are."""
+        layers = self._layers.values() if block is None else [self._layers[block]]
         return sum(
             int(tensor.numel()) * int(tensor.element_size())
-            for layer in self._layers.values()
+            for layer in layers
             for _, tensor in _tensors(layer)
         )
 

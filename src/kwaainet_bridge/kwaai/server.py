@@ -12,6 +12,7 @@ from functools import cached_property
 import trio
 
 from kwaainet_bridge.counting import ServingCounts
+from kwaainet_bridge.engine import ServedSession
 from kwaainet_bridge.kwaai import methods
 from kwaainet_bridge.kwaai.hello import greet
 from kwaainet_bridge.kwaai.inference import InferenceService, warming_up
@@ -63,6 +64,10 @@ class KwaaiServer:
     @property
     def open_sessions(self) -> int:
         return 0 if self._inference is None else self._inference.sessions.open_sessions
+
+    def sessions(self) -> list[ServedSession]:
+        """Those that are open."""
+        return [] if self._inference is None else self._inference.sessions.sessions()
 
     @asynccontextmanager
     async def serving(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import trio
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.engine import Engine, Session
+from kwaainet_bridge.engine import Engine, ServedSession, Session
 from kwaainet_bridge.errors import AllocationFailed, InvalidRequest, Refusal
 from kwaainet_bridge.kwaai.lease import Places
 from kwaainet_bridge.net.fair_pool import FairPool
@@ -35,7 +35,23 @@ class _Live:
     opened: AsyncExitStack = field(default_factory=AsyncExitStack)
     counted: int = 0
     """Tokens of KV cache that count as its peer's."""
+    began: float = 0.0
     last_used: float = 0.0
+
+    def snapshot(self) -> ServedSession | None:
+        """What it is and holds now; None if it is not open."""
+        if self.session is None:
+            return None
+        held = self.session.snapshot()
+        return ServedSession(
+            peer=self.peer,
+            name=str(self.number),
+            blocks=held.blocks,
+            adapter=held.adapter,
+            began=self.began,
+            idle_since=None if self.lock.locked() else self.last_used,
+            session=held,
+        )
 
 
 class Sessions:
@@ -68,6 +84,10 @@ class Sessions:
     @property
     def open_sessions(self) -> int:
         return self._counts.total()
+
+    def sessions(self) -> list[ServedSession]:
+        """Those that are open."""
+        return [view for live in self._live.values() if (view := live.snapshot()) is not None]
 
     def room(self) -> int:
         """How many more sessions of the usual length fit into the KV cache; at least one, if one can begin."""
@@ -174,7 +194,7 @@ class Sessions:
             self._share.release(live.peer, counted)
             raise
         live.counted = counted
-        live.last_used = self._clock()
+        live.began = live.last_used = self._clock()
         self._counts[live.peer] += 1
         if not self._is_tended:
             self._is_tended = True

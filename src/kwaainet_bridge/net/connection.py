@@ -8,6 +8,7 @@ from typing import Final
 
 import trio
 
+from kwaainet_bridge.net.addresses import Address, parse_binary_address
 from kwaainet_bridge.net.channel import SecureChannel
 from kwaainet_bridge.net.fair_pool import FairPool
 from kwaainet_bridge.net.yamux import YamuxConnection
@@ -59,6 +60,11 @@ class Connection(YamuxConnection):
         self._housekeeping = housekeeping
         self._used = False
         self._used_at = self.opened_at
+
+    @property
+    def address(self) -> Address | None:
+        """Where it came from or goes to; None for one that a relay carries."""
+        return parse_binary_address(self.remote_address) if self.remote_address else None
 
     @property
     def in_use(self) -> bool:

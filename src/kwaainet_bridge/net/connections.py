@@ -179,13 +179,13 @@ class Connections:
             self._handshakes >= defaults.MAX_HANDSHAKES
             or self.count >= self._limits.connections + defaults.OVERFLOW_HANDSHAKES
         ):
-            self._refused.connections += 1
+            self._refuse("connections", _whence(channel), "this host is full")
             log.debug("refused a connection: %d are open, %d of them unproven", self.count, self._handshakes)
             return
         # a relay answers for those whom it brings: nobody else knows where they are
         origin = origin_of(channel.remote_host) if channel.relay is None else str(channel.relay)
         if not self._origins.begin(origin, free=self._limits.connections - self.count):
-            self._refused.address += 1
+            self._refuse("address", str(origin), "too many connections from this address")
             log.debug("refused a connection: %s has too many", origin)
             return
         self._handshakes += 1
@@ -198,6 +198,9 @@ class Connections:
         if connection is not None:
             self._add(connection)
             await self._run(connection)
+
+    def _refuse(self, scope: str, who: str, reason: str) -> None:
+        self._refused.note(scope, who, reason, trio.current_time())
 
     async def _admit(self, raw: RawChannel, origin: str | None) -> Connection | None:
         """Shake hands with who has connected; None if that fails, or if there is no room."""
@@ -221,7 +224,7 @@ class Connections:
         elif self._make_room():
             return connection
         else:
-            self._refused.connections += 1
+            self._refuse("connections", str(connection.remote), "this host is full")
             connection.stop("this host is full")
         log.debug("refused %s: %s; %d connections", connection.remote, connection.close_reason, self._count)
         await connection.run()  # says so to the peer, and ends

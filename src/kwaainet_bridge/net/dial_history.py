@@ -55,6 +55,15 @@ class DialHistory:
         """The last result of each address of ``peer`` that was dialled, the latest last."""
         return list(self._peers.get(peer, {}).values())
 
+    def unreachable(self) -> list[tuple[PeerId, DialResult]]:
+        """Peers of which no address led to a connection when it was last dialled, with the latest failure; that dialled
+        last comes first."""
+        return [
+            (peer, results[-1])
+            for peer, known in reversed(self._peers.items())
+            if (results := list(known.values())) and all(result.error for result in results)
+        ]
+
     def waiting(self, peer: PeerId, address: Address) -> DialResult | None:
         """The failure for which ``address`` is left alone now; None if it may be dialled."""
         result = self._peers.get(peer, {}).get(address)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import Refusals
 from kwaainet_bridge.net.connection import Connection
@@ -35,7 +37,7 @@ class InboundStreams:
             if connection.promise_window(stream):
                 return True
             self._places.release(stream.remote, 1)
-        self._refused.streams += 1
+        self._refused.note("streams", str(stream.remote), "too many streams at one time", trio.current_time())
         return False
 
     def end(self, connection: Connection, stream: YamuxStream) -> None:
@@ -50,7 +52,8 @@ def limited(handler: StreamHandler, refused: Refusals) -> StreamHandler:
 
     async def serve(stream: Stream) -> None:
         if not pool.reserve(stream.remote, 1):
-            refused.protocol += 1
+            reason = f"too many streams of {stream.protocol} at one time"
+            refused.note("protocol", str(stream.remote), reason, trio.current_time())
             await stream.reset()
             return
         try:

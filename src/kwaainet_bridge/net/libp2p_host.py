@@ -236,6 +236,10 @@ class Libp2pHost(Host):
         """How the last dial of each address of ``peer`` ended."""
         return self._dialer.history.of(peer)
 
+    def unreachable(self) -> list[tuple[PeerId, DialResult]]:
+        """Peers that could not be dialled at any address, the latest first."""
+        return self._dialer.history.unreachable()
+
     def description(self, peer: PeerId) -> PeerDescription | None:
         """What a connected peer has said of itself; None before it has."""
         return self.introductions.of(peer)
@@ -387,6 +391,10 @@ class Libp2pHost(Host):
     def network_of(self, peer: PeerId) -> str | None:
         """The network that a connected peer is in by the protocols it speaks; None as long as none is known."""
         return self._membership.of(peer)
+
+    def networks_of(self, peer: PeerId) -> list[str]:
+        """All networks that a connected peer is in by the protocols it speaks."""
+        return self._membership.all_of(peer)
 
     async def follow_interfaces(self) -> None:
         """Look every minute which addresses this machine has, and tell connected peers of changes."""

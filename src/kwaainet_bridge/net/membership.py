@@ -28,6 +28,11 @@ class Membership:
             return next(name for name, prefixes in self._prefixes.items() if not spoken.isdisjoint(prefixes))
         return None
 
+    def all_of(self, peer: PeerId) -> list[str]:
+        """All networks that a connected peer is in by its protocols."""
+        spoken = self.spoken(peer)
+        return [name for name, prefixes in self._prefixes.items() if not spoken.isdisjoint(prefixes)]
+
     def spoken(self, peer: PeerId) -> frozenset[str]:
         """Those beginnings, of all networks, with which some protocol of a connected peer begins."""
         return self._spoken.get(peer, frozenset())

@@ -80,6 +80,10 @@ class TextModels:
                 self._models[name] = TextModel(name, weights, tokenizer, self._swarm(name, weights))
         return self._models[name]
 
+    def swarms(self) -> Mapping[str, Swarm]:
+        """The swarms of those models that were asked for, by their names."""
+        return {name: model.swarm for name, model in self._models.items()}
+
     def _swarm(self, name: str, weights: ClientModel) -> Swarm:
         first, *rest = self._networks
         others = [servers for network in rest if (servers := network.text_servers(name, weights)) is not None]

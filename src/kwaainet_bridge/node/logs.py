@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Literal, TextIO
 
 import structlog
+
+from kwaainet_bridge.config import NodeConfig
+from kwaainet_bridge.node.log_ring import LogRing
+from kwaainet_bridge.node.web.tokens import read_token
 
 _SHARED: list[structlog.typing.Processor] = [
     structlog.stdlib.add_log_level,
@@ -17,9 +22,14 @@ _SHARED: list[structlog.typing.Processor] = [
 
 
 def configure_logging(
-    level: str, style: Literal["auto", "text", "json"], *, stream: TextIO | None = None
+    level: str,
+    style: Literal["auto", "text", "json"],
+    *,
+    stream: TextIO | None = None,
+    ring: LogRing | None = None,
 ) -> None:
-    """Send this process's log to ``stream`` (standard error). Libraries are heard from WARNING up.
+    """Send this process's log to ``stream`` (standard error), and to ``ring`` if there is one. Libraries are heard from
+    WARNING up.
 
     ``auto`` is text on a terminal and JSON elsewhere. Tracebacks show no values of variables: those may be
     keys or what a caller sent.
@@ -34,16 +44,15 @@ def configure_logging(
         transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         render = [structlog.processors.ExceptionRenderer(transformer), structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(out)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_SHARED,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
-        )
-    )
+    handler.setFormatter(_formatter(*render))
+    handlers: list[logging.Handler] = [handler]
+    if ring is not None:
+        ring.setFormatter(_formatter(structlog.processors.format_exc_info, ring.render))
+        handlers.append(ring)
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = handlers
     root.setLevel(logging.WARNING)
-    logging.getLogger("kwaainet_bridge").setLevel(level.upper())
+    set_level(level)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -56,3 +65,30 @@ def configure_logging(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def set_level(level: str) -> None:
+    """Have events of this package logged from ``level`` up; libraries stay as they are."""
+    logging.getLogger("kwaainet_bridge").setLevel(level.upper())
+
+
+def _formatter(*render: structlog.typing.Processor) -> logging.Formatter:
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=_SHARED,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+    )
+
+
+def log_ring(config: NodeConfig) -> LogRing:
+    """What keeps the newest records of a node with this configuration, without the tokens that it knows.
+
+    Raises ConfigError for a token file that cannot be used.
+    """
+    secrets = [os.environ.get("HF_TOKEN", "")]
+    for key, path in (
+        ("admin.token_file", config.admin.token_file),
+        ("openai.token_file", config.openai.token_file),
+    ):
+        if path is not None:
+            secrets.append(read_token(path, key=key))
+    return LogRing(secrets=secrets)

@@ -41,7 +41,7 @@ class ModelState:
     ``degraded`` maps a condition's name to its reason. ``announces`` are the networks in which its blocks are to be
     announced, ``announced`` how that went, and ``prefixes`` what they are called there, once that is known.
     ``served`` is there while its blocks are; ``loading`` is how far they are on their way into memory, or were the last
-    time.
+    time, and ``coming`` which these are, from when they are known until they are served or given up.
     """
 
     def __init__(self, key: str, node: Owner, *, announces: Sequence[str] = ()) -> None:
@@ -56,6 +56,7 @@ class ModelState:
         self.prefixes: dict[str, str] = {}
         self.served: ServedBlocks | None = None
         self.loading: LoadProgress | None = None
+        self.coming: range | None = None
         self._loading_told = float("-inf")
 
     def enter(self, phase: Phase, **facts: object) -> None:

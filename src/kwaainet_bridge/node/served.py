@@ -14,7 +14,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig
 from kwaainet_bridge.counting import ServingCounts
-from kwaainet_bridge.engine import Engine, ModelInfo
+from kwaainet_bridge.engine import Engine, ModelInfo, ServedSession
 from kwaainet_bridge.hivemind.experts.records import ServerState
 from kwaainet_bridge.node.announcing import Announcer, Publisher
 from kwaainet_bridge.node.choosing import ReadableNetwork
@@ -29,6 +29,10 @@ class BlockServer(Protocol):
 
     @property
     def open_sessions(self) -> int: ...
+
+    def sessions(self) -> Sequence[ServedSession]:
+        """Those that are open or about to be; times are of trio's clock."""
+        ...
 
     async def drain(self, *, timeout: float = math.inf) -> int:
         """Take no new sessions and wait for the others; how many are left after ``timeout`` seconds."""

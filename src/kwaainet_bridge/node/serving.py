@@ -150,7 +150,7 @@ class ModelService:
     async def _serve(self, served: ServedBlocks, stop: trio.Event) -> range | None:
         """Stay in the phase of serving until told to stop or until other blocks are needed more; drain."""
         engine = served.engine
-        self._state.served = served
+        self._state.served, self._state.coming = served, None
         self._state.recover(BLOCKS)
         self._state.enter(
             Phase.SERVING,
@@ -240,6 +240,7 @@ class ModelService:
 
     async def _drop_loaded(self) -> None:
         engine, self._loaded = self._loaded, None
+        self._state.coming = None
         if engine is not None:
             await engine.aclose()
 
@@ -261,6 +262,9 @@ class ModelService:
                 admit=self._admit,
                 weights=self._weights,
             )
+        except BaseException:
+            self._state.coming = None
+            raise
         finally:
             self._coming_bytes = 0
 
@@ -278,6 +282,7 @@ class ModelService:
 
     def _admit(self, model: ModelInfo, blocks: range, weights_bytes: int, cache_bytes: int) -> None:
         """Raise ConfigError for what does not fit into memory; before anything of it is fetched or read."""
+        self._state.coming = blocks
         config = self._config
         needed, left = weights_bytes + cache_bytes, self._memory(config.device)
         if left is not None and needed > left:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kwaainet_bridge.hivemind.client import SurveyedModel
     from kwaainet_bridge.net import Libp2pHost
     from kwaainet_bridge.node.bootstrap import BootstrapWatch
+    from kwaainet_bridge.node.generating import TextModels
+    from kwaainet_bridge.node.log_ring import LogRing
     from kwaainet_bridge.node.openai.sharing import SharedApp
 
 __all__ = ["CLOCK", "NodeState", "Phase"]
@@ -40,7 +42,8 @@ class NodeState:
     each run that it helps, by its name. ``host`` and the watches of ``bootstrap``, by network, are there as long as
     they live; they are asked, not copied, when somebody wants to know. ``lag`` is how late the event loop was.
     ``surveys`` read, by network, which servers have which blocks; that asks other peers. ``events`` is what happened
-    lately. ``openai`` is the OpenAI endpoint while there is one.
+    lately. ``openai`` is the OpenAI endpoint while there is one, ``texts`` are the models with which it generates text.
+    ``logs`` keeps the newest records of the process' log, where that is wanted.
     """
 
     def __init__(
@@ -65,6 +68,8 @@ class NodeState:
         self.bootstrap: dict[str, BootstrapWatch] = {}
         self.models: dict[str, ModelState] = {}
         self.openai: SharedApp | None = None
+        self.texts: TextModels | None = None
+        self.logs: LogRing | None = None
         self.lag = Histogram(defaults.LAG_BOUNDS)
         self._skews: dict[PeerId, float] = {}
 

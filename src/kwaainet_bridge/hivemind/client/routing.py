@@ -197,22 +197,34 @@ class Bans:
         self._longest = longest
         self._until: dict[Server, float] = {}
         self._failures: dict[Server, int] = {}
+        self._reasons: dict[Server, str] = {}
 
-    def add(self, server: Server, now: float) -> None:
+    def add(self, server: Server, now: float, reason: str = "") -> None:
         """Ban ``server``. While it is banned, failures count as the same one: many calls may fail at once."""
         if self.includes(server, now):
             return
+        self._reasons[server] = reason[: defaults.MAX_ERROR_CHARACTERS]
         failures = self._failures[server] = self._failures.get(server, 0) + 1
         self._until[server] = now + min(self._first * 2.0 ** min(failures - 1, 30), self._longest)
 
-    def pause(self, server: Server, until: float) -> None:
+    def pause(self, server: Server, until: float, reason: str = "") -> None:
         """Leave ``server`` alone until then without holding anything against it: it is well, and full."""
         self._until[server] = max(until, self._until.get(server, -math.inf))
+        self._reasons[server] = reason[: defaults.MAX_ERROR_CHARACTERS]
 
     def lift(self, server: Server) -> None:
         """Forget what ``server`` did: it just worked."""
         self._until.pop(server, None)
         self._failures.pop(server, None)
+        self._reasons.pop(server, None)
+
+    def lasting(self, now: float) -> list[tuple[Server, float, str]]:
+        """Who is banned or left alone, until when, and why."""
+        return [
+            (server, until, self._reasons.get(server, ""))
+            for server, until in self._until.items()
+            if now < until
+        ]
 
     def includes(self, server: Server, now: float) -> bool:
         return now < self._until.get(server, -math.inf)

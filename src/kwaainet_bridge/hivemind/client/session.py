@@ -19,6 +19,7 @@ from kwaainet_bridge.hivemind.client.attempts import RECOVERABLE, Attempts
 from kwaainet_bridge.hivemind.client.history import Chunk, History
 from kwaainet_bridge.hivemind.client.part import NextServer, Part, SessionShape
 from kwaainet_bridge.hivemind.client.routing import Hop
+from kwaainet_bridge.hivemind.client.snapshots import ClientSession
 from kwaainet_bridge.hivemind.client.swarm import Swarm
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ async def open_session(
     shape = SessionShape(blocks, batch_size, max_length, ends=ends and batch_size == 1)
     session = InferenceSession(swarm, shape, push=push, new_id=new_id)
     try:
-        yield session
+        with swarm.using(session):
+            yield session
         await session.finish()
     finally:
         await session.reset()
@@ -81,6 +83,8 @@ class InferenceSession:
         self.routes: list[tuple[int, list[str]]] = []
         """Each chain that was in use, as ``chain`` says it, with the position from which on."""
         self._position = 0
+        self._began = swarm.now
+        self._idle_since: float | None = self._began
         self._parts: list[Part] = []
         self._candidates: tuple[Tree, list[Chunk]] | None = None
         """Of the last step, if it had any: their tree, and what each part was given."""
@@ -99,6 +103,19 @@ class InferenceSession:
     def chain(self) -> list[str]:
         """The servers in use, as ``0:4 via …abcdef``; empty before the first step."""
         return [str(part.hop) for part in self._parts]
+
+    def snapshot(self) -> ClientSession:
+        """What it is and where it stands now."""
+        return ClientSession(
+            blocks=self.shape.blocks,
+            batch_size=self.shape.batch_size,
+            max_length=self.shape.max_length,
+            position=self._position,
+            chain=[part.hop for part in self._parts],
+            adapter=self._swarm.adapter,
+            began=self._began,
+            idle_since=self._idle_since,
+        )
 
     def rollback(self, position: int) -> None:
         """Go back to ``position`` tokens: the next step overwrites what came after them.
@@ -256,6 +273,7 @@ class InferenceSession:
 
         Replaces parts that fail. Leaves the histories to the caller.
         """
+        self._idle_since = None
         step_id = self._new_id()
         begun_anew = 0
         inputs: list[Chunk] = []
@@ -278,6 +296,8 @@ class InferenceSession:
             for part in self._parts[first : len(inputs)]:
                 await part.reset()
             raise
+        finally:
+            self._idle_since = self._swarm.now
         return inputs, feed.hidden
 
     async def _step_part(

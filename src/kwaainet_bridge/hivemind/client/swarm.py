@@ -6,8 +6,10 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 import trio
 
@@ -30,6 +32,7 @@ from kwaainet_bridge.hivemind.client.directory import PETALS, Directory, Span
 from kwaainet_bridge.hivemind.client.history import History
 from kwaainet_bridge.hivemind.client.part import OtherNetwork, Part, SessionShape
 from kwaainet_bridge.hivemind.client.routing import Bans, Hop, fastest_chain, random_chain
+from kwaainet_bridge.hivemind.client.snapshots import AvoidedServer, ClientSession
 from kwaainet_bridge.hivemind.client.span_session import SpanSession
 from kwaainet_bridge.hivemind.experts.records import block_uid
 from kwaainet_bridge.rpc import RpcClient
@@ -42,6 +45,12 @@ _LOST = (PeerUnreachable, StreamReset, StreamClosed, DeadlineExceeded)
 
 Ping = Callable[[PeerId], Awaitable[object]]
 """Returns once the peer answered, raises NetworkError or RemoteError if it does not."""
+
+
+class Describable(Protocol):
+    """A session, as far as people are told of it."""
+
+    def snapshot(self) -> ClientSession: ...
 
 
 class Swarm:
@@ -76,6 +85,7 @@ class Swarm:
         self._rtts: dict[PeerId, float] = {}
         self._traits: dict[PeerId, ServerTraits] = {}
         self._bans = Bans()
+        self._sessions: dict[Describable, None] = {}
         self._read_at = -math.inf
         self._readings = 0
         self._reading = trio.Lock()
@@ -84,6 +94,32 @@ class Swarm:
     def spans(self) -> list[Span]:
         """The spans of the latest reading, banned servers included."""
         return list(self._spans)
+
+    @property
+    def now(self) -> float:
+        """The time by its clock."""
+        return self._clock()
+
+    @contextmanager
+    def using(self, session: Describable) -> Iterator[None]:
+        """Count a session among :meth:`sessions` for the length of the block."""
+        self._sessions[session] = None
+        try:
+            yield
+        finally:
+            del self._sessions[session]
+
+    def sessions(self) -> list[ClientSession]:
+        """Those that are open, oldest first."""
+        return [session.snapshot() for session in self._sessions]
+
+    def avoided(self) -> list[AvoidedServer]:
+        """Servers that failed lately, or said that they are full, as long as they are not called."""
+        now = self._clock()
+        return [
+            AvoidedServer(peer, network, until - now, reason)
+            for (peer, network), until, reason in self._bans.lasting(now)
+        ]
 
     def uid(self, blocks: range) -> str:
         """The name of consecutive blocks in a request."""
@@ -237,9 +273,9 @@ class Swarm:
         """
         if isinstance(error, WarmingUp | LeaseDenied):
             pause = error.retry_after if isinstance(error, CapacityDenied) else defaults.BAN_SECONDS
-            self._bans.pause(hop.key, self._clock() + pause)
+            self._bans.pause(hop.key, self._clock() + pause, str(error))
             return
-        self._bans.add(hop.key, self._clock())
+        self._bans.add(hop.key, self._clock(), str(error) or type(error).__name__)
         self._traits.pop(hop.peer, None)
         if isinstance(error, _LOST):  # whatever it serves, in any network: it comes last until it is heard of
             self._rtts[hop.peer] = math.inf

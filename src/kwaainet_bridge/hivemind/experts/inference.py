@@ -16,7 +16,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import ServingCounts
-from kwaainet_bridge.engine import Session
+from kwaainet_bridge.engine import ServedSession, Session
 from kwaainet_bridge.errors import AllocationFailed, BridgeError, InvalidRequest, Refusal
 from kwaainet_bridge.hivemind.experts import trees
 from kwaainet_bridge.hivemind.experts.push import Pusher, PushLimit
@@ -49,6 +49,9 @@ class LiveSession:
     request: ExpertRequest | None
     """The step that is served now. Its tensors hold all the bytes that it came with, so nobody else keeps it."""
 
+    began: float
+    session: Session | None = None
+    idle_since: float | None = None
     steps_done: OrderedDict[str, None] = field(default_factory=OrderedDict)
     limit: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -57,6 +60,18 @@ class LiveSession:
             self.steps_done[step_id] = None
             while len(self.steps_done) > defaults.REMEMBERED_STEPS:
                 self.steps_done.popitem(last=False)
+
+    def snapshot(self) -> ServedSession:
+        """What it is and holds now."""
+        return ServedSession(
+            peer=self.peer,
+            name=self.session_id,
+            blocks=self.blocks,
+            adapter=self.adapter,
+            began=self.began,
+            idle_since=self.idle_since,
+            session=None if self.session is None else self.session.snapshot(),
+        )
 
     def accepts_push(self, request: ExpertRequest, blocks: range, hidden_size: int) -> bool:
         """Whether a pushed step has this session's blocks and shape. Its numbers are the client's risk."""
@@ -87,6 +102,10 @@ class InferenceService:
     @property
     def open_sessions(self) -> int:
         return sum(self._by_peer.values())
+
+    def sessions(self) -> list[ServedSession]:
+        """Those that are open, and those that wait for room."""
+        return [live.snapshot() for live in self._open]
 
     async def cut_off(self) -> None:
         """Take no new sessions and end those that are open, each once its running step has ended."""
@@ -132,7 +151,10 @@ class InferenceService:
         metadata.check_common()
         adapter = metadata.adapter(engine.adapters)
         batch_size = _batch_size(first)
-        live = LiveSession(call.context.peer, metadata.session_id, blocks, batch_size, adapter, call, first)
+        peer = call.context.peer
+        live = LiveSession(
+            peer, metadata.session_id, blocks, batch_size, adapter, call, first, began=self._clock()
+        )
         alloc_timeout = metadata.alloc_timeout
         del first, metadata  # as above
         try:
@@ -145,8 +167,8 @@ class InferenceService:
                     timeout=alloc_timeout,
                     adapter=live.adapter,
                     peer=live.peer,
-                ) as session:
-                    await self._run(live, session)
+                ) as live.session:
+                    await self._run(live, live.session)
         except (InvalidRequest, AllocationFailed) as e:
             raise as_refusal(e) from e
         if live.limit.cancelled_caught:
@@ -183,7 +205,9 @@ class InferenceService:
         while live.request is not None and live.request.tensors:
             await self._step(live, session, live.request)
             live.request = None  # not while the session waits for the next
+            live.idle_since = self._clock()
             live.request = await next_request(live.call)
+            live.idle_since = None
 
     async def _step(self, live: LiveSession, session: Session, request: ExpertRequest) -> None:
         metadata = Metadata(request.metadata)

@@ -11,6 +11,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import ServingCounts
+from kwaainet_bridge.engine import ServedSession
 from kwaainet_bridge.errors import Refusal
 from kwaainet_bridge.hivemind.experts import methods
 from kwaainet_bridge.hivemind.experts.inference import InferenceService, next_request
@@ -44,6 +45,10 @@ class ExpertServer:
     @property
     def open_sessions(self) -> int:
         return self.inference.open_sessions
+
+    def sessions(self) -> list[ServedSession]:
+        """Those that are open, and those that wait for room in the KV cache."""
+        return self.inference.sessions()
 
     @property
     def cache_tokens_left(self) -> int:

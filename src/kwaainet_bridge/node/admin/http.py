@@ -12,6 +12,7 @@ from kwaainet_bridge.node.admin.chat import chat_route
 from kwaainet_bridge.node.admin.dashboard import dashboard_routes
 from kwaainet_bridge.node.admin.metrics import CONTENT_TYPE, exposition
 from kwaainet_bridge.node.admin.status import status_of
+from kwaainet_bridge.node.admin.views import view_routes
 from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState
 
@@ -49,6 +50,7 @@ def make_app(state: NodeState, nursery: trio.Nursery, *, openai: bool, has_token
             Route("/readyz", readyz),
             Route("/metrics", metrics),
             Route("/api/status", status),
+            *view_routes(state),
             *dashboard_routes(state, nursery),
             chat_route(state, on=openai, has_token=has_token),
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Final
 
 from kwaainet_bridge import __version__
@@ -28,6 +27,7 @@ def status_of(state: NodeState) -> dict[str, Any]:
         "addresses": [] if state.host is None else list(state.host.addresses()),
         "uptime_seconds": seconds(state.now - state.began),
         "phase": {"name": state.phase.value, "seconds": seconds(state.now - state.since)},
+        "paused": state.pausing.reason,
         "ready": is_ready(judged),
         "conditions": [
             {"name": c.name, "model": c.model, "met": c.met, "reason": text(c.reason)} for c in judged
@@ -71,7 +71,7 @@ def host_counts(host: Libp2pHost) -> dict[str, Any]:
             "limit": host.connections.limit,
         },
         "streams": {"open": host.inbound.running, "limit": host.inbound.limit},
-        "refused": asdict(host.refused),
+        "refused": host.refused.counts,
     }
 
 

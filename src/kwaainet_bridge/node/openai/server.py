@@ -66,10 +66,10 @@ async def open_openai(
         server = WebServer(bound, make, name="openai")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run)
-            state.openai = routes
+            state.openai, state.texts = routes, models
             try:
                 yield
             finally:
-                state.openai = None
+                state.openai = state.texts = None
                 await routes.close()
             nursery.cancel_scope.cancel()
