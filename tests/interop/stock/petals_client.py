@@ -100,6 +100,29 @@ class Commands:
             "vocabulary": remote.config.vocab_size,
         }
 
+    def make_model(self, folder: str, model_type: str, options: dict[str, Any]) -> None:
+        """Save a model with random weights, biases and norms, as the published ones of that type are."""
+        torch.manual_seed(4)
+        config = transformers.AutoConfig.for_model(model_type, torch_dtype="float32", **options)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.normal_(mean=parameter.mean().item(), std=0.2)
+        # published BLOOMs have no "transformer." before their names, and stock servers find no others
+        written = model.base_model if model_type == "bloom" else model
+        written.save_pretrained(folder, safe_serialization=True)
+
+    def run_blocks(self, key: str, shape: list[int], seed: int, steps: list[int]) -> dict[str, Any]:
+        """What all blocks make of random hidden states, in one pass and in a session of steps of these lengths."""
+        blocks = self._models[key].blocks
+        hidden = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            passed = blocks(hidden)
+            with blocks.inference_session(max_length=shape[1]) as session:
+                stepped = [session.step(part) for part in hidden.split(steps, dim=1)]
+        return {"passed": passed.tolist(), "stepped": torch.cat(stepped, dim=1).tolist()}
+
     def make_adapter(self, model: str, folder: str, seed: int, modules: list[str], rank: int) -> None:
         """Save a random LoRA adapter as peft does."""
         torch.manual_seed(seed)
@@ -176,19 +199,27 @@ class Commands:
         """Relative errors of the logits and of the last block's output."""
         models = self._models[key]
         with torch.inference_mode():
-            embedded = models.local.model.embed_tokens(token_ids(ids))
+            entering, leaving = self._around_local_blocks(models, token_ids(ids))
             logits = relative_error(models.remote(token_ids(ids)).logits, models.local(token_ids(ids)).logits)
-            blocks = relative_error(models.blocks(embedded), self._local_blocks(models, embedded))
+            blocks = relative_error(models.blocks(entering), leaving)
         return {"logits": logits, "blocks": blocks}
 
     @staticmethod
-    def _local_blocks(models: Loaded, embedded: torch.Tensor) -> torch.Tensor:
-        """What enters the final norm."""
+    def _around_local_blocks(models: Loaded, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters the first block, and the final norm."""
+        inner = models.local.base_model
+        llama = hasattr(inner, "layers")
+        first, norm = (inner.layers[0], inner.norm) if llama else (inner.h[0], inner.ln_f)
         caught: list[torch.Tensor] = []
-        hook = models.local.model.norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-        models.local.model(inputs_embeds=embedded)
-        hook.remove()
-        return caught[0]
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+            for module in (first, norm)
+        ]
+        inner(ids)
+        for hook in hooks:
+            hook.remove()
+        entering, leaving = caught
+        return entering, leaving
 
     def generate(
         self, key: str, ids: list[list[int]], new_tokens: int, calls: int = 1, beams: int = 1
@@ -214,7 +245,7 @@ class Commands:
         models = self._models[key]
         gradients = []
         for model in (models.remote, models.local):
-            embedded = models.local.model.embed_tokens(token_ids(ids)).requires_grad_()
+            embedded = models.local.get_input_embeddings()(token_ids(ids)).requires_grad_()
             logits = model(inputs_embeds=embedded).logits
             weights = torch.linspace(-1, 1, logits.numel()).view_as(
                 logits
