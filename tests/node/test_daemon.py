@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-
 import pytest
 import trio
 import trio.testing
@@ -263,7 +261,7 @@ async def test_folder_without_a_model(tmp_path):
 
 
 def test_limits_of_the_configuration_reach_the_host(monkeypatch):
-    monkeypatch.setattr(daemon, "_affordable_connections", lambda connections: connections)
+    monkeypatch.setattr(daemon, "affordable_connections", lambda connections: connections)
     text = """
     limits:
       connections: 90
@@ -306,22 +304,3 @@ def test_the_networks_of_the_configuration_tell_strangers_apart():
     assert list(network_protocols(both)) == ["kwaainet", "petals"]
     assert list(network_protocols(parse_config("", "x").networks)) == ["petals"]
     assert network_protocols(parse_config("networks: {petals: null}", "x").networks) == {}
-
-
-@pytest.mark.parametrize(
-    ("limits", "raised_to", "connections"),
-    [
-        ((1024, 1_048_576), 2320, 2000),  # the usual ones
-        ((1024, resource.RLIM_INFINITY), 2320, 2000),
-        ((1024, 1024), 1024, 704),
-        ((256, 256), 256, 128),
-        ((65_536, 65_536), None, 2000),
-        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 2000),
-    ],
-)
-def test_connections_leave_descriptors_for_the_rest(monkeypatch, limits, raised_to, connections):
-    changed = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _which: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda _which, new: changed.append(new))
-    assert daemon._affordable_connections(2000) == connections
-    assert changed == ([(raised_to, limits[1])] if raised_to else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node.admin.server import open_admin
+from kwaainet_bridge.node.descriptors import affordable_connections
 from kwaainet_bridge.node.models import storage_of
 from kwaainet_bridge.node.networks import network_protocols
 from kwaainet_bridge.node.node_models import NodeModels
@@ -79,24 +79,9 @@ async def run_node(
     state.enter(Phase.STOPPED)
 
 
-def _affordable_connections(connections: int) -> int:
-    """``connections``, or as many as file descriptors allow, after raising their usual limit of 1024 if
-    possible."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + defaults.SPARE_DESCRIPTORS
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return connections
-    affordable = max(soft - defaults.SPARE_DESCRIPTORS, soft // 2)
-    log.warning("few file descriptors", connections=affordable, remedy=f"ulimit -n {wanted}")
-    return affordable
-
-
 def _limits(config: LimitsConfig) -> Limits:
     return Limits(
-        connections=_affordable_connections(config.connections),
+        connections=affordable_connections(config.connections),
         connections_high=config.connections_high,
         connections_low=config.connections_low,
         connections_per_address=config.connections_per_address,

@@ -7,7 +7,6 @@ start. Whoever reads tensors of a file says so by a shared lock on a third one, 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,6 +20,7 @@ from filelock import FileLock
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine.weights.header import Place
 from kwaainet_bridge.engine.weights.hub import RemoteFile
+from kwaainet_bridge.engine.weights.locks import lock_shared
 from kwaainet_bridge.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ class PartialFile:
         if self._use is None:
             descriptor = os.open(self.path.with_name(self.path.name + USE), os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-            except OSError:
+                lock_shared(descriptor)
+            except BaseException:
                 os.close(descriptor)
                 raise
             self._use = descriptor

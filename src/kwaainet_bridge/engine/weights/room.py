@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.engine.weights.locks import lock_alone
 from kwaainet_bridge.engine.weights.partial_file import LOCK, RECORD, USE, bytes_of
 from kwaainet_bridge.errors import CheckpointError
 
@@ -100,11 +100,6 @@ def _exclusive(path: Path) -> Iterator[bool]:
             FileLock(path.with_name(path.name + LOCK)).acquire(timeout=0),
             path.with_name(path.name + USE).open("ab") as use,
         ):
-            try:
-                fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+            yield lock_alone(use)
     except Timeout:
         yield False

@@ -50,12 +50,15 @@ def _bound_tcp(address: TcpAddress, key: str) -> Iterator[socket.socket]:
 def _bound_unix(address: UnixAddress, key: str) -> Iterator[socket.socket]:
     path = address.path
     assert path is not None
+    if not hasattr(socket, "AF_UNIX"):
+        raise ConfigError(
+            f"{key}: this system has no sockets in the file system: set {key} to a port of this machine, as in "
+            "127.0.0.1:9464, or to off"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bound:
-        # Linux makes the file with the mode of the socket: at no time can others connect
-        os.fchmod(bound.fileno(), 0o600)
         try:
             _remove_left(path, key)
-            with reachable(path) as name:
+            with reachable(path) as name, _for_its_owner(bound):
                 bound.bind(name)
             path.chmod(0o600)
             made = path.lstat().st_ino
@@ -70,6 +73,21 @@ def _bound_unix(address: UnixAddress, key: str) -> Iterator[socket.socket]:
             with contextlib.suppress(OSError):
                 if path.lstat().st_ino == made:
                     path.unlink()
+
+
+@contextmanager
+def _for_its_owner(bound: socket.socket) -> Iterator[None]:
+    """The file that is made within the block is its owner's alone: at no time can others connect."""
+    try:
+        os.fchmod(bound.fileno(), 0o600)  # Linux makes the file with the mode of the socket
+    except (AttributeError, OSError):  # macOS and others know no mode of a socket
+        before = os.umask(0o177)
+        try:
+            yield
+        finally:
+            os.umask(before)
+    else:
+        yield
 
 
 def _remove_left(path: Path, key: str) -> None:
@@ -100,6 +118,8 @@ def reachable(path: Path) -> Iterator[str]:
 
     Raises OSError where there is none.
     """
+    if not hasattr(socket, "AF_UNIX"):
+        raise OSError(0, "this system has no sockets in the file system: set admin.listen to a port")
     if len(os.fsencode(path)) <= _LONGEST_PATH:
         yield str(path)
         return
