@@ -148,7 +148,7 @@ def _read(checkpoint: Checkpoint, ends: Ends, dtype: torch.dtype | Literal["auto
     tensors = {name: read[stored] for name, stored in names.items()}
     for target, source in tied.items():
         # some checkpoints have both, nearly always with the same values: memory has these once
-        if torch.equal(tensors[target], tensors[source]):
+        if names[target] != names[source] and torch.equal(tensors[target], tensors[source]):
             tensors[target] = tensors[source]
     causal_lm.load_state_dict(tensors, strict=True, assign=True)
     causal_lm.requires_grad_(requires_grad=False)
