@@ -30,6 +30,9 @@ def completed(words: str, count: int) -> list[str]:
         ("kwaainet-bridge do", 1, ["doctor"]),
         ("kwaainet-bridge config ch", 2, ["check"]),
         ("kwaainet-bridge run --num", 2, ["--num-blocks"]),
+        ("kwaainet-bridge sess", 1, ["sessions"]),
+        ("kwaainet-bridge logs --level w", 3, ["warning"]),
+        ("kwaainet-bridge peers --w", 2, ["--watch"]),
         ("kwaainet-bridge nothing-like-this", 1, []),
     ],
 )

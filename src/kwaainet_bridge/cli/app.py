@@ -29,6 +29,7 @@ from kwaainet_bridge.cli.options import (
     networks_of,
     swarm_of,
 )
+from kwaainet_bridge.cli.view_commands import add_view_commands
 from kwaainet_bridge.config import (
     AUTO,
     EMBEDDED_MODEL,
@@ -264,6 +265,9 @@ def status(
     from kwaainet_bridge.cli.status import show_status
 
     show_status(node_config, watch=watch, as_json=as_json)
+
+
+add_view_commands(app)
 
 
 @app.command()

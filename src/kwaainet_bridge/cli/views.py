@@ -154,7 +154,9 @@ def _draw_sessions(told: dict[str, Any], out: Console) -> None:
 def _session_row(session: dict[str, Any]) -> list[str]:
     batch = session["batch_size"]
     held = (
-        f"{session['cache_tokens']}, {session['cache_bytes'] / 1e6:.1f} MB" if session["cache_tokens"] else ""
+        f"{session['cache_tokens']} ({session['cache_bytes'] / 1e6:.1f} MB)"
+        if session["cache_tokens"]
+        else ""
     )
     return [
         ", ".join(session["networks"]),
