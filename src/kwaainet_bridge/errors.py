@@ -157,6 +157,10 @@ class EngineError(BridgeError):
     """The engine cannot do what was asked."""
 
 
+class EngineDied(EngineError):
+    """The engine computes nothing any more, whatever it is asked: its blocks must be loaded anew."""
+
+
 class CheckpointError(EngineError):
     """A model folder that cannot be served: files, tensors or settings missing or contradictory."""
 

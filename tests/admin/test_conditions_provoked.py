@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import trio
 from admin_support import asking, condition_of, families, sample, until
 from node_support import PREFIX, TINY, RunningNode, node_config, running_node
@@ -227,23 +231,63 @@ async def test_a_port_that_nobody_gets_through_to(
             assert sample(found, "reachability", verdict="relayed" if relay else "public") == 1
 
 
-async def test_a_compute_thread_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_compute_thread_that_dies_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node is not ready and withdraws its records; then it loads the blocks anew, though it has no other model."""
+    monkeypatch.setattr(defaults, "MODEL_RETRY_SECONDS", 0.5)
     monkeypatch.setattr(watching.watch_engine, "__kwdefaults__", {"period": 0.05, "patience": 5.0})
     async with watched(node_config(tmp_path, "node", blocks="0:1")) as (node, client):
         await node.serving()
         await ready(client)
         assert node.served is not None
-        compute = node.served.engine._compute
+        died = weakref.ref(node.served.engine)
+        thread = node.served.engine._compute._thread
 
         def broken(_self: object, _now: float) -> list[int]:
             raise RuntimeError("what nobody expected")
 
-        monkeypatch.setattr(Scheduler, "next", broken)
-        reason = await missed(client, "engine")
-        assert "the compute thread has died of RuntimeError: what nobody expected" in reason
-        assert not compute._thread.is_alive()
+        with monkeypatch.context() as once:
+            once.setattr(Scheduler, "next", broken)
+            reason = await missed(client, "blocks")
+        told = "the compute thread has died of RuntimeError: what nobody expected"
+        await until(lambda: says(client, "blocks", f"{told}; tried again every 0 s"))
+        assert reason.startswith("not loaded: ")
+        assert not thread.is_alive()
         assert (await client.get("/livez")).status_code == 200
+        status = (await client.get("/api/status")).json()
+        assert told in status["models"][0]["degraded"]["engine"]
         assert sample(families((await client.get("/metrics")).text), "ready") == 0
+        await ready(client)
+        gc.collect()
+        assert died() is None
+        await node.drained()
+
+
+@pytest.mark.slow
+async def test_processes_that_share_a_model_are_replaced_if_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defaults, "MODEL_RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(watching.watch_engine, "__kwdefaults__", {"period": 0.05, "patience": 30.0})
+    config = node_config(tmp_path, "node", blocks="0:2")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"tensor_parallel": 2})})
+    async with watched(config) as (node, client):
+        await node.serving()
+        await ready(client)
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        await until(lambda: says(client, "blocks", "no longer work together (one has ended)"))
+
+        async def holds() -> bool:
+            return not await unmet(client)
+
+        await until(holds, 60)
+        (other,) = multiprocessing.active_children()
+        assert other.pid != process.pid
+        assert node.served is not None
+        with trio.fail_after(20):
+            await node.served.engine.forward(torch.zeros(1, 3, 64), range(2))
         await node.drained()
 
 

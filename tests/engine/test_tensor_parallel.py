@@ -96,7 +96,7 @@ async def test_a_process_that_dies_ends_the_work_and_is_told_of(tmp_path: Path) 
         process.join()
         with pytest.raises(EngineError, match="2 processes that share the model no longer work together"):
             await engine.forward(random_hidden(1, 4), ALL)
-        with pytest.raises(EngineError, match="restart the node"):
+        with pytest.raises(EngineError, match="loaded anew"):
             await engine.check()
         async with engine.open_session(ALL, 1, 8) as session:
             with pytest.raises(EngineError, match="one has ended"):

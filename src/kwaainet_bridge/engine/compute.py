@@ -17,7 +17,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import EngineCounts
 from kwaainet_bridge.engine.scheduler import Priority, Scheduler
-from kwaainet_bridge.errors import BridgeError, EngineError
+from kwaainet_bridge.errors import BridgeError, EngineDied, EngineError
 
 __all__ = ["ComputeThread", "Merged", "Pieces", "Priority"]
 
@@ -99,7 +99,8 @@ class ComputeThread:
         """Return what ``work`` gives, computed in the thread. ``priority`` does not matter for a step.
 
         Raises what it raises: errors of this package as they are, any other exception as EngineError with
-        that one as its cause. EngineError if the thread is closed, gets closed while the work waits, or has died.
+        that one as its cause. EngineError if the thread is closed or gets closed while the work waits, EngineDied if it
+        has died.
 
         Cancelled while it waits: it never runs. Cancelled while a piece runs: that piece runs to its end. If it was the
         last one, its result is returned and the cancellation arrives at the caller's next checkpoint; else the rest
@@ -115,7 +116,7 @@ class ComputeThread:
             peer = work.peer
         with self._changed:
             if self._died is not None:
-                raise EngineError(self._died)
+                raise EngineDied(self._died)
             if self._closing:
                 raise EngineError("the engine is closed")
             self._requests[key] = request
@@ -180,7 +181,7 @@ class ComputeThread:
             self._died = f"the compute thread has died of {type(error).__name__}: {error}"
             for request in self._requests.values():
                 request.started = True  # its result is on the way: a cancellation comes too late
-                failed = EngineError(self._died)
+                failed = EngineDied(self._died)
                 failed.__cause__ = error
                 self._tell(request, outcome.Error(failed))
             self._requests.clear()

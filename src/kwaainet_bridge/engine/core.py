@@ -254,7 +254,8 @@ class Engine:
     async def check(self) -> None:
         """Return once the compute thread has had a turn for this, which takes no time: it lives and gets on.
 
-        Raises EngineError if it is closed, or if processes that share the model are gone. Cancelled: nothing remains.
+        Raises EngineError if it is closed, EngineDied if the thread or processes that share the model are gone.
+        Cancelled: nothing remains.
         """
         await self._compute.run(self._runner.check)
 

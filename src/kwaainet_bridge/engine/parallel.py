@@ -24,7 +24,7 @@ import torch
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine.config import EngineConfig
-from kwaainet_bridge.errors import BridgeError, CheckpointError, EngineError
+from kwaainet_bridge.errors import BridgeError, CheckpointError, EngineDied, EngineError
 
 if TYPE_CHECKING:
     from kwaainet_bridge.engine.runner import Runner
@@ -79,7 +79,7 @@ class Followers:
                 raise CheckpointError(f"the process with share {rank} of the model cannot go on: {failed}")
 
     def tell(self, *message: Any) -> None:
-        """Have them do what this process is about to do. Raises EngineError if one is gone."""
+        """Have them do what this process is about to do. Raises EngineDied if one is gone."""
         self.check()
         packed = pickle.dumps(message)
         try:
@@ -90,13 +90,13 @@ class Followers:
             self.check()
 
     def check(self) -> None:
-        """Raises EngineError if they no longer work together."""
+        """Raises EngineDied if they no longer work together."""
         if self._broken is None and not all(process.is_alive() for process in self._processes):
             self.give_up("one has ended")
         if self._broken is not None:
-            raise EngineError(
+            raise EngineDied(
                 f"the {len(self._processes) + 1} processes that share the model no longer work together "
-                f"({self._broken}): restart the node"
+                f"({self._broken}): its blocks must be loaded anew"
             )
 
     def give_up(self, why: str) -> None:

@@ -13,7 +13,7 @@ import trio
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig, check_together
 from kwaainet_bridge.engine import Engine
-from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.errors import ConfigError, EngineDied
 from kwaainet_bridge.node.memory import available_bytes, release
 from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.phase import Phase
@@ -35,6 +35,8 @@ class _Model:
     stop: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     gone: trio.Event = field(default_factory=trio.Event)
+    died: bool = False
+    """Whether its engine did, once."""
 
     def end(self) -> None:
         """Drain it if it serves; else there is nothing to drain."""
@@ -82,8 +84,8 @@ class NodeModels:
         """Serve the models until told to stop, then drain all at once.
 
         ``join`` returns once the networks can be asked and told, as in :meth:`.ModelService.run`. The only model of a
-        configuration must load, and go on: else this raises what that raises. One of several that fails is tried again
-        after a pause, and degrades the node meanwhile.
+        configuration must load, and go on: else this raises what that raises. One of several that fails, and one whose
+        engine died, is tried again after a pause, and degrades the node meanwhile.
         Cancelled: all records are withdrawn, sessions are not waited for.
         """
         async with trio.open_nursery() as nursery:
@@ -188,15 +190,16 @@ class NodeModels:
             )
             await model.service.run(model.stop, join=self._joined.wait)
         except* Exception as group:
-            if model is self._alone and len(self._models) == 1:
-                raise
             errors.extend(_leaves(group))
+            model.died |= any(isinstance(error, EngineDied) for error in errors)
+            if model is self._alone and len(self._models) == 1 and not model.died:
+                raise
         finally:
             model.service = None
         for error in errors:
             if not isinstance(error, LOAD_ERRORS):
                 log.error("a model failed", model=model.config.key, exc_info=error)
-        return errors[0] if errors else None
+        return _bare(errors[0]) if errors else None
 
     async def _pause(self, model: _Model, error: Exception, failures: int) -> None:
         doubled = defaults.MODEL_RETRY_SECONDS * 2.0 ** min(failures - 1, 32)
@@ -226,6 +229,12 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
             yield from _leaves(error)
         else:
             yield error
+
+
+def _bare(error: Exception) -> Exception:
+    """Without what keeps the engine that it came from in memory: the frames of its traceback and of its causes."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _same(one: str, other: str) -> bool:

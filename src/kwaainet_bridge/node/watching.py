@@ -8,7 +8,7 @@ import trio
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import Histogram
-from kwaainet_bridge.errors import EngineError
+from kwaainet_bridge.errors import EngineDied, EngineError
 from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.readiness import ENGINE
 
@@ -35,12 +35,16 @@ async def watch_engine(
 ) -> None:
     """``check`` the engine every ``period`` seconds until cancelled; its model is degraded while it gets no turn.
 
-    ``check`` returns once the engine has had a turn, or raises EngineError.
+    ``check`` returns once the engine has had a turn, or raises EngineError. Raises EngineDied if there is nothing left
+    to wait for.
     """
     while True:
         try:
             with trio.move_on_after(patience) as limit:
                 await check()
+        except EngineDied as e:
+            state.degrade(ENGINE, f"the engine does not compute: {e}")
+            raise
         except EngineError as e:
             state.degrade(ENGINE, f"the engine does not compute: {e}")
         else:
