@@ -29,7 +29,7 @@ from kwaainet_bridge.hivemind.dht.validation import RecordValidator
 from kwaainet_bridge.net import HostConfig, libp2p_host, open_host
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.node import watching
-from kwaainet_bridge.node.announcing import Announcer
+from kwaainet_bridge.node.announcing import Announcer, PetalsPublisher
 from kwaainet_bridge.rpc import RpcClient, RpcServer
 
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
@@ -171,6 +171,20 @@ async def test_the_only_bootstrap_peer_goes(tmp_path: Path) -> None:
             assert (await client.get("/livez")).status_code == 200
             status = (await client.get("/api/status")).json()
             assert "announced petals" in {problem["name"] for problem in status["problems"]}
+
+
+async def test_records_that_expire_before_they_are_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Announcer.__init__.__kwdefaults__, "period", 2.5)
+    monkeypatch.setattr(PetalsPublisher, "lifetime", 1.0)
+    async with bootstrap_peer() as peer:
+        config = node_config(tmp_path, "node", blocks="0:1", bootstrap=[peer.address])
+        async with watched(config) as (node, client):
+            await node.serving()
+            reason = await missed(client, "announced petals")
+            assert reason.startswith("the records have expired: 2 of 2 records kept by others, ")
+            await ready(client)
 
 
 async def test_a_clock_that_is_off_and_set_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

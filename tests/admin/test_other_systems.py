@@ -17,6 +17,7 @@ from kwaainet_bridge.errors import CheckpointError, ConfigError
 from kwaainet_bridge.node.web.sockets import listening, reachable
 
 
+@pytest.mark.slow
 def test_all_is_imported_without_what_unix_alone_has():
     """Windows' Python has neither module."""
     program = (
