@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from time import perf_counter
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kwaainet_bridge.engine.claims import Claims
 from kwaainet_bridge.engine.pages import OutOfPages, PageAllocator, PageTable
 from kwaainet_bridge.errors import EngineError
 
@@ -196,8 +200,43 @@ class Sessions(RuleBasedStateMachine):
         if hasattr(self, "allocator"):
             assert [self.allocator.free(block) for block in ALL] == [self.pages] * BLOCKS
             assert not self.allocator._owners
-            assert self.allocator._unclaimed == [(1 << self.pages) - 1] * BLOCKS
+            assert self.allocator._claims.claimed == [0] * BLOCKS
 
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(max_examples=60, deadline=None)
+
+
+def test_a_session_of_as_many_sequences_as_pages_is_a_moments_work() -> None:
+    """A message without a tensor in it opens one, and all of this is done in the event loop."""
+    pages = 2048
+    allocator, blocks = PageAllocator(pages, 40), range(40)
+    began = perf_counter()
+    each = PageTable(allocator, blocks, pages, SIZE, page_tokens=SIZE)
+    for start in (0, 0, 2):
+        each.prepare(SIZE, start=start)
+    other = table(allocator, rows=3, blocks=blocks)
+    other.close()
+    each.close()
+    assert perf_counter() - began < 2
+    assert allocator.free(0) == pages
+    assert not any(allocator._claims.claimed)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=12), st.randoms(use_true_random=False)
+)
+def test_a_page_is_claimed_until_all_claims_of_it_are_given_up(
+    pairs: list[tuple[int, int]], rng: random.Random
+) -> None:
+    places = [range(start, start + count) for start, count in pairs]
+    claims = Claims(2)
+    claims.add(range(2), places)
+    claims.remove(range(1), places)
+    assert claims.claimed[0] == 0
+    rng.shuffle(places)
+    while places:
+        assert claims.claimed[1] == sum(1 << page for page in {page for place in places for page in place})
+        gone, places = places[:2], places[2:]
+        claims.remove(range(1, 2), gone)
+    assert claims.claimed[1] == 0

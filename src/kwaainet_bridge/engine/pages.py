@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.engine.claims import Claims, common, first_run, longest_run, lowest, mask_of
 from kwaainet_bridge.errors import EngineError
 
 
@@ -34,9 +36,9 @@ class PageAllocator:
     def __init__(self, pages: int, blocks: int) -> None:
         self.pages = pages
         everything = (1 << pages) - 1
+        self._everything = everything
         self._free = [everything] * blocks
-        self._claims = [Counter[tuple[int, int]]() for _ in range(blocks)]
-        self._unclaimed = [everything] * blocks
+        self._claims = Claims(blocks)
         self._owners: dict[tuple[int, int], int] = {}
         """By page and first block: two sessions that share blocks never have the same page there."""
 
@@ -46,66 +48,71 @@ class PageAllocator:
 
     def common(self, blocks: range) -> int:
         """Pages that are free on all of ``blocks``: what a session there could take."""
-        return _common(self._free, blocks).bit_count()
+        return common(self._free, blocks).bit_count()
 
     def owners(self, blocks: range, page: int) -> int:
         """How many sequences of a session on ``blocks`` have the page."""
         return self._owners.get((page, blocks.start), 0)
 
-    def claim(self, blocks: range, count: int) -> range:
-        """Where a new sequence of up to ``count`` pages should begin and grow; nothing is taken by it.
+    def claim(self, blocks: range, count: int, *, rows: int = 1) -> list[range]:
+        """Where each of ``rows`` new sequences of up to ``count`` pages should begin and grow; nothing is taken by it.
 
         A run that nobody claims if there is one, else the longest free run up to ``count``, else an empty range.
         """
-        start = _run(_common(self._unclaimed, blocks) & _common(self._free, blocks), count)
-        length = count
-        if start is None:
-            free = _common(self._free, blocks)
-            length = _longest(free, count)
-            start = _run(free, length) if length else 0
-        assert start is not None
-        place = range(start, start + length)
-        for block in blocks:
-            self._claims[block][place.start, place.stop] += 1
-            self._unclaimed[block] &= ~_mask(place)
-        return place
+        free = common(self._free, blocks)
+        unclaimed = free & self._unclaimed(blocks)
+        places: list[range] = []
+        while len(places) < rows and (start := first_run(unclaimed, count)) is not None:
+            places.append(range(start, start + count))
+            unclaimed &= ~mask_of(places[-1])
+        if len(places) < rows:
+            length = longest_run(free, count)
+            start = first_run(free, length) if length else 0
+            assert start is not None
+            places += [range(start, start + length)] * (rows - len(places))
+        self._claims.add(blocks, places)
+        return places
 
-    def unclaim(self, blocks: range, place: range) -> None:
+    def unclaim(self, blocks: range, places: Sequence[range]) -> None:
         """Give up what :meth:`claim` returned."""
-        key = place.start, place.stop
-        for block in blocks:
-            self._claims[block][key] -= 1
-            if not self._claims[block][key]:
-                del self._claims[block][key]
-            mask = (1 << self.pages) - 1
-            for start, stop in self._claims[block]:
-                mask &= ~_mask(range(start, stop))
-            self._unclaimed[block] = mask
+        self._claims.remove(blocks, places)
 
-    def take(self, blocks: range, count: int, *, near: int = 0) -> list[int]:
-        """``count`` pages, free on all of ``blocks``, of which the caller becomes the one owner.
+    def _unclaimed(self, blocks: range) -> int:
+        """Pages that nobody claims in any of ``blocks``."""
+        claimed = 0
+        for block in blocks:
+            claimed |= self._claims.claimed[block]
+        return self._everything & ~claimed
+
+    def take(self, blocks: range, wants: Iterable[tuple[int, int]]) -> list[list[int]]:
+        """For each (count, near) so many pages, free on all of ``blocks``, of which the caller becomes the one owner.
 
         In one run that begins at ``near`` if that is free; else where no one claims; else anywhere. Raises OutOfPages.
         """
-        free = _common(self._free, blocks)
-        if free.bit_count() < count:
-            raise OutOfPages
-        taken: list[int] = []
-        unclaimed = free & _common(self._unclaimed, blocks)
-        while len(taken) < count:
-            if not free >> near & 1:
-                near = _lowest(unclaimed or free)
-            taken.append(near)
-            bit = 1 << near
-            free &= ~bit
-            unclaimed &= ~bit
-            near += 1
-        mask = sum(1 << page for page in taken)
+        free = common(self._free, blocks)
+        unclaimed = free & self._unclaimed(blocks)
+        left, all_taken, mask = free.bit_count(), [], 0
+        for count, near in wants:
+            left -= count
+            if left < 0:
+                raise OutOfPages
+            taken: list[int] = []
+            page = near
+            while len(taken) < count:
+                if not free >> page & 1:
+                    page = lowest(unclaimed or free)
+                taken.append(page)
+                bit = 1 << page
+                mask |= bit
+                free &= ~bit
+                unclaimed &= ~bit
+                page += 1
+            all_taken.append(taken)
         for block in blocks:
             self._free[block] &= ~mask
-        for page in taken:
+        for page in chain.from_iterable(all_taken):
             self._owners[page, blocks.start] = 1
-        return taken
+        return all_taken
 
     def share(self, blocks: range, pages: Iterable[int]) -> None:
         """One more owner of each of ``pages``, which are in use."""
@@ -144,7 +151,7 @@ class PageTable:
         self._max_length = max_length
         self._adopted: int | None = None
         """The last page that the row has from another session: what follows begins a run of its own."""
-        self._places = [allocator.claim(blocks, self._pages(max_length)) for _ in range(rows)]
+        self._places = allocator.claim(blocks, self._pages(max_length), rows=rows)
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._page_tokens)
@@ -183,16 +190,18 @@ class PageTable:
             raise OutOfPages
         old, count = self.rows, self._pages(max(start, keep))
         self.rows = [row[:count] for row in (old if order is None else [old[row] for row in order])]
-        for row in self.rows:
-            self._allocator.share(self.blocks, row)
-        for row in old:
-            self._allocator.release(self.blocks, row)
+        self._allocator.share(self.blocks, chain.from_iterable(self.rows))
+        self._allocator.release(self.blocks, chain.from_iterable(old))
         copies = self._own_partial(start) if copied else []
-        for row, place in zip(self.rows, self._places, strict=True):
-            more = self._pages(length) - len(row)
-            if more > 0:
-                near = row[-1] + 1 if row and row[-1] != self._adopted else place.start
-                row.extend(self._allocator.take(self.blocks, more, near=near))
+        wants = [
+            (
+                max(0, self._pages(length) - len(row)),
+                row[-1] + 1 if row and row[-1] != self._adopted else place.start,
+            )
+            for row, place in zip(self.rows, self._places, strict=True)
+        ]
+        for row, taken in zip(self.rows, self._allocator.take(self.blocks, wants), strict=True):
+            row.extend(taken)
         self.length = length
         return copies
 
@@ -236,28 +245,32 @@ class PageTable:
     def _own_partial(self, start: int) -> list[tuple[int, int]]:
         """A page of its own for each row whose page, which is about to be written, has other owners."""
         index = start // self._page_tokens
-        copies = []
+        sources: list[tuple[list[int], int]] = []
+        users = Counter(row[index] for row in self.rows)
+        left = {page: self._allocator.owners(self.blocks, page) for page in users}
         for row in self.rows:
             page = row[index]
-            if self._allocator.owners(self.blocks, page) > 1:
-                (row[index],) = self._allocator.take(self.blocks, 1, near=page + 1)
-                self._allocator.release(self.blocks, [page])
-                copies.append((page, row[index]))
-        return copies
+            if left[page] > 1:
+                left[page] -= 1
+                sources.append((row, page))
+        targets = self._allocator.take(self.blocks, [(1, page + 1) for _, page in sources])
+        self._allocator.release(self.blocks, [page for _, page in sources])
+        for (row, _), (target,) in zip(sources, targets, strict=True):
+            row[index] = target
+        return [(page, target) for (_, page), (target,) in zip(sources, targets, strict=True)]
 
     def vacate(self) -> tuple[list[int], list[list[int]]]:
         """Give back all pages. Returns them, and the rows as numbers in that list, for :meth:`occupy`."""
         pages = self.pages
         number = {page: index for index, page in enumerate(pages)}
         rows = [[number[page] for page in row] for row in self.rows]
-        for row in self.rows:
-            self._allocator.release(self.blocks, row)
+        self._allocator.release(self.blocks, chain.from_iterable(self.rows))
         self.rows = [[] for _ in self.rows]
         return pages, rows
 
     def occupy(self, count: int, rows: list[list[int]]) -> list[int]:
         """Have rows as :meth:`vacate` returned them on ``count`` pages, which are returned. Raises OutOfPages."""
-        pages = self._allocator.take(self.blocks, count, near=self._places[0].start)
+        (pages,) = self._allocator.take(self.blocks, [(count, self._places[0].start)])
         self.rows = [[pages[number] for number in row] for row in rows]
         users = Counter(page for row in self.rows for page in row)
         for page, rows_with_it in users.items():
@@ -268,47 +281,8 @@ class PageTable:
 
     def close(self) -> None:
         """Give back everything."""
-        for row in self.rows:
-            self._allocator.release(self.blocks, row)
+        self._allocator.release(self.blocks, chain.from_iterable(self.rows))
         self.rows = [[] for _ in self.rows]
-        for place in self._places:
-            self._allocator.unclaim(self.blocks, place)
+        self._allocator.unclaim(self.blocks, self._places)
         self._places = []
         self.length = 0
-
-
-def _mask(pages: range) -> int:
-    return ((1 << len(pages)) - 1) << pages.start
-
-
-def _common(masks: Sequence[int], blocks: range) -> int:
-    common = masks[blocks.start]
-    for mask in masks[blocks.start + 1 : blocks.stop]:
-        common &= mask
-    return common
-
-
-def _lowest(mask: int) -> int:
-    return (mask & -mask).bit_length() - 1
-
-
-def _run(mask: int, length: int) -> int | None:
-    """Where the first run of that many set bits begins."""
-    have = 1
-    while mask and have < length:
-        step = min(have, length - have)
-        mask &= mask >> step
-        have += step
-    return _lowest(mask) if mask else None
-
-
-def _longest(mask: int, most: int) -> int:
-    """The length of the longest run of set bits, at most ``most``."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _run(mask, middle) is None:
-            high = middle - 1
-        else:
-            low = middle
-    return low
