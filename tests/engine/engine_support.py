@@ -91,7 +91,7 @@ class Reference:
 
 
 async def at_once(engine: Engine, *steps: Callable[[], Awaitable[Any]]) -> list[Any]:
-    """The results of steps that were all ready before the first began."""
+    """The results of steps that were all ready, one after the other, before the first began."""
     results: list[Any] = [None] * len(steps)
     release = threading.Event()
 
@@ -103,7 +103,7 @@ async def at_once(engine: Engine, *steps: Callable[[], Awaitable[Any]]) -> list[
         await trio.testing.wait_all_tasks_blocked()
         for index in range(len(steps)):
             nursery.start_soon(run, index)
-        await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked()
         release.set()
     return results
 

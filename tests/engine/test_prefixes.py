@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ import torch
 import trio
 import trio.testing
 from engine_support import BLOCKS as LLAMA_BLOCKS
-from engine_support import HIDDEN, Reference, close
+from engine_support import HIDDEN, Reference, at_once, close
 from family_models import BLOCKS, random_hidden, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -514,3 +515,46 @@ async def live_and_check(data: st.DataObject) -> None:
     assert [allocator.free(block) for block in range(2)] == [pages] * 2
     assert not allocator._owners
     assert cache._room == most
+
+
+async def test_a_page_that_is_yet_to_be_copied_is_nobody_elses(llama_folder: Path, llama: Reference) -> None:
+    """It was a common one, which its last session leaves for a copy; another session runs before the copy is made."""
+    first, further = torch.randn(1, 3 * PAGE, HIDDEN), torch.randn(1, 70, HIDDEN)
+    other = torch.randn(1, 10 * PAGE, HIDDEN)
+    async with (
+        loaded(llama_folder, cache_tokens=16 * PAGE) as engine,
+        engine.open_session(ALL, 1, 6 * PAGE, peer="a") as one,
+        engine.open_session(ALL, 1, 10 * PAGE, peer="b") as two,
+    ):
+        await one.step(first)
+        await two.step(other[:, : 6 * PAGE])
+        back = partial(one.step, further, start_from_position=PAGE + 8)
+        # a long step waits for the batch of short ones
+        outputs = await at_once(engine, back, partial(two.step, other[:, 6 * PAGE :]))
+        whole = llama(torch.cat([first[:, : PAGE + 8], further], 1))
+        close(outputs[0], whole[:, PAGE + 8 :])
+        close(outputs[1], llama(other)[:, 6 * PAGE :])
+    assert engine.cache_bytes_left == engine.cache_bytes_total
+
+
+async def test_a_step_back_that_finds_no_room_leaves_the_session_where_it_was(
+    llama_folder: Path, llama: Reference, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Its beginning is one that is kept."""
+    kept, mine = torch.randn(1, 2 * PAGE, HIDDEN), torch.randn(1, PAGE + 3, HIDDEN)
+    async with loaded(llama_folder, cache_tokens=16 * PAGE) as engine:
+        async with engine.open_session(ALL, 1, 2 * PAGE, peer="a") as before:
+            await before.step(kept)
+        async with (
+            engine.open_session(ALL, 1, 13 * PAGE, peer="a") as session,
+            engine.open_session(ALL, 1, 6 * PAGE, peer="b"),
+        ):
+            await session.step(mine)
+            again = torch.cat([kept, torch.randn(1, 10 * PAGE, HIDDEN)], 1)
+            with pytest.raises(AllocationFailed):
+                await session.step(again, start_from_position=0)
+            assert session.position == PAGE + 3
+            further = torch.randn(1, 3, HIDDEN)
+            output = await session.step(further)
+            close(output, llama(torch.cat([mine, further], 1))[:, PAGE + 3 :])
+    assert engine.cache_bytes_left == engine.cache_bytes_total

@@ -134,6 +134,7 @@ class Holding:
     def keep(self, keys: Sequence[Key], start: int, output: torch.Tensor) -> None:
         """The step at ``start`` with these keys has run: its whole pages and their outputs are for others, too."""
         if self._prefix is not None:
+            self._prefix.settle()
             self._promised -= self._prefix.keep(keys, start, output)
 
     def close(self) -> None:
@@ -174,7 +175,7 @@ class Holding:
         """As :meth:`PageTable.prepare`; prefixes that no session has give way."""
         copies = self._give_way(partial(self._table.prepare, length, start=start, order=order, keep=keep))
         if self._prefix is not None:
-            self._prefix.settle()
+            self._prefix.settle([source for source, _ in copies])
         return copies
 
     def _give_way(self, take: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ is promised to nobody, and goes when a session needs its place.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -137,6 +137,8 @@ class SessionPrefix:
         self._table = table
         self._shared: dict[int, KeptPage] = {}
         """By number in the sequence."""
+        self._sources: list[KeptPage] = []
+        """Those that the next step copies before it writes: it no longer has them, and until then nobody else may."""
         self._digest = b""
         self._hashed = 0
         """Tokens that the digest is of, the session's first; -1 after it has gone back and on with others."""
@@ -166,11 +168,14 @@ class SessionPrefix:
         return keys
 
     def adopt(self, keys: Sequence[Key], start: int) -> list[torch.Tensor]:
-        """Let the session, at ``start``, go on with what is kept for ``keys``; the outputs of those tokens, by page."""
+        """Let the session, at ``start``, go on with what is kept for ``keys``; the outputs of those tokens, by page.
+
+        One that goes back computes anew: what it has after ``start`` would be lost if there were no room for the rest.
+        """
+        if start != self._table.length:
+            return []
         taken = self._cache.take(keys)
         if taken:
-            self._table.prepare(start, start=start)
-            self.settle()
             self._table.adopt([kept.page for kept in taken])
             self._shared |= dict(enumerate(taken, start // PAGE))
         return [kept.output for kept in taken]
@@ -199,13 +204,17 @@ class SessionPrefix:
         """How many pages of the cache the session has still when it goes on at ``start``."""
         return sum(index < start // PAGE for index in self._shared)
 
-    def settle(self) -> None:
-        """The table has changed: leave what it no longer has."""
+    def settle(self, sources: Collection[int] = ()) -> None:
+        """The table has changed: leave what it no longer has, but for ``sources``, which are left the next time."""
         (row,) = self._table.rows
+        gone = self._sources
+        self._sources = []
         for index, kept in list(self._shared.items()):
             if index >= len(row) or row[index] != kept.page:
                 del self._shared[index]
-                self._cache.leave(kept)
+                (self._sources if kept.page in sources else gone).append(kept)
+        for kept in gone:
+            self._cache.leave(kept)
 
 
 def _meet(one: range, other: range) -> bool:
