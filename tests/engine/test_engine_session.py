@@ -14,6 +14,7 @@ from engine_support import BLOCKS, HIDDEN, Reference, close
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, Session
+from kwaainet_bridge.engine.span import Span
 from kwaainet_bridge.errors import EngineError, InvalidRequest
 
 ALL = range(BLOCKS)
@@ -253,3 +254,25 @@ async def test_a_step_waits_for_one_block_of_a_batch_at_most(
     assert order[:2] == [(0, False), (1, False)]
     assert order[2 : 2 + BLOCKS] == [(block, True) for block in ALL]
     assert len(order) == (3 if backward else 2) * BLOCKS
+
+
+@pytest.mark.parametrize("piece_tokens", [8, 5])
+async def test_a_step_of_many_sequences_goes_in_pieces(
+    engine: Engine, llama: Reference, piece_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it keeps others waiting no longer than a long prompt, and takes no more memory."""
+    rows, pieces, run = 37, [], Span.run
+    hidden, prompts = torch.randn(rows, 4, HIDDEN), torch.randn(BLOCKS, rows, 2, HIDDEN)
+
+    def note(span: Span, block: int, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        pieces.append(hidden.shape[1])
+        return run(span, block, hidden, **kwargs)
+
+    monkeypatch.setattr(Span, "run", note)
+    for name in ("MERGED_STEP_TOKENS", "PIECE_TOKENS"):
+        monkeypatch.setattr(defaults, name, piece_tokens)
+    async with engine.open_session(ALL, rows, 16) as session:
+        outputs = [await session.step(hidden[:, :3], prompts), await session.step(hidden[:, 3:])]
+    assert max(pieces) == piece_tokens
+    for row, output in enumerate(torch.cat(outputs, 1)):
+        close(output[None], llama(hidden[row : row + 1], prompts[:, row : row + 1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.engine import Engine, EngineConfig, Session
+from kwaainet_bridge.engine.span import Span
 from kwaainet_bridge.engine.tree import plant
 from kwaainet_bridge.errors import AllocationFailed, InvalidRequest
 
@@ -235,3 +236,32 @@ async def test_a_tree_without_room_leaves_the_session_as_it_was(
             close(output, llama(hidden[:, :138])[:, -2:])
     finally:
         await engine.aclose()
+
+
+@pytest.mark.parametrize("at", [0, BLOCKS - 1])
+async def test_a_path_that_is_accepted_in_a_batch_that_fails_is_moved_once(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("llama3.1", tmp_path)
+    whole = Reference(tmp_path)
+    past, nodes, more, beside = (random_hidden(1, count, seed=count) for count in (7, 5, 2, 1))
+    run = Span.run
+
+    def fail(span: Span, block: int, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if block == at and hidden.shape[1] == 3:
+            raise RuntimeError("together they do not run")
+        return run(span, block, hidden, **kwargs)
+
+    engine = await Engine.load(EngineConfig(str(tmp_path), max_length=64))
+    async with (
+        aclosing(engine),
+        engine.open_session(range(BLOCKS), 1, 64) as one,
+        engine.open_session(range(BLOCKS), 1, 64) as two,
+    ):
+        await one.step(past)
+        await one.step(nodes, tree=[-1, -1, 1, 1, 3])
+        monkeypatch.setattr(Span, "run", fail)
+        path = [1, 3, 4]
+        output, other = await at_once(engine, partial(one.step, more, accept=path), partial(two.step, beside))
+        close(other, whole(beside))
+        close(output, whole(torch.cat([past, nodes[:, path], more], 1))[:, -2:], 2e-5)

@@ -74,6 +74,13 @@ class Runner:
 
         If that fails each runs alone, so that one that cannot be computed does not hurt the others.
         """
+        # once: what is moved may be written over by what is computed then
+        copied = [outcome.capture(self._copy, step) for step in steps]
+        ready = [step for step, done in zip(steps, copied, strict=True) if isinstance(done, outcome.Value)]
+        outputs = iter(self._run_copied(ready))
+        return [next(outputs) if isinstance(done, outcome.Value) else done for done in copied]
+
+    def _run_copied(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
         small = sum(step.tokens for step in steps) * self._block_weights <= defaults.ONE_THREAD_WEIGHTS
         try:
             with _one_thread() if small else nullcontext():
@@ -81,11 +88,9 @@ class Runner:
         except Exception as error:  # handed to whoever waits for the step
             if len(steps) == 1:
                 return [outcome.Error(error)]
-        return [self.run_merged([step])[0] for step in steps]
+        return [self._run_copied([step])[0] for step in steps]
 
     def _run_together(self, steps: Sequence[Step]) -> list[torch.Tensor]:
-        for step in steps:
-            self._copy(step)
         states = [self._begin(step.hidden) for step in steps]
         bounds = sorted({bound for step in steps for bound in (step.blocks.start, step.blocks.stop)})
         for first, last in itertools.pairwise(bounds):
@@ -110,8 +115,21 @@ class Runner:
     def run_prompt(self, step: Step, contended: Callable[[], bool]) -> Generator[None, None, torch.Tensor]:
         """The output [B, T, H] of a long step, on the CPU; chunk by chunk, and a piece is one block's work on it."""
         self._copy(step)
-        rows, tokens, _ = step.hidden.shape
+        rows = int(step.hidden.shape[0])
         output = torch.empty(step.hidden.shape, dtype=self._span.dtype)
+        first = 0
+        while first < rows:
+            last = min(rows, first + self._piece_tokens(contended=contended()))
+            if first:
+                yield
+            yield from self._run_rows(step.of_rows(first, last), output[first:last], contended)
+            first = last
+        return output
+
+    def _run_rows(
+        self, step: Step, output: torch.Tensor, contended: Callable[[], bool]
+    ) -> Generator[None, None, None]:
+        rows, tokens, _ = step.hidden.shape
         offset = 0
         while offset < tokens:
             count = min(tokens - offset, max(1, self._piece_tokens(contended=contended()) // rows))
@@ -126,7 +144,6 @@ class Runner:
             offset += count
             if offset < tokens:
                 yield
-        return output
 
     def read_pages(
         self, blocks: range, pages: Sequence[int], _contended: object

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -55,6 +55,20 @@ class Step:
     def tokens(self) -> int:
         """Batch times tokens."""
         return int(self.hidden.shape[0] * self.hidden.shape[1])
+
+    def of_rows(self, first: int, last: int) -> Step:
+        """The same for some of its sequences, after copies and moves."""
+        prompts = self.prompts
+        if prompts is not None and prompts.shape[1] > 1:
+            prompts = prompts[:, first:last]
+        return replace(
+            self,
+            hidden=self.hidden[first:last],
+            rows=self.rows[first:last],
+            copies=[],
+            moves=[],
+            prompts=prompts,
+        )
 
     def parts(self, offset: int, count: int) -> list[SequencePart]:
         until = self.start + int(self.hidden.shape[1])
