@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -134,6 +135,23 @@ async def test_sessions_in_one_batch(whole: Reference, served: Engine, length: i
             )
             for output, theirs, part in zip(outputs, expected, slices, strict=True):
                 close(output, theirs[:, part], 2e-5)
+
+
+async def test_numbers_that_are_none_stay_with_whoever_sends_them(whole: Reference, served: Engine) -> None:
+    """In one batch with another session, and with another sequence of the same one; later ones see them, too."""
+    hidden, other = random_hidden(1, 4, seed=1), random_hidden(4, 4, seed=2)
+    other[:3, 1] = torch.tensor([math.nan, math.inf, 1e38])[:, None]
+    async with (
+        served.open_session(ALL, 1, 16, peer="a") as one,
+        served.open_session(ALL, 4, 16, peer="b") as two,
+    ):
+        for at in range(4):
+            here = slice(at, at + 1)
+            output, beside = await at_once(
+                served, partial(one.step, hidden[:, here]), partial(two.step, other[:, here])
+            )
+            close(output, whole(hidden)[:, here], 2e-5)
+            close(beside[3:], whole(other[3:])[:, here], 2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "mixtral", "qwen3-moe", "gpt-oss", "bloom", "falcon-7b"])

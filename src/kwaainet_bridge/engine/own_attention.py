@@ -144,10 +144,26 @@ class OwnAttention:
                 if len(cache.pieces) == 1:
                     piece.bias = bias
             part = hidden[:, offset : offset + piece.batch.tokens]
-            with self.adapters.to_rows(piece.batch.adapted):
-                outputs.append(self._call(layer, part, piece.batch.places, bias, GatheringCache(piece.batch)))
+            output = self._call_batch(layer, part, piece.batch, bias)
+            if len(piece.batch.sequences) > 1 and not output.isfinite().all():
+                output = self._call_each(layer, part, piece.batch)
+            outputs.append(output)
             offset += piece.batch.tokens
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _call_each(self, layer: Any, hidden: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
+        """Each sequence by itself: masks are added to scores, which does not keep out keys that are no numbers."""
+        parts = hidden.split([sequence.count for sequence in batch.sequences], 1)
+        outputs = []
+        for part, sequence in zip(parts, batch.sequences, strict=True):
+            alone = RaggedBatch(batch.store, [sequence])
+            bias = self._bias(*_pairs(alone, hidden.device), rows=1)
+            outputs.append(self._call_batch(layer, part, alone, bias))
+        return torch.cat(outputs, 1)
+
+    def _call_batch(self, layer: Any, hidden: torch.Tensor, batch: RaggedBatch, bias: Bias) -> torch.Tensor:
+        with self.adapters.to_rows(batch.adapted):
+            return self._call(layer, hidden, batch.places, bias, GatheringCache(batch))
 
     def _call(
         self, layer: Any, hidden: torch.Tensor, places: Places, bias: Bias, cache: Cache
