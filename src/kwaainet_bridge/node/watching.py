@@ -42,8 +42,7 @@ async def watch_engine(
         try:
             with trio.move_on_after(patience) as limit:
                 await check()
-        except EngineDied as e:
-            state.degrade(ENGINE, f"the engine does not compute: {e}")
+        except EngineDied:
             raise
         except EngineError as e:
             state.degrade(ENGINE, f"the engine does not compute: {e}")

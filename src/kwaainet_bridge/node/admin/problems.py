@@ -28,10 +28,7 @@ _REMEDIES: Final = {
         "and names the step that fails."
     ),
     "clock": "Set this machine's clock by NTP; on Linux: timedatectl set-ntp true.",
-    "engine": (
-        "Keep the log. If the engine has died, its blocks are loaded anew by themselves; if a computation hangs, "
-        "restart the node."
-    ),
+    "engine": "Keep the log, then restart the node: without its engine it computes nothing.",
     "blocks": "The log says what keeps the blocks from being loaded.",
     "placement": (
         "Make room as the reason says, or name the blocks to serve as model.blocks. It is tried again by itself."
