@@ -121,6 +121,11 @@ async def test_sessions_of_both_networks_appear_with_their_counts(tmp_path):
         assert (third["networks"], third["name"], third["tokens"]) == (["kwaainet"], "7", 6)
         assert (third["first"], third["end"], third["state"]) == (0, 8, "idle")
 
+        live = next(iter(node.served.by_network["kwaainet"]._inference.sessions._live.values()))
+        async with live.lock:  # as while a step runs
+            third = (await view(client, "sessions"))["sessions"][2]
+            assert (third["state"], third["idle_seconds"]) == ("stepping", 0)
+
         blocks = await view(client, "blocks")
         assert [row["sessions"] for row in blocks["blocks"]] == [2, 2, 3, 3, 3, 2, 2, 2]
         assert sum(row["bytes"] for row in blocks["blocks"]) == node.served.engine.weights_bytes
