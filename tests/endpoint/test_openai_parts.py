@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from typing import Any
+
 import pytest
 import trio
 from hypothesis import given
@@ -11,6 +14,7 @@ from node_support import node_config
 from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.node.generating import TextModels
 from kwaainet_bridge.node.openai.answers import StopText
+from kwaainet_bridge.node.openai.app import EventStream
 from kwaainet_bridge.node.openai.bodies import ApiError
 from kwaainet_bridge.node.openai.limits import Limits
 
@@ -65,6 +69,36 @@ def test_requests_at_once() -> None:
         pass
     with limits.request():
         pass
+
+
+@pytest.mark.parametrize("sent", [0, 1, 2])
+async def test_an_answer_is_closed_wherever_its_client_leaves(sent: int) -> None:
+    """Also while an event is on its way, when nobody runs the generator."""
+    closed, stuck = trio.Event(), trio.Event()
+
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            for n in range(9):
+                yield str(n)
+        finally:
+            closed.set()
+
+    async def send(_message: Any) -> None:
+        nonlocal sent
+        if sent == 0:
+            stuck.set()
+            await trio.sleep_forever()
+        sent -= 1
+
+    async def receive() -> dict[str, str]:
+        await stuck.wait()
+        return {"type": "http.disconnect"}
+
+    answer = events()
+    response = EventStream(await anext(answer), answer)
+    with trio.fail_after(5):
+        await response({"type": "http"}, receive, send)
+    assert closed.is_set()
 
 
 async def test_a_model_is_loaded_once_and_only_by_its_name() -> None:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Send
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import BridgeError, CheckpointError, InvalidRequest
@@ -90,7 +91,7 @@ class _Endpoint:
             except BaseException:
                 await events.aclose()
                 raise
-            return StreamingResponse(_after(first, events), media_type="text/event-stream")
+            return EventStream(first, events)
         with self._limits.request():
             return await _unless_left(request, lambda: self._whole(asked, shape))
 
@@ -215,6 +216,19 @@ async def _body(request: Request) -> bytes:
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Events until the client leaves: what they hold is free then, also if it leaves while one is on its way."""
+
+    def __init__(self, first: str, events: AsyncGenerator[str, None]) -> None:
+        self._events = _after(first, events)
+        self._rest = events
+        super().__init__(self._events, media_type="text/event-stream")
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._rest), aclosing(self._events):
+            await super().stream_response(send)
 
 
 async def _after(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
