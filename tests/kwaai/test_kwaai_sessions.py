@@ -390,3 +390,24 @@ async def test_closing_waits_for_no_step_and_leaves_no_session(desk, autojump_cl
         assert trio.current_time() == before
         assert desk.engine.open == 1
     assert desk.engine.open == 0
+
+
+@pytest.mark.parametrize("how", ["close", "end_sessions", "drain"])
+async def test_a_session_whose_step_is_refused_meanwhile_ends_too(desk, autojump_clock, how):
+    """A refusal leaves a session as it was, but not here."""
+    await desk.step(ONE, 7, 0)
+    refused = InvalidRequest("no room for more")
+    async with trio.open_nursery() as nursery:
+
+        async def step():
+            with pytest.raises(InvalidRequest, match="no room for more"):
+                await desk.step(ONE, 7, 1, seconds=5, error=refused)
+
+        nursery.start_soon(step)
+        await trio.sleep(1)
+        began = trio.current_time()
+        await getattr(desk.sessions, how)()
+    await trio.sleep(0.1)
+    if how != "drain":
+        assert trio.current_time() - began < 6
+    assert (desk.engine.open, desk.sessions.open_sessions) == (0, 0)

@@ -142,7 +142,7 @@ class Sessions:
         try:
             yield session
         except (InvalidRequest, Refusal, AllocationFailed):
-            if position == 0:
+            if position == 0 or self._closing:
                 await self._close(live)
             raise
         except BaseException:
