@@ -281,6 +281,7 @@ async def test_clients_of_both_networks_count_the_same(tmp_path: Path) -> None:
             pass
         assert {room.allocator.free(block) for block in range(BLOCKS)} == {room.budget.pages}
         await w.node.drained()
+    assert torch.is_grad_enabled()
 
 
 async def are_open(world: World, sessions: dict[str, int]) -> bool:

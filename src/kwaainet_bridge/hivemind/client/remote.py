@@ -73,8 +73,9 @@ async def forward(
     """
     blocks = blocks if blocks is not None else range(swarm.num_blocks)
     _check(hidden, prompts, blocks)
-    with torch.no_grad():
-        return await _forward(swarm, hidden.detach().cpu(), prompts, blocks, prompts_from=blocks.start)
+    # not under no_grad(): that is a setting of the thread, which other tasks would leave in another order
+    prompts = None if prompts is None else prompts.detach()
+    return await _forward(swarm, hidden.detach().cpu(), prompts, blocks, prompts_from=blocks.start)
 
 
 async def _forward(
@@ -126,30 +127,30 @@ async def backward(
             f"grad_output {list(grad_output.shape)} differs from the output {list(forward_pass.output.shape)}"
         )
     grad, dtype = grad_output.detach().cpu(), grad_output.dtype
+    prompts = None if prompts is None else prompts.detach()
     prompt_grads: list[torch.Tensor] = []
     todo = list(forward_pass.inputs)
     attempts: Attempts | None = None
-    with torch.no_grad():
-        while todo:
-            hop, hidden = todo.pop()
-            attempts = attempts or Attempts(swarm, hop.blocks)
-            own_prompts = _own_prompts(prompts, hop, blocks.start)
-            expected: list[Sequence[int]] = [grad.shape]
-            if prompts is not None:
-                expected.append((len(hop.blocks), grad.shape[0], *prompts.shape[2:]))
-            try:
-                answer = await _call(
-                    swarm, hop, _BACKWARD, [hidden, grad, own_prompts], expected=expected, dtype=dtype
-                )
-            except RECOVERABLE as e:
-                await attempts.failed(hop, e)
-                again = await _forward(swarm, hidden, prompts, hop.blocks, prompts_from=blocks.start)
-                todo += again.inputs
-            else:
-                swarm.note_success(hop)
-                grad = answer[0]
-                prompt_grads = answer[1:] + prompt_grads
-                attempts = None
+    while todo:
+        hop, hidden = todo.pop()
+        attempts = attempts or Attempts(swarm, hop.blocks)
+        own_prompts = _own_prompts(prompts, hop, blocks.start)
+        expected: list[Sequence[int]] = [grad.shape]
+        if prompts is not None:
+            expected.append((len(hop.blocks), grad.shape[0], *prompts.shape[2:]))
+        try:
+            answer = await _call(
+                swarm, hop, _BACKWARD, [hidden, grad, own_prompts], expected=expected, dtype=dtype
+            )
+        except RECOVERABLE as e:
+            await attempts.failed(hop, e)
+            again = await _forward(swarm, hidden, prompts, hop.blocks, prompts_from=blocks.start)
+            todo += again.inputs
+        else:
+            swarm.note_success(hop)
+            grad = answer[0]
+            prompt_grads = answer[1:] + prompt_grads
+            attempts = None
     return Gradients(grad, torch.cat(prompt_grads) if prompt_grads else None)
 
 

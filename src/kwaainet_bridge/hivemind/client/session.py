@@ -157,19 +157,19 @@ class InferenceSession:
         if self.shape.ends and (prompts is not None or hypo_ids is not None):
             raise InvalidRequest("a session with the model's ends takes neither deep prompts nor hypo ids")
         self._candidates = None
-        with torch.no_grad():
-            prompts = None if prompts is None else prompts.detach().cpu()
-            chunk = Chunk(hidden.detach().cpu(), prompts, ids)
-            if prompts is not None or hypo_ids is not None:
-                self._push = False
-            if not self._parts:
-                self._parts = await self._first_parts()
-                self.routes.append((self._position, self.chain))
-            inputs, output = await self._run(chunk, hypo_ids)
-            for part, seen in zip(self._parts, inputs, strict=True):
-                if hypo_ids is not None:
-                    part.history.reorder(hypo_ids)
-                part.history.append(seen)
+        # not under no_grad(): that is a setting of the thread, which other tasks would leave in another order
+        prompts = None if prompts is None else prompts.detach().cpu()
+        chunk = Chunk(hidden.detach().cpu(), prompts, ids)
+        if prompts is not None or hypo_ids is not None:
+            self._push = False
+        if not self._parts:
+            self._parts = await self._first_parts()
+            self.routes.append((self._position, self.chain))
+        inputs, output = await self._run(chunk, hypo_ids)
+        for part, seen in zip(self._parts, inputs, strict=True):
+            if hypo_ids is not None:
+                part.history.reorder(hypo_ids)
+            part.history.append(seen)
         self._position += chunk.tokens
         return output
 
@@ -201,9 +201,8 @@ class InferenceSession:
         self._candidates = None
         if not self._parts:
             raise InvalidRequest("a session begins with a step without candidates")
-        with torch.no_grad():
-            chunk = Chunk(hidden.detach().cpu(), None, ids)
-            inputs, output = await self._run(chunk, None, tree.parents)
+        chunk = Chunk(hidden.detach().cpu(), None, ids)
+        inputs, output = await self._run(chunk, None, tree.parents)
         self._candidates = tree, inputs
         return output
 
