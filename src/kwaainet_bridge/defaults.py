@@ -956,7 +956,7 @@ REFUSED_KEPT: Final = 64
 """Peers or addresses that were turned away, of which a node knows why and how often."""
 
 LOG_RING_BYTES: Final = 2 * MIB
-"""Records of the log that a node keeps for `kwaainet-bridge logs`: some 8000, hours of a quiet node."""
+"""Records of the log that a node keeps for `kwaainet-bridge logs`: some 6000, hours of a quiet node."""
 
 LOG_RECORD_BYTES: Final = 16 * KIB
 """Longest record that is kept whole. Tracebacks take some KiB; their beginning and end are kept."""

@@ -16,6 +16,7 @@ from node_support import NOWHERE, PREFIX, TINY, node_config, running_node
 from kwaainet_bridge import defaults
 from kwaainet_bridge.admin_address import UnixAddress
 from kwaainet_bridge.engine import LoadProgress
+from kwaainet_bridge.errors import CapacityDenied
 from kwaainet_bridge.hivemind.client import Directory, Swarm, open_session
 from kwaainet_bridge.hivemind.client.routing import Hop
 from kwaainet_bridge.hivemind.experts import methods
@@ -195,6 +196,12 @@ async def test_text_that_the_node_generates_itself(tmp_path):
         assert (await view(client, "sessions"))["total"] == 0
 
         hop = Hop(Identity.generate("ed25519").peer_id, range(8))
+        full = Hop(Identity.generate("ed25519").peer_id, range(8))
+        denied = CapacityDenied("for ever", reason="at_capacity", retry_after=float("inf"))
+        text.swarm.note_failure(full, denied)
+        (trouble,) = (await view(client, "peers"))["troubles"]
+        assert (trouble["reason"], trouble["seconds_left"]) == ("for ever", None)
+        text.swarm.note_success(full)
         text.swarm.note_failure(hop, ConnectionError("it is gone"))
         (trouble,) = (await view(client, "peers"))["troubles"]
         assert 0 < trouble.pop("seconds_left") <= defaults.MAX_BAN_SECONDS

@@ -96,6 +96,13 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
 def console() -> Console:
     """Standard output: the terminal's width, or no wrapping at all where it is no terminal."""
     out = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)

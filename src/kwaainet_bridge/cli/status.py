@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.cli.admin_client import asking
-from kwaainet_bridge.cli.printing import console, counted, print_table, printable
+from kwaainet_bridge.cli.printing import console, counted, duration, print_table, printable
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import RemoteError
 
@@ -57,9 +57,9 @@ def draw(status: dict[str, Any], out: Console) -> None:
     _line(
         out,
         "node",
-        f"{status['peer_id']} kwaainet-bridge {status['version']}, up for {_span(status['uptime_seconds'])}",
+        f"{status['peer_id']} kwaainet-bridge {status['version']}, up for {duration(status['uptime_seconds'])}",
     )
-    _line(out, "phase", f"{phase['name']} for {_span(phase['seconds'])}, {ready}")
+    _line(out, "phase", f"{phase['name']} for {duration(phase['seconds'])}, {ready}")
     for address in status["addresses"]:
         _line(out, "address", address)
     _line(out, "reachable", f"{verdict['verdict']}: {verdict['evidence']}")
@@ -152,7 +152,7 @@ def _row(use: dict[str, Any]) -> list[str]:
     known, served = use.get("announced"), use["served"]
     told = ""
     if known is not None:
-        age = _span(known["age_seconds"])
+        age = duration(known["age_seconds"])
         told = f"{known['state']}, {known['by_others']} of {known['records']} kept by others, {age} ago"
     return [
         use.get("prefix") or "",
@@ -187,13 +187,6 @@ def _draw_averaging(runs: dict[str, Any], out: Console) -> None:
     if bans:
         out.print()
         print_table(out, ["averaging", "left out", "why", "reason"], bans, fixed=["averaging", "why"])
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
 def _ms(seconds: float) -> str:

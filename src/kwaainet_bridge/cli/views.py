@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.cli.admin_client import asking
-from kwaainet_bridge.cli.printing import console, counted, print_table, printable
+from kwaainet_bridge.cli.printing import console, counted, duration, print_table, printable
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import RemoteError
 
@@ -217,14 +217,6 @@ def _block_row(block: dict[str, Any]) -> list[str]:
 
 def _short(peer: str) -> str:
     return f"…{peer[-6:]}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
 PEERS: Final = View("/api/peers", _draw_peers)

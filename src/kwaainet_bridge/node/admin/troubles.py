@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,13 @@ def _row(
         "where": where,
         "reason": text(reason),
         "times": times,
-        **{name: None if value is None else seconds(value) for name, value in told.items()},
+        **{name: _told(value) for name, value in told.items()},
     }
+
+
+def _told(value: float | None) -> float | None:
+    """A time; None for one that JSON cannot write, since a peer says for how long it is to be left alone."""
+    return None if value is None or not math.isfinite(value) else seconds(value)
 
 
 def _refused(state: NodeState, host: Libp2pHost) -> Iterator[dict[str, Any]]:
