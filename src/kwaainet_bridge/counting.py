@@ -64,7 +64,7 @@ class Refusals:
     ``streams`` beyond its limits or those of a ``protocol``."""
 
     def __init__(self) -> None:
-        self._counts = dict.fromkeys(("connections", "address", "streams", "protocol"), 0)
+        self._counts = dict.fromkeys(("connections", "address", "denied", "streams", "protocol"), 0)
         self._latest: OrderedDict[tuple[str, str], Refused] = OrderedDict()
 
     def note(self, scope: str, who: str, reason: str, now: float) -> None:

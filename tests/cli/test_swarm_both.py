@@ -347,7 +347,7 @@ def test_both_networks_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_node_is_told_to_choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     configs: list[NodeConfig] = []
 
-    async def start(config: NodeConfig) -> None:
+    async def start(config: NodeConfig, **_more: Any) -> None:
         await trio.lowlevel.checkpoint()
         configs.append(config)
 

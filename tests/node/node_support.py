@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import trio
 
 from kwaainet_bridge.config import NodeConfig, anchored, parse_config
+from kwaainet_bridge.node.control import Control
 from kwaainet_bridge.node.daemon import Contact, run_node
 from kwaainet_bridge.node.node_models import NodeModels
 from kwaainet_bridge.node.served import ServedBlocks
@@ -44,6 +45,7 @@ class RunningNode:
     stop: trio.Event
     contact: Contact
     models: NodeModels
+    config: NodeConfig
 
     @property
     def served(self) -> ServedBlocks | None:
@@ -66,8 +68,10 @@ class RunningNode:
 
 
 @asynccontextmanager
-async def running_node(config: NodeConfig) -> AsyncIterator[RunningNode]:
-    """A node that has started; cancelled at the end of the block if it still runs."""
+async def running_node(
+    config: NodeConfig, *, read: Callable[[], NodeConfig] | None = None
+) -> AsyncIterator[RunningNode]:
+    """A node that has started; cancelled at the end of the block if it still runs. ``read`` is what it reloads."""
     state, stop, started = NodeState(), trio.Event(), trio.Event()
     contacts, models = [], []
 
@@ -78,9 +82,12 @@ async def running_node(config: NodeConfig) -> AsyncIterator[RunningNode]:
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
-            await run_node(config, state, stop, on_started=contacts.append, on_models=on_models)
+            control = Control(config, state, stop, read=read)
+            await run_node(
+                config, state, stop, on_started=contacts.append, on_models=on_models, control=control
+            )
 
         nursery.start_soon(run)
         await started.wait()
-        yield RunningNode(state, stop, contacts[0], models[0])
+        yield RunningNode(state, stop, contacts[0], models[0], config)
         nursery.cancel_scope.cancel()

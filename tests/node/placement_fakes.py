@@ -53,19 +53,30 @@ class FakeEngine:
 
 @dataclass
 class FakeServer:
-    """One network's serving; ``sessions`` are open until the test sets it to 0 by :meth:`end_sessions`."""
+    """One network's serving; ``sessions`` are open until the test sets it to 0 by :meth:`all_end`."""
 
     counts: ServingCounts = field(default_factory=ServingCounts)
     open_sessions: int = 0
     accepting: bool = True
+    paused: bool = False
     idle: trio.Event = field(default_factory=trio.Event)
 
     def begin_sessions(self, number: int) -> None:
         self.open_sessions, self.idle = number, trio.Event()
 
-    def end_sessions(self) -> None:
+    def all_end(self) -> None:
         self.open_sessions = 0
         self.idle.set()
+
+    async def end_sessions(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.all_end()
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
 
     async def drain(self, *, timeout: float) -> int:
         self.accepting = False

@@ -215,7 +215,7 @@ async def test_models_come_and_go(autojump_clock: MockClock) -> None:
             assert not two.accepting
             assert world.server("one").accepting
             assert "close 0:4 of two" not in world.events
-            two.end_sessions()
+            two.all_end()
         assert world.events[-1] == "close 0:4 of two"
         assert set(world.state.models) == {"one"}
         assert world.announced("two") == ["JOINING", "ONLINE", "OFFLINE"]
@@ -224,7 +224,7 @@ async def test_models_come_and_go(autojump_clock: MockClock) -> None:
             await world.models.remove("two")
         world.models.add(config("two"))
         await world.serving("two")
-        world.server("one").end_sessions()
+        world.server("one").all_end()
         for name in ("one", "two"):
             await world.models.remove(name)
         assert world.state.phase is Phase.SERVING  # as one without blocks

@@ -253,7 +253,7 @@ async def test_sessions_have_their_time_before_their_blocks_go(autojump_clock: M
         assert not server.accepting
         assert world.petals.changes[-1] == ("OFFLINE", "0:4")
         assert "close 0:4" not in world.events  # the sessions are served
-        server.end_sessions()
+        server.all_end()
         await world.served(SECOND)
         assert trio.current_time() - began < 32
 

@@ -163,7 +163,8 @@ def run(
     gc.disable()
     from kwaainet_bridge.cli.run import run_until_signalled
 
-    trio.run(run_until_signalled, node_config)
+    read = None if config is None else partial(load, config, overrides)
+    trio.run(partial(run_until_signalled, node_config, read=read))
 
 
 @config_app.command("check")
@@ -171,6 +172,20 @@ def config_check(path: Annotated[Path, typer.Argument(help="Configuration file."
     """Check a configuration; name each mistake's key and its remedy."""
     load_config(path)
     typer.echo(f"{path}: good")
+
+
+@config_app.command("migrate")
+def config_migrate(
+    path: Annotated[Path, typer.Argument(help="Configuration file.", metavar="FILE")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit code 1 if the file has an older layout.")
+    ] = False,
+) -> None:
+    """Write a configuration of an older layout in the present one, and print what changes."""
+    from kwaainet_bridge.cli.migrate import migrate
+
+    if not migrate(path, check=check) and check:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -268,6 +283,46 @@ def status(
 
 
 add_view_commands(app)
+
+
+@app.command()
+def drain(
+    config: ConfigOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Return once the node has ended.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Have the node of this configuration take no new sessions, finish those that run, and end."""
+    from kwaainet_bridge.cli import control
+
+    control.drain(load(config, {}), wait=wait, as_json=as_json)
+
+
+@app.command()
+def pause(
+    config: ConfigOption = None,
+    now: Annotated[bool, typer.Option("--now", help="End the sessions that run.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Have the node of this configuration take no new work until it is resumed; it stays in its networks."""
+    from kwaainet_bridge.cli import control
+
+    control.pause(load(config, {}), now=now, as_json=as_json)
+
+
+@app.command()
+def resume(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Have the paused node of this configuration take work again."""
+    from kwaainet_bridge.cli import control
+
+    control.resume(load(config, {}), as_json=as_json)
+
+
+@app.command()
+def reload(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Have the node of this configuration read its file again, and apply what it can without a restart."""
+    from kwaainet_bridge.cli import control
+
+    control.reload(load(config, {}), as_json=as_json)
 
 
 @app.command()

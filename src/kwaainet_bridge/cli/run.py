@@ -6,11 +6,12 @@ first. The log goes to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shlex
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -28,6 +29,8 @@ from rich.progress import (
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.config import ModelConfig, NodeConfig
+from kwaainet_bridge.errors import ConfigError
+from kwaainet_bridge.node.control import Control, Stopping
 from kwaainet_bridge.node.daemon import Contact, run_node
 from kwaainet_bridge.node.logs import configure_logging, log_ring
 from kwaainet_bridge.node.state import NodeState, Phase
@@ -44,34 +47,69 @@ _UNCOLLECTED_SECONDS = (
 )
 
 
-async def run_until_signalled(config: NodeConfig) -> None:
+async def run_until_signalled(config: NodeConfig, *, read: Callable[[], NodeConfig] | None = None) -> None:
     """Run a node; the first SIGTERM or SIGINT drains it, the second ends the process at once.
 
+    SIGHUP has the configuration read anew by ``read``, unless it tells that the terminal is gone, which drains as well.
     Leaves the garbage collector switched on, whether it was or not.
     """
     stop = trio.Event()
     state = NodeState()
     state.logs = log_ring(config)
     configure_logging(config.log.level, config.log.format, ring=state.logs)
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    control = Control(config, state, stop, read=read)
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *_hangup()) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_obey, signals, stop)
+            nursery.start_soon(partial(_obey, signals, control, has_terminal=_has_terminal()))
             nursery.start_soon(tell_supervisor, state, stop)
             nursery.start_soon(_tell_when_serving, state)
             nursery.start_soon(_tell_reachability, state)
             nursery.start_soon(_show_loading, state)
             nursery.start_soon(_collect_garbage_once_started, state)
-            await run_node(config, state, stop, on_started=partial(_introduce, config.served_models))
+            introduce = partial(_introduce, config.served_models)
+            await run_node(config, state, stop, on_started=introduce, control=control)
             nursery.cancel_scope.cancel()
 
 
-async def _obey(signals: AsyncIterator[int], stop: trio.Event) -> None:
-    async for number in signals:
-        if stop.is_set():
-            # no cleanup: whoever asks twice wants it gone, and a stuck computation must not prevent that
-            os._exit(128 + number)
-        typer.echo("draining; once more to stop at once", err=True)
-        stop.set()
+def _hangup() -> list[signal.Signals]:
+    """SIGHUP where there is one, and where whoever has started this process has not told it to ignore it (nohup)."""
+    number = getattr(signal, "SIGHUP", None)
+    return [] if number is None or signal.getsignal(number) is signal.SIG_IGN else [number]
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+async def _obey(signals: AsyncIterator[int], control: Control, *, has_terminal: bool) -> None:
+    asked = False
+    async with trio.open_nursery() as nursery:
+        async for number in signals:
+            if number in _hangup() and (not has_terminal or _has_terminal()):
+                nursery.start_soon(_reload, control)
+                continue
+            if asked:
+                # no cleanup: whoever asks twice wants it gone, and a stuck computation must not prevent that
+                os._exit(128 + number)
+            asked = True
+            _say("draining; once more to stop at once")
+            control.drain()
+
+
+async def _reload(control: Control) -> None:
+    try:
+        await control.reload()
+    except (ConfigError, Stopping) as e:
+        _say(f"not reloaded: {e}")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        typer.echo(text, err=True)
 
 
 async def _collect_garbage_once_started(state: NodeState) -> None:

@@ -1,6 +1,7 @@
 """A node's configuration: YAML, of which every key is documented in :mod:`.schema` and the sections that it names."""
 
 from kwaainet_bridge.config.reading import anchored, load_config, merge_settings, parse_config
+from kwaainet_bridge.config.running import IdleConfig, PeersConfig
 from kwaainet_bridge.config.schema import NodeConfig
 from kwaainet_bridge.config.sections import LimitsConfig, NetworksConfig, OpenAIConfig
 from kwaainet_bridge.config.several import check_together
@@ -13,11 +14,13 @@ __all__ = [
     "PRESETS",
     "AveragingConfig",
     "AveragingRun",
+    "IdleConfig",
     "LimitsConfig",
     "ModelConfig",
     "NetworksConfig",
     "NodeConfig",
     "OpenAIConfig",
+    "PeersConfig",
     "anchored",
     "check_together",
     "load_config",

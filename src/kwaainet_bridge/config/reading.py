@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from kwaainet_bridge.admin_address import UNIX_PREFIX, UnixAddress, parse_admin_address
+from kwaainet_bridge.config.layouts import check_layout
 from kwaainet_bridge.config.schema import NodeConfig
 from kwaainet_bridge.config.several import pick_model
 from kwaainet_bridge.config.values import EMBEDDED_MODEL
@@ -33,14 +34,8 @@ def parse_config(
 
     Raises ConfigError that lists every mistake with its key and the remedy.
     """
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{source}: not YAML: {e}") from e
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: expected keys and values, found {type(raw).__name__}")
+    raw = _keys_of(text, source)
+    check_layout(raw, source)
     asked = (overrides or {}).get("model")
     if asked and isinstance(raw.get("models"), list) and raw.get("model") is None:
         raw = pick_model(raw, asked, folder)
@@ -53,15 +48,36 @@ def parse_config(
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> NodeConfig:
     """Read a configuration file; relative paths in it are relative to its folder. Raises ConfigError."""
+    return anchored(parse_config(_text_of(path), str(path), overrides, folder=path.parent), path.parent)
+
+
+def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
+    """A file's text and its keys, of any layout, right or wrong. Raises ConfigError for what has none."""
+    text = _text_of(path)
+    return text, _keys_of(text, str(path))
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(
             f"{path}: {e.strerror}; `kwaainet-bridge init` writes a configuration to start from"
         ) from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: not UTF-8 text") from e
-    return anchored(parse_config(text, str(path), overrides, folder=path.parent), path.parent)
+
+
+def _keys_of(text: str, source: str) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{source}: not YAML: {e}") from e
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: expected keys and values, found {type(raw).__name__}")
+    return raw
 
 
 def anchored(config: NodeConfig, folder: Path) -> NodeConfig:

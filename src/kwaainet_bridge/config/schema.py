@@ -11,6 +11,8 @@ from pydantic import (
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress, parse_admin_address
+from kwaainet_bridge.config import layouts
+from kwaainet_bridge.config.running import IdleConfig, PeersConfig
 from kwaainet_bridge.config.sections import (
     AdminConfig,
     IdentityConfig,
@@ -30,6 +32,9 @@ from kwaainet_bridge.config.work import AveragingConfig, ModelConfig
 class NodeConfig(Section):
     """A whole node."""
 
+    version: Annotated[int, Field(ge=1)] = layouts.present()
+    """Layout of the file. There has been one so far; ``kwaainet-bridge config migrate`` will lead from older to newer
+    ones."""
     identity: IdentityConfig = IdentityConfig()
     listen: ListenAddresses = defaults.LISTEN_ADDRESSES
     """Where to listen: ``/ip4/<address>/tcp/<port>`` or ``/ip6/…``. Port 0 takes any free one. An empty list
@@ -50,6 +55,8 @@ class NodeConfig(Section):
     """How long running sessions may go on after SIGTERM."""
     reachability: ReachabilityConfig = ReachabilityConfig()
     limits: LimitsConfig = LimitsConfig()
+    peers: PeersConfig = PeersConfig()
+    idle: IdleConfig = IdleConfig()
     admin: AdminConfig = AdminConfig()
     openai: OpenAIConfig = OpenAIConfig()
     log: LogConfig = LogConfig()

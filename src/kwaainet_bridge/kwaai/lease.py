@@ -152,6 +152,8 @@ class Places:
         self.leases = leases
         self.accepting = True
         """Whether leases are given and new sessions and requests begun."""
+        self.paused = False
+        """Whether none are for now."""
         self._sources = sources
         self._serves = serves
         self._clock = clock
@@ -160,13 +162,13 @@ class Places:
         """A lease for ``peer``, or the denial. See :meth:`Leases.grant`."""
         if model is not None and not self._serves(model):
             return Denied(Denial.WRONG_MODEL)
-        if not self.accepting:
+        if not self.accepting or self.paused:
             return Denied(Denial.AT_CAPACITY, defaults.KWAAI_LEASE_SECONDS)
         return self.leases.grant(peer, self._clock(), room=self._room(), uses=self._uses(), origin=origin)
 
     def may_begin(self, peer: PeerId, source: Source) -> bool:
         """Whether ``peer`` may take one more place of ``source``."""
-        if not self.accepting:
+        if not self.accepting or self.paused:
             return False
         room = source.room()
         if not self.leases:  # the usual case

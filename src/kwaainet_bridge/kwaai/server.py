@@ -83,7 +83,7 @@ class KwaaiServer:
         self._model = model
         self.counts = self.counts if counts is None else counts
         if "_places" in self.__dict__:  # they may have been drained of another model's sessions
-            self._places.accepting = True
+            self._places.accepting, self._places.paused = True, False
         try:
             yield self
         finally:
@@ -91,6 +91,19 @@ class KwaaiServer:
             inference, self._inference = self._inference, None
             if inference is not None:
                 await inference.sessions.close()
+
+    def pause(self) -> None:
+        """Give no leases and begin nothing new; sessions that are open go on."""
+        self._places.paused = True
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        self._places.paused = False
+
+    async def end_sessions(self) -> None:
+        """Close all sessions, those with a step that runs once it has ended, and wait for that."""
+        if self._inference is not None:
+            await self._inference.sessions.end_sessions()
 
     async def drain(self, *, timeout: float = math.inf) -> int:
         """Give no leases and begin nothing new; wait up to ``timeout`` seconds for what is under way.

@@ -180,6 +180,8 @@ class Sessions:
     async def _open(self, live: _Live, tokens: int) -> Session:
         if not self.accepting:
             raise Refusal("this server is shutting down and takes no new sessions: go on with another one")
+        if self._places.paused:
+            raise Refusal("this server is paused by its operator: go on with another one")
         if tokens > self._longest:
             raise InvalidRequest(f"a session may have {self._longest} tokens here, {tokens} are more")
         counted = self._first(tokens)
@@ -292,6 +294,17 @@ class Sessions:
         self._notify()
         while self._counts:
             await self._changed.wait()
+
+    async def end_sessions(self) -> None:
+        """Close all; return once those that run a step have ended it and are closed."""
+        self._closing = True
+        try:
+            for live in self._idle():
+                await self._end(live)
+            while self._counts:
+                await self._changed.wait()
+        finally:
+            self._closing = False
 
     async def close(self) -> None:
         """Take no new sessions and close all; one that runs a step is closed when that has ended."""

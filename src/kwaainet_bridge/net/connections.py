@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -13,6 +13,7 @@ from kwaainet_bridge import defaults
 from kwaainet_bridge.counting import Refusals
 from kwaainet_bridge.errors import NetworkError, RemoteError
 from kwaainet_bridge.net import multistream
+from kwaainet_bridge.net.admission import Admission
 from kwaainet_bridge.net.channel import (
     RawChannel,
     SecureChannel,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from libp2p.security.noise.transport import Transport as NoiseTransport
 
 log = logging.getLogger(__name__)
+
+_KEPT_OUT: Final = "this host is not for this peer"
 
 
 class Connections:
@@ -69,6 +72,8 @@ class Connections:
         self._greet = greet
         self._gone = gone
         self._limits = limits
+        self.admission = Admission()
+        """Whom connections are had with: see :meth:`admit`."""
         self._memory = memory
         self._housekeeping = housekeeping
         self._handshakes = 0
@@ -91,6 +96,20 @@ class Connections:
     def limit(self) -> int:
         """How many there may be at one time."""
         return self._limits.connections
+
+    def admit(self, admission: Admission) -> None:
+        """Have connections with peers that it lets in alone; those with others end now."""
+        self.admission = admission
+        for connection in list(self):
+            if not admission.admits(connection.remote):
+                connection.stop(_KEPT_OUT)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Hold to these from now on: idle connections beyond them are closed soon, those in use stay."""
+        self._limits = limits
+        self._pruning.limits = limits
+        self._origins.most_connections = limits.connections_per_address
+        self._attention.set()
 
     def peers(self) -> list[PeerId]:
         """Peers with a connection that can open streams."""
@@ -138,6 +157,7 @@ class Connections:
                 await multistream.answer(secured, lambda protocol: True if protocol == YAMUX else None)
             else:
                 await multistream.propose(secured, YAMUX)
+            self.admission.check(peer)
             self._demand_room()
         except BaseException:
             channel.abort()
@@ -221,6 +241,9 @@ class Connections:
             channel.remote == self._own
         ):  # one of our own dials, to an address that another peer was said to have
             connection.stop("this host has dialled itself")
+        elif not self.admission.admits(connection.remote):
+            self._refuse("denied", str(connection.remote), _KEPT_OUT)
+            connection.stop(_KEPT_OUT)
         elif self._make_room():
             return connection
         else:

@@ -22,9 +22,17 @@ class InboundStreams:
     """
 
     def __init__(self, limits: Limits, refused: Refusals | None = None) -> None:
-        self.limit = limits.streams
         self._refused = refused or Refusals()
         self._places = FairPool(limits.streams, per_peer=limits.streams_per_peer)
+
+    @property
+    def limit(self) -> int:
+        """How many there may be at one time."""
+        return self._places.limit
+
+    def set_limits(self, limits: Limits) -> None:
+        """Hold to these from now on; streams that are open stay."""
+        self._places.limit, self._places.per_peer = limits.streams, limits.streams_per_peer
 
     @property
     def running(self) -> int:

@@ -27,6 +27,7 @@ from kwaainet_bridge.net.addresses import (
     parse_listen_address,
     split_peer_address,
 )
+from kwaainet_bridge.net.admission import Admission
 from kwaainet_bridge.net.autonat import AUTONAT
 from kwaainet_bridge.net.channel import RawChannel
 from kwaainet_bridge.net.connection import Connection
@@ -200,6 +201,16 @@ class Libp2pHost(Host):
     def addresses(self) -> list[str]:
         return [f"{address.transport}/p2p/{self.peer_id}" for address in self.own.told]
 
+    def admit(self, admission: Admission) -> None:
+        """Have connections with peers that it lets in alone; those with others end now."""
+        self.connections.admit(admission)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Hold to these from now on; what is in use and beyond them stays until it ends."""
+        self.connections.set_limits(limits)
+        self._inbound.set_limits(limits)
+        self._memory.limit = limits.buffer_bytes
+
     def connected_peers(self) -> list[PeerId]:
         return self.connections.peers()
 
@@ -301,6 +312,7 @@ class Libp2pHost(Host):
     ) -> YamuxConnection:
         if peer == self.peer_id:
             raise PeerUnreachable(f"{peer} is this host itself", hop="address")
+        self.connections.admission.check(peer)
         return await self._dialer.dial(peer, addresses, anyway=anyway)
 
     async def _connect_through(self, address: Address, peer: PeerId) -> RawChannel:

@@ -37,7 +37,7 @@ class Origins:
     """Counts inbound connections and handshakes by origin; None counts for nobody."""
 
     def __init__(self, *, connections: int, handshakes: int) -> None:
-        self._max_connections = connections
+        self.most_connections = connections
         self._max_handshakes = handshakes
         self._connections: Counter[str] = Counter()
         self._handshakes: Counter[str] = Counter()
@@ -52,7 +52,7 @@ class Origins:
             return True
         handshakes = self._handshakes[origin]
         if handshakes >= self._max_handshakes or self._connections[origin] + handshakes >= min(
-            self._max_connections, max(free, 1)
+            self.most_connections, max(free, 1)
         ):
             return False
         self._handshakes[origin] += 1

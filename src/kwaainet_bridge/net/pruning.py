@@ -71,13 +71,13 @@ class Pruning:
 
     def __init__(self, limits: Limits, membership: Membership) -> None:
         self.protection = Protection()
-        self._limits = limits
+        self.limits = limits
         self._membership = membership
 
     @property
     def few(self) -> int:
         """With no more connections than this, none has to go."""
-        return min(self._limits.most_strangers, self._limits.high) if self._membership else self._limits.high
+        return min(self.limits.most_strangers, self.limits.high) if self._membership else self.limits.high
 
     def expendable(self, connections: Iterable[P], *, opened_before: float) -> list[P]:
         """The connections that can go, the least valuable first.
@@ -124,12 +124,12 @@ class Pruning:
             elif connection.opened_at <= opened_before:
                 strangers += 1
         number = 0
-        if members + strangers > self._limits.high:
-            number = members + strangers - self._limits.low
-        if members <= self._limits.high:
+        if members + strangers > self.limits.high:
+            number = members + strangers - self.limits.low
+        if members <= self.limits.high:
             number = min(number, strangers)
         if self._membership:
-            number = max(number, strangers - self._limits.most_strangers)
+            number = max(number, strangers - self.limits.most_strangers)
         return self.expendable(staying, opened_before=opened_before)[:number] if number else []
 
     def _belongs(self, connection: P) -> bool:
@@ -142,7 +142,7 @@ class Pruning:
 
     def _excess(self, staying: Iterable[P]) -> Counter[str]:
         """How many connections each network has beyond its quota; those without a quota have none."""
-        quotas = self._limits.connections_per_network
+        quotas = self.limits.connections_per_network
         counts = Counter(self._membership.of(connection.remote) for connection in staying) if quotas else {}
         return Counter({network: counts.get(network, 0) - quota for network, quota in quotas.items()})
 

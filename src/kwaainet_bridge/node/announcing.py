@@ -175,7 +175,8 @@ class KwaaiPublisher:
 class Announcer:
     """Keeps an offer's records in the networks: at once on a change, and renewed by :meth:`run`.
 
-    While the node is not ``dialable``, blocks are not announced, or withdrawn if they were: set it and announce anew.
+    While the node is not ``dialable``, or ``paused`` says that it takes no work, blocks are not announced, or withdrawn
+    if they were: announce anew when that changes.
     ``on_report`` hears how each round went in each network, unless a later one has begun there meanwhile.
     """
 
@@ -185,10 +186,12 @@ class Announcer:
         publishers: Sequence[Publisher],
         *,
         on_report: Callable[[AnnounceReport], None] = lambda _report: None,
+        paused: Callable[[], bool] = lambda: False,
         period: float = defaults.ANNOUNCE_PERIOD_SECONDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.offer = offer
+        self._paused = paused
         self.dialable = True
         self.wanted = ServerState.OFFLINE
         self._publishers = tuple(publishers)
@@ -210,13 +213,16 @@ class Announcer:
             await self.announce(self.wanted)
 
     async def announce(self, state: ServerState) -> list[AnnounceReport]:
-        """Store the records with ``state`` now and keep renewing them so; OFFLINE instead while not dialable.
+        """Store the records with ``state`` now and keep renewing them so; OFFLINE instead while not dialable
+        or paused.
 
         All networks at once. Nothing is stored to withdraw records that never were: no report then. Returns once every
         node asked has answered or failed. Never raises for peers. Cancelled: some may have been stored.
         """
         self.wanted = state
-        if not self.dialable:
+        if self._paused():
+            state = ServerState.OFFLINE
+        elif not self.dialable:
             log.warning("blocks are not announced: nobody can dial this node")
             state = ServerState.OFFLINE
         if state is ServerState.OFFLINE and not self._announced:

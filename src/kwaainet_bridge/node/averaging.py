@@ -54,10 +54,18 @@ class AveragingService:
         self._allowed = None if config.peers is None else frozenset(map(PeerId.parse, config.peers))
 
     async def run(self) -> None:
-        """Help until cancelled; members of groups that are averaging then lose this node's share."""
-        async with trio.open_nursery() as nursery:
-            for run in self.runs:
-                nursery.start_soon(self._help, run)
+        """Help until cancelled, but while the node is paused.
+
+        Members of groups that are averaging when that begins, or when it is cancelled, lose this node's share.
+        """
+        pausing = self._state.pausing
+        while True:
+            await pausing.wait_until(asked=False)
+            async with trio.open_nursery() as nursery:
+                for run in self.runs:
+                    nursery.start_soon(self._help, run)
+                await pausing.wait_until(asked=True)
+                nursery.cancel_scope.cancel()
 
     async def _help(self, run: AveragingRun) -> None:
         tensors = await self._tensors_of(run)

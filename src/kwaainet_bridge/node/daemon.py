@@ -14,9 +14,12 @@ import trio
 from kwaainet_bridge import __version__, defaults
 from kwaainet_bridge.config import LimitsConfig, NodeConfig
 from kwaainet_bridge.net import HostConfig, Libp2pHost, open_host
+from kwaainet_bridge.net.admission import Admission
+from kwaainet_bridge.net.bootstrap import parse_bootstrap_addresses
 from kwaainet_bridge.net.identity import Identity, load_identity
 from kwaainet_bridge.net.limits import Limits
 from kwaainet_bridge.node.admin.server import open_admin
+from kwaainet_bridge.node.control import Control
 from kwaainet_bridge.node.descriptors import affordable_connections
 from kwaainet_bridge.node.models import storage_of
 from kwaainet_bridge.node.networks import network_protocols
@@ -56,8 +59,9 @@ async def run_node(
     *,
     on_started: Callable[[Contact], None],
     on_models: Callable[[NodeModels], None] = lambda _models: None,
+    control: Control | None = None,
 ) -> None:
-    """Run a node until ``stop`` is set, then drain it.
+    """Run a node until ``stop`` is set, then drain it. ``control`` is of this configuration, state and ``stop``.
 
     ``on_started`` is called once the node listens, ``on_models`` then, with what adds and removes models. Raises
     ConfigError and its kin for what the operator must mend: an identity in use, a port taken, a model that cannot be
@@ -66,6 +70,7 @@ async def run_node(
     ends; sessions are not waited for.
     """
     log.info("starting", version=__version__)
+    control = control or Control(config, state, stop)
     work = trio.CancelScope()
     with load_identity(config.identity.path, kind=config.identity.kind) as identity:
         async with trio.open_nursery() as nursery:
@@ -73,7 +78,7 @@ async def run_node(
             # the host and the DHTs outlive the work, or the records could not be withdrawn
             with trio.CancelScope(shield=True):
                 await _run_host(
-                    config, identity, state, stop, work, on_started=on_started, on_models=on_models
+                    config, identity, state, control, work, on_started=on_started, on_models=on_models
                 )
             nursery.cancel_scope.cancel()
     state.enter(Phase.STOPPED)
@@ -93,6 +98,15 @@ def _limits(config: LimitsConfig) -> Limits:
     )
 
 
+def _admission(config: NodeConfig) -> Admission:
+    """Whoever this node itself is to dial is let in, too, unless denied."""
+    allow, networks = frozenset(map(PeerId.parse, config.peers.allow)), config.networks
+    sides = (networks.petals, networks.kwaainet)
+    known = [a for side in sides if side is not None for a in side.bootstrap] + [*config.reachability.relays]
+    own = {peer for peer, _ in parse_bootstrap_addresses(known)}
+    return Admission(allow | own if allow else None, frozenset(map(PeerId.parse, config.peers.deny)))
+
+
 async def _cancel_when_cancelled(work: trio.CancelScope) -> None:
     try:
         await trio.sleep_forever()
@@ -104,7 +118,7 @@ async def _run_host(
     config: NodeConfig,
     identity: Identity,
     state: NodeState,
-    stop: trio.Event,
+    control: Control,
     work: trio.CancelScope,
     *,
     on_started: Callable[[Contact], None],
@@ -121,17 +135,26 @@ async def _run_host(
         relays=config.reachability.relays,
     )
     async with (
-        open_admin(config.admin_address, config.admin.token_file, state, openai=config.openai.listen != "off"),
+        open_admin(
+            config.admin_address,
+            config.admin.token_file,
+            state,
+            openai=config.openai.listen != "off",
+            control=control,
+        ),
         open_host(host_config) as host,
         trio.open_nursery() as services,
     ):
         state.host = host
+        host.admit(_admission(config))
+        control.limits, control.admission = lambda changed: _limits(changed.limits), _admission
         contact = Contact(host.peer_id, host.addresses())
         log.info("listening", peer_id=str(host.peer_id), addresses=list(contact.addresses))
         on_started(contact)
         reachability = ReachabilityWatch(host, state, relay_service=config.reachability.relay_service)
         services.start_soon(reachability.run)
         services.start_soon(measure_lag, state.lag)
+        services.start_soon(control.idle.run)
         # the networks' DHTs outlive the work, or the records could not be withdrawn
         async with _networks(config, host, state, reachability) as networks:
             state.bootstrap = {network.name: network.watch for network in networks}
@@ -143,11 +166,12 @@ async def _run_host(
                 reachability=reachability,
                 drain_seconds=config.drain_seconds,
             )
+            control.models = models
             on_models(models)
             storage = partial(_storage_for, config)
             with work:
                 async with open_openai(config.openai, config.openai_models, networks, storage, state):
-                    await _work(networks, models, state, stop)
+                    await _work(networks, models, state, control.stop)
         services.cancel_scope.cancel()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 import torch
@@ -16,7 +17,7 @@ from kwaainet_bridge.engine import Engine
 from kwaainet_bridge.errors import ConfigError, EngineDied
 from kwaainet_bridge.node.memory import available_bytes, release
 from kwaainet_bridge.node.model_state import ModelState
-from kwaainet_bridge.node.phase import Phase
+from kwaainet_bridge.node.phase import Phase, of_all
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.readiness import BLOCKS
 from kwaainet_bridge.node.served import ServingNetwork
@@ -24,6 +25,9 @@ from kwaainet_bridge.node.serving import LOAD_ERRORS, ModelService
 from kwaainet_bridge.node.state import NodeState
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+_HAVE_SERVED: Final = (Phase.SERVING, Phase.PAUSED, Phase.DRAINING)
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +45,7 @@ class _Model:
     def end(self) -> None:
         """Drain it if it serves; else there is nothing to drain."""
         self.stop.set()
-        if self.state.phase not in (Phase.SERVING, Phase.DRAINING):
+        if self.state.phase not in _HAVE_SERVED:
             self.scope.cancel()
 
 
@@ -97,7 +101,7 @@ class NodeModels:
             await stop.wait()
             self._stopping = True
             joining.cancel()
-            if not self._models and self._state.phase is Phase.SERVING:
+            if not self._models and self._state.phase in _HAVE_SERVED:
                 self._state.enter(Phase.DRAINING)
             for model in self._models.values():
                 model.end()
@@ -135,6 +139,15 @@ class NodeModels:
         model.end()
         await model.gone.wait()
 
+    def rename(self, key: str, public_name: str | None) -> None:
+        """Have monitors of the networks show another name for a model, from now on; nothing happens if it has it."""
+        model = self._models.get(key)
+        if model is None or model.config.public_name == public_name:
+            return
+        model.config = model.config.model_copy(update={"public_name": public_name})
+        if model.service is not None:
+            model.service.rename(public_name)
+
     def _prepare(self, config: ModelConfig) -> _Model:
         networks = [network for network in self._networks if network.name in config.networks]
         if not networks:
@@ -151,9 +164,19 @@ class NodeModels:
         with scope:
             if join is not None:
                 await join()
-            if not self._models:
-                self._state.enter(Phase.SERVING)
+            self._rest()
             self._joined.set()
+            pausing = self._state.pausing
+            while True:
+                await pausing.wait_until(asked=not pausing.asked)
+                self._rest()
+
+    def _rest(self) -> None:
+        """Be in the phase of a node without models, if this is one: those that there are do so themselves."""
+        if not self._models:
+            reason = self._state.pausing.reason
+            facts = {} if reason is None else {"reason": reason}
+            self._state.enter(of_all((), paused=reason is not None), **facts)
 
     async def _keep(self, model: _Model) -> None:
         """Serve a model until it is to end, again and again if it fails."""
@@ -162,7 +185,7 @@ class NodeModels:
             with model.scope:
                 while not model.stop.is_set() and (error := await self._serve(model)) is not None:
                     # whoever served has shown that it can
-                    has_served = model.state.phase in (Phase.SERVING, Phase.DRAINING)
+                    has_served = model.state.phase in _HAVE_SERVED
                     failures = 1 if has_served else failures + 1
                     await self._pause(model, error, failures)
         finally:
@@ -186,6 +209,7 @@ class NodeModels:
                 load=self._load,
                 memory=self._left,
                 rng=self._rng,
+                pausing=self._state.pausing,
                 others=lambda: [other.state for other in self._models.values() if other is not model],
             )
             await model.service.run(model.stop, join=self._joined.wait)

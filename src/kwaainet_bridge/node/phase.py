@@ -16,16 +16,21 @@ class Phase(enum.StrEnum):
     BOOTSTRAPPING = "bootstrapping"
     LOADING = "loading"
     SERVING = "serving"
+    PAUSED = "paused"
     DRAINING = "draining"
     STOPPED = "stopped"
 
 
-def of_all(phases: Iterable[Phase]) -> Phase:
-    """The phase of a node whose models are in these: it serves if any of them does, or if there is none."""
+def of_all(phases: Iterable[Phase], *, paused: bool = False) -> Phase:
+    """The phase of a node whose models are in these: it serves if any of them does, or if there is none.
+
+    ``paused``: it is to take no work, which a node without models does at once.
+    """
     found = set(phases)
-    if not found or Phase.SERVING in found:
-        return Phase.SERVING
-    return Phase.DRAINING if Phase.DRAINING in found else Phase.LOADING
+    if not found:
+        return Phase.PAUSED if paused else Phase.SERVING
+    order = (Phase.SERVING, Phase.PAUSED, Phase.DRAINING)
+    return next((phase for phase in order if phase in found), Phase.LOADING)
 
 
 @dataclass(slots=True)

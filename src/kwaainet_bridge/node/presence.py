@@ -14,6 +14,7 @@ from kwaainet_bridge.hivemind.experts.throughput import Throughput
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.announcing import Announcer, AnnounceReport, Offer, Publisher
 from kwaainet_bridge.node.model_state import ModelState
+from kwaainet_bridge.node.pausing import Pausing
 from kwaainet_bridge.node.reachability import ReachabilityWatch
 from kwaainet_bridge.node.readiness import announced_in
 from kwaainet_bridge.node.served import ServingNetwork, withdraw
@@ -25,7 +26,8 @@ Others = Callable[[], Collection[ModelState]]
 class Presence:
     """Keeps the records of one model's blocks true in ``networks``. ``others`` may not have the same names there.
 
-    Nothing is written before ``joined`` returns, however often it is called: then the networks can be told.
+    Nothing is written before ``joined`` returns, however often it is called: then the networks can be told. While
+    ``pausing`` is asked for, the records say OFFLINE.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Presence:
         *,
         others: Others,
         joined: Callable[[], Awaitable[None]],
+        pausing: Pausing,
     ) -> None:
         self.publishers: list[Publisher] = []
         self.announcer: Announcer | None = None
@@ -48,6 +51,8 @@ class Presence:
         self._reachability = reachability
         self._others = others
         self._joined = joined
+        self._pausing = pausing
+        self._renamed = trio.Event()
 
     def join(self, nursery: trio.Nursery, model: ModelInfo, blocks: range) -> None:
         """Announce these as JOINING, by tasks in ``nursery`` that renew the records, too, if they are the first.
@@ -61,7 +66,9 @@ class Presence:
             return
         self.publishers = [network.publisher(self._config, model) for network in self._networks]
         self._take_names()
-        self.announcer = Announcer(offer, self.publishers, on_report=self._judge)
+        self.announcer = Announcer(
+            offer, self.publishers, on_report=self._judge, paused=lambda: self._pausing.asked
+        )
         nursery.start_soon(self._keep_announced, self.announcer, nursery)
 
     def tell_of(self, engine: Engine) -> None:
@@ -72,6 +79,13 @@ class Presence:
         if self.throughput is not None:
             self.announcer.offer.throughput = self.throughput
         self.announcer.offer.cache_tokens = lambda: engine.cache_bytes_left // engine.cache_bytes_per_token
+
+    def rename(self, public_name: str | None) -> None:
+        """Have the records tell another name for monitors, at once if there are any."""
+        self._config = self._config.model_copy(update={"public_name": public_name})
+        if self.announcer is not None:
+            self.announcer.offer.public_name = public_name
+            self._renamed.set()
 
     async def announce_online(self, *, settle: bool) -> None:
         """Announce ONLINE, after a first verdict on how this node is reached if that is to ``settle``."""
@@ -121,11 +135,26 @@ class Presence:
         if announcer.wanted is ServerState.OFFLINE:
             await announcer.announce(ServerState.JOINING)
         nursery.start_soon(announcer.run)
+        nursery.start_soon(self._follow_pausing, announcer)
+        nursery.start_soon(self._follow_name, announcer)
         while True:
             if self._take_verdict(announcer):
                 await announcer.announce(announcer.wanted)
             else:
                 await self._reachability.wait_changed()
+
+    async def _follow_pausing(self, announcer: Announcer) -> None:
+        told = False
+        while True:
+            await self._pausing.wait_until(asked=not told)
+            told = self._pausing.asked
+            await announcer.announce(announcer.wanted)
+
+    async def _follow_name(self, announcer: Announcer) -> None:
+        while True:
+            await self._renamed.wait()
+            self._renamed = trio.Event()
+            await announcer.announce(announcer.wanted)
 
     def _take_verdict(self, announcer: Announcer) -> bool:
         """Have the records say how this node is reached; whether that is new."""

@@ -52,7 +52,10 @@ def is_ready(judged: Iterable[Condition]) -> bool:
 
 def _serving(state: NodeState) -> Condition:
     seconds = state.now - state.since
-    return Condition("serving", state.phase is Phase.SERVING, f"{state.phase.value} for {seconds:.0f} s")
+    told = f"{state.phase.value} for {seconds:.0f} s"
+    if state.phase is Phase.PAUSED and state.pausing.reason is not None:
+        told += f": {state.pausing.reason}"
+    return Condition("serving", state.phase is Phase.SERVING, told)
 
 
 def _unless_degraded(of: NodeState | ModelState, name: str, otherwise: str) -> Condition:

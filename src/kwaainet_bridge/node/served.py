@@ -34,6 +34,18 @@ class BlockServer(Protocol):
         """Those that are open or about to be; times are of trio's clock."""
         ...
 
+    def pause(self) -> None:
+        """Take no new sessions and requests, until :meth:`resume`; those that run go on."""
+        ...
+
+    def resume(self) -> None:
+        """Take them again."""
+        ...
+
+    async def end_sessions(self) -> None:
+        """End those that are open, each once its running step has ended. Cancelled: some may be open."""
+        ...
+
     async def drain(self, *, timeout: float = math.inf) -> int:
         """Take no new sessions and wait for the others; how many are left after ``timeout`` seconds."""
         ...

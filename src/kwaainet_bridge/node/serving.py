@@ -26,6 +26,7 @@ from kwaainet_bridge.node.memory import available_bytes, release
 from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.models import shown, storage_of
 from kwaainet_bridge.node.moving import Placement
+from kwaainet_bridge.node.pausing import Pausing, stay_paused
 from kwaainet_bridge.node.phase import Phase
 from kwaainet_bridge.node.presence import Others, Presence
 from kwaainet_bridge.node.reachability import ReachabilityWatch
@@ -42,8 +43,8 @@ class ModelService:
     """Loads a span of blocks, serves it in these networks, and keeps their records of it true.
 
     ``drain_seconds`` is how long sessions may go on when their blocks are to go. ``load``, ``memory`` and ``rng`` are
-    what loads an engine, tells the memory that is left, and draws when to look for better blocks. ``others`` are the
-    other models of the node.
+    what loads an engine, tells the memory that is left, and draws when to look for better blocks. ``pausing`` says
+    when no work is to be taken. ``others`` are the other models of the node.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ModelService:
         load: Callable[..., Awaitable[Engine]] = Engine.load,
         memory: Callable[[str], int | None] = available_bytes,
         rng: random.Random | None = None,
+        pausing: Pausing | None = None,
         others: Others = list,
     ) -> None:
         self._config = config
@@ -68,8 +70,15 @@ class ModelService:
         self._joined = trio.Event()
         self._memory = memory
         self._placement = Placement(config, networks, state, rng=rng or random.Random(), memory=memory)
+        self._pausing = pausing or Pausing()
         self._presence = Presence(
-            config, networks, state, reachability, others=others, joined=self._joined.wait
+            config,
+            networks,
+            state,
+            reachability,
+            others=others,
+            joined=self._joined.wait,
+            pausing=self._pausing,
         )
         self._read_bytes = self._coming_bytes = 0
         self._serving: Engine | None = None
@@ -113,6 +122,10 @@ class ModelService:
                 self._weights.close()
                 nursery.cancel_scope.cancel()
 
+    def rename(self, public_name: str | None) -> None:
+        """Have the records tell another name for monitors, at once if there are any."""
+        self._presence.rename(public_name)
+
     async def _join(self, join: Callable[[], Awaitable[None]] | None) -> None:
         if join is not None:
             await join()
@@ -138,6 +151,9 @@ class ModelService:
                 await serving.enter_async_context(network.serve(self._config, engine, publisher))
                 for network, publisher in zip(self._networks, presence.publishers, strict=True)
             ]
+            if self._pausing.asked:  # what follows may take a while
+                for server in servers:
+                    server.pause()
             await presence.announce_online(settle=is_first)
             served = ServedBlocks(engine, self._state.prefixes, servers, announcer)
             try:
@@ -148,21 +164,29 @@ class ModelService:
         return None if goal is None or stop.is_set() else (goal, engine.blocks)
 
     async def _serve(self, served: ServedBlocks, stop: trio.Event) -> range | None:
-        """Stay in the phase of serving until told to stop or until other blocks are needed more; drain."""
+        """Serve, or pause, until told to stop or until other blocks are needed more; drain."""
         engine = served.engine
         self._state.served, self._state.coming = served, None
         self._state.recover(BLOCKS)
-        self._state.enter(
-            Phase.SERVING,
-            blocks=shown(engine.blocks),
-            model_blocks=engine.model.num_blocks,
-            prefix=", ".join(dict.fromkeys(served.prefixes.values())),
-        )
+        facts = {
+            "blocks": shown(engine.blocks),
+            "model_blocks": engine.model.num_blocks,
+            "prefix": ", ".join(dict.fromkeys(served.prefixes.values())),
+        }
         async with trio.open_nursery() as watching:
             watching.start_soon(watch_engine, engine.check, self._state)
-            goal = await self._wait_for_goal(served, stop)
-            facts = {} if goal is None else {"moves_to": shown(goal)}
-            self._state.enter(Phase.DRAINING, sessions=served.open_sessions, **facts)
+            goal: range | None = None
+            while goal is None and not stop.is_set():
+                if self._pausing.asked:
+                    await self._drop_loaded()
+                    await stay_paused(served, self._state, self._pausing, stop, **facts)
+                else:
+                    for server in served.servers:
+                        server.resume()
+                    self._state.enter(Phase.SERVING, **facts)
+                    goal = await self._wait_for_goal(served, stop)
+            moves = {} if goal is None else {"moves_to": shown(goal)}
+            self._state.enter(Phase.DRAINING, sessions=served.open_sessions, **moves)
             await served.drain(self._drain_seconds)
             watching.cancel_scope.cancel()
         return goal
@@ -170,9 +194,9 @@ class ModelService:
     # --- moving
 
     async def _wait_for_goal(self, served: ServedBlocks, stop: trio.Event) -> range | None:
-        """The blocks to move to, loaded if there is room for both; None once told to stop."""
+        """The blocks to move to, loaded if there is room for both; None once told to stop or to pause."""
         if not self._placement.may_change(served.engine.blocks, served.engine.model):
-            await stop.wait()
+            await self._pausing.wait_asked_or(stop)
             return None
         goal: range | None = None
         async with trio.open_nursery() as nursery:
@@ -183,7 +207,7 @@ class ModelService:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(look)
-            await stop.wait()
+            await self._pausing.wait_asked_or(stop)
             nursery.cancel_scope.cancel()
         return goal
 

@@ -15,6 +15,7 @@ from kwaainet_bridge.hivemind.averaging import Status
 from kwaainet_bridge.net.reachability import Verdict
 from kwaainet_bridge.node.events import Event, Events
 from kwaainet_bridge.node.model_state import ModelState
+from kwaainet_bridge.node.pausing import Pausing
 from kwaainet_bridge.node.phase import Phase, of_all
 from kwaainet_bridge.wire.peer_id import PeerId
 
@@ -42,8 +43,9 @@ class NodeState:
     each run that it helps, by its name. ``host`` and the watches of ``bootstrap``, by network, are there as long as
     they live; they are asked, not copied, when somebody wants to know. ``lag`` is how late the event loop was.
     ``surveys`` read, by network, which servers have which blocks; that asks other peers. ``events`` is what happened
-    lately. ``openai`` is the OpenAI endpoint while there is one, ``texts`` are the models with which it generates text.
-    ``logs`` keeps the newest records of the process' log, where that is wanted.
+    lately. ``pausing`` says whether the node is to take no work. ``openai`` is the OpenAI endpoint while there is one,
+    ``texts`` are the models with which it generates text. ``logs`` keeps the newest records of the process' log, where
+    that is wanted.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class NodeState:
         self.surveys: dict[str, Callable[[], Awaitable[Sequence[SurveyedModel]]]] = {}
         self._changed = trio.Event()
         self.phase = Phase.STARTING
+        self.pausing = Pausing()
+        self.reloads_begun = self.reloads_ended = 0
         self.began = self.since = clock()
         self.facts: dict[str, object] = {}
         self.degraded: dict[str, str] = {}
@@ -122,7 +126,7 @@ class NodeState:
         self._follow(facts)
 
     def _follow(self, facts: dict[str, object]) -> None:
-        phase = of_all(model.phase for model in self.models.values())
+        phase = of_all((model.phase for model in self.models.values()), paused=self.pausing.asked)
         if phase is self.phase:
             self.notify()
         else:

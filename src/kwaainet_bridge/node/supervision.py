@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import structlog
@@ -26,12 +27,18 @@ _MICROSECONDS: Final = 1_000_000
 
 
 async def tell_supervisor(
-    state: NodeState, stop: trio.Event, *, environ: Mapping[str, str] = os.environ, pid: int | None = None
+    state: NodeState,
+    stop: trio.Event,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    pid: int | None = None,
+    monotonic_ns: Callable[[], int] = time.monotonic_ns,
 ) -> None:
     """Tell the service manager how the node is, until cancelled; return at once where there is none to be told.
 
     READY once the node serves, or listens if it has no blocks to serve. While it starts and while it drains, that the
     manager should wait on: a download takes hours, and how long sessions may go on is for the configuration to say.
+    RELOADING while the configuration is read anew.
     The watchdog hears of it while the event loop turns and the engine computes; then it need not be restarted.
     A manager that cannot be told is logged, and costs the node nothing.
     """
@@ -47,7 +54,7 @@ async def tell_supervisor(
         manager = _Manager(sock, f"\0{name[1:]}" if name[0] == "@" else name)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_tell_status, manager, state)
-            nursery.start_soon(_tell_ready, manager, state)
+            nursery.start_soon(_tell_ready, manager, state, monotonic_ns)
             nursery.start_soon(_tell_stopping, manager, stop)
             nursery.start_soon(_ask_to_wait, manager, state, stop)
             watchdog = _watchdog_seconds(environ, os.getpid() if pid is None else pid)
@@ -93,7 +100,7 @@ def _watchdog_seconds(environ: Mapping[str, str], pid: int) -> float | None:
 
 
 def _is_up(state: NodeState) -> bool:
-    if state.phase is Phase.SERVING:
+    if state.phase in (Phase.SERVING, Phase.PAUSED):
         return True
     # its networks are still being joined, but who wants to join through it can
     return state.phase is Phase.BOOTSTRAPPING and not state.announces
@@ -104,10 +111,21 @@ def _is_working(state: NodeState) -> bool:
     return not state.models or any(ENGINE not in model.degraded for model in state.models.values())
 
 
-async def _tell_ready(manager: _Manager, state: NodeState) -> None:
+async def _tell_ready(manager: _Manager, state: NodeState, monotonic_ns: Callable[[], int]) -> None:
     while not _is_up(state):
         await state.wait_changed()
+    # a reload until then was part of the start
+    begun, ended = state.reloads_begun, state.reloads_ended
     await manager.tell(READY="1")
+    while True:
+        if state.reloads_begun > begun:
+            begun += 1
+            await manager.tell(RELOADING="1", MONOTONIC_USEC=str(monotonic_ns() // 1000))
+        elif state.reloads_ended > ended:
+            ended += 1
+            await manager.tell(READY="1")
+        else:
+            await state.wait_changed()
 
 
 async def _tell_stopping(manager: _Manager, stop: trio.Event) -> None:

@@ -52,6 +52,8 @@ class LiveSession:
     began: float
     session: Session | None = None
     idle_since: float | None = None
+    ended_for: str | None = None
+    """Why this server ends it, once it does."""
     steps_done: OrderedDict[str, None] = field(default_factory=OrderedDict)
     limit: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -95,9 +97,10 @@ class InferenceService:
         self._clock = clock
         self._changed = trio.Event()
         self._open: set[LiveSession] = set()
-        self._cut = False
         self.accepting = True
         """Whether new sessions are taken; running ones go on either way."""
+        self.paused = False
+        """Whether none are for now."""
 
     @property
     def open_sessions(self) -> int:
@@ -109,8 +112,13 @@ class InferenceService:
 
     async def cut_off(self) -> None:
         """Take no new sessions and end those that are open, each once its running step has ended."""
-        self.accepting, self._cut = False, True
+        self.accepting = False
+        await self.end_sessions("this server serves these blocks no longer")
+
+    async def end_sessions(self, why: str) -> None:
+        """End those that are open, each once its running step has ended; their clients are told ``why``."""
         for live in self._open:
+            live.ended_for = why
             live.limit.cancel()
         await self.wait_idle()
 
@@ -129,6 +137,8 @@ class InferenceService:
         with self._refusals_counted():
             if not self.accepting:
                 raise Refusal("this server is shutting down and takes no new sessions")
+            if self.paused:
+                raise Refusal("this server is paused by its operator and takes no new sessions")
             serving = self._serve(call, first)
             del first  # the session may outlive it by half an hour
             await serving
@@ -172,8 +182,8 @@ class InferenceService:
         except (InvalidRequest, AllocationFailed) as e:
             raise as_refusal(e) from e
         if live.limit.cancelled_caught:
-            if self._cut:
-                raise Refusal("this server serves these blocks no longer")
+            if live.ended_for is not None:
+                raise Refusal(live.ended_for)
             raise Refusal(
                 f"the session lasted longer than {defaults.SESSION_TIMEOUT_SECONDS:g} s", kind="TimeoutError"
             )

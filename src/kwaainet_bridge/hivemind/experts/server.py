@@ -68,6 +68,18 @@ class ExpertServer:
             self._quiet.set()
             self._quiet = trio.Event()
 
+    def pause(self) -> None:
+        """Take no new sessions and no forward and backward requests; those that run go on."""
+        self.inference.paused = self.stateless.paused = True
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        self.inference.paused = self.stateless.paused = False
+
+    async def end_sessions(self) -> None:
+        """End those that are open, each once its running step has ended, and wait for that."""
+        await self.inference.end_sessions("this server is paused by its operator: go on with another one")
+
     async def drain(self, *, timeout: float = math.inf) -> int:
         """Take no new sessions; wait up to ``timeout`` seconds for the running ones and for all requests.
 

@@ -46,6 +46,8 @@ class StatelessService:
         self._shares: dict[PeerId, trio.CapacityLimiter] = {}
         self._under_way = 0
         self._idle = trio.Event()
+        self.paused = False
+        """Whether forward and backward requests are refused for now."""
 
     async def wait_idle(self) -> None:
         """Return once no forward or backward request is under way."""
@@ -135,6 +137,9 @@ class StatelessService:
 
         A peer has a share of the places, so that one that sends slowly cannot keep all others waiting.
         """
+        if self.paused:
+            self._counts.refused += 1
+            raise Refusal("this server is paused by its operator and takes no requests")
         self._under_way += 1
         share = self._shares.setdefault(peer, trio.CapacityLimiter(defaults.MAX_TRAINING_REQUESTS_PER_PEER))
         try:

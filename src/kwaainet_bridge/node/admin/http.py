@@ -9,15 +9,19 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from kwaainet_bridge.node.admin.chat import chat_route
+from kwaainet_bridge.node.admin.control import control_routes
 from kwaainet_bridge.node.admin.dashboard import dashboard_routes
 from kwaainet_bridge.node.admin.metrics import CONTENT_TYPE, exposition
 from kwaainet_bridge.node.admin.status import status_of
 from kwaainet_bridge.node.admin.views import view_routes
+from kwaainet_bridge.node.control import Control
 from kwaainet_bridge.node.readiness import conditions, is_ready
 from kwaainet_bridge.node.state import NodeState
 
 
-def make_app(state: NodeState, nursery: trio.Nursery, *, openai: bool, has_token: bool) -> Starlette:
+def make_app(
+    state: NodeState, nursery: trio.Nursery, *, openai: bool, has_token: bool, control: Control | None = None
+) -> Starlette:
     """The routes. ``state`` is read when somebody asks; what a page needs from other peers is read in ``nursery``.
 
     ``openai``: the configuration wants an OpenAI endpoint, which pages may use here, too; with its token, unless
@@ -51,6 +55,7 @@ def make_app(state: NodeState, nursery: trio.Nursery, *, openai: bool, has_token
             Route("/metrics", metrics),
             Route("/api/status", status),
             *view_routes(state),
+            *control_routes(control, state),
             *dashboard_routes(state, nursery),
             chat_route(state, on=openai, has_token=has_token),
         ]

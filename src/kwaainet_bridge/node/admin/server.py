@@ -11,6 +11,7 @@ import structlog
 import trio
 
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress
+from kwaainet_bridge.node.control import Control
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.node.web.server import WebServer
 from kwaainet_bridge.node.web.sockets import listening
@@ -26,6 +27,7 @@ async def open_admin(
     state: NodeState,
     *,
     openai: bool = False,
+    control: Control | None = None,
 ) -> AsyncIterator[None]:
     """Serve ``state`` at ``address`` within the block; nothing if that is None.
 
@@ -51,7 +53,7 @@ async def open_admin(
                 open_paths = ("/livez", *STATIC_PATHS)
                 access = Access(token, "admin.token_file", open_paths, local_names_only=host_check)
                 # a page listens for hours without a word; the one route that reads bodies bounds that itself
-                app = make_app(state, nursery, openai=openai, has_token=token is not None)
+                app = make_app(state, nursery, openai=openai, has_token=token is not None, control=control)
                 return make_handler(app, access, silent_seconds=None)
 
             nursery.start_soon(WebServer(bound, make, name="admin").run)

@@ -27,6 +27,7 @@ def status_of(state: NodeState) -> dict[str, Any]:
         "addresses": [] if state.host is None else list(state.host.addresses()),
         "uptime_seconds": seconds(state.now - state.began),
         "phase": {"name": state.phase.value, "seconds": seconds(state.now - state.since)},
+        "paused": state.pausing.reason,
         "ready": is_ready(judged),
         "conditions": [
             {"name": c.name, "model": c.model, "met": c.met, "reason": text(c.reason)} for c in judged
