@@ -205,16 +205,16 @@ def section_of_page(key: str) -> str:
 
 def written(page: str) -> str:
     """The page with its tables and lists of presets made anew; everything else stays."""
-    marks = TABLE.findall(page)
-    if missing := {section_of_page(key) for key, _, _ in keys(NodeConfig)} - set(marks):
-        raise CannotWrite(
-            f"{PAGE.name} has no table for {', '.join(sorted(missing))}: add <!-- keys: … --> and <!-- end -->"
-        )
     presets = "\n".join(
         f"`{name}`:\n\n" + "".join(f"- `{address}`\n" for address in addresses)
         for name, addresses in PRESETS.items()
     )
     page = TABLE.sub(lambda mark: f"<!-- keys: {mark[1]} -->\n{table(mark[1])}<!-- end -->\n", page)
+    marks = TABLE.findall(page)
+    if missing := {section_of_page(key) for key, _, _ in keys(NodeConfig)} - set(marks):
+        raise CannotWrite(
+            f"{PAGE.name} has no table for {', '.join(sorted(missing))}: add <!-- keys: … --> and <!-- end -->"
+        )
     return PRESET_LISTS.sub(lambda _: f"<!-- presets -->\n{presets}<!-- end -->\n", page)
 
 
