@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import structlog
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress
 from kwaainet_bridge.node.admin.server import open_admin
+from kwaainet_bridge.node.log_ring import LogRing
+from kwaainet_bridge.node.logs import configure_logging
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.node.web.sockets import reachable
 
@@ -41,6 +46,22 @@ async def served(address, *, token_file=None, state=None, openai=False) -> Async
     state = state or NodeState()
     async with open_admin(address, token_file, state, openai=openai):
         yield state
+
+
+@contextmanager
+def logging_to(ring: LogRing, level: str = "debug") -> Iterator[None]:
+    """This process' log goes to the ring alone; afterwards all is as it was."""
+    root = logging.getLogger()
+    handlers, before = root.handlers[:], root.level
+    configure_logging(level, "json", stream=io.StringIO(), ring=ring)
+    structlog.configure(cache_logger_on_first_use=False)  # or modules' loggers would stay so
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(before)
+        logging.getLogger("kwaainet_bridge").setLevel(logging.NOTSET)
+        structlog.reset_defaults()
 
 
 def free_port() -> int:

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import threading
+from contextlib import ExitStack
 
 import pytest
 import structlog
+from admin_support import logging_to
 from node_support import node_config
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.node.log_ring import LEVELS, LogRing
-from kwaainet_bridge.node.logs import configure_logging, log_ring
+from kwaainet_bridge.node.logs import log_ring
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
-def restored():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("kwaainet_bridge").setLevel(logging.NOTSET)
-    structlog.reset_defaults()
-
-
-@pytest.fixture
-def kept(restored):
+def kept():
     """A ring to which the log goes, and a logger of each kind."""
+    with ExitStack() as stack:
 
-    def make(level: str = "debug", **options):
-        ring = LogRing(**options)
-        configure_logging(level, "json", stream=io.StringIO(), ring=ring)
-        return ring, structlog.get_logger("kwaainet_bridge.node"), logging.getLogger("kwaainet_bridge.net")
+        def make(level: str = "debug", **options):
+            ring = LogRing(**options)
+            stack.enter_context(logging_to(ring, level))
+            return (
+                ring,
+                structlog.get_logger("kwaainet_bridge.node"),
+                logging.getLogger("kwaainet_bridge.net"),
+            )
 
-    return make
+        yield make
 
 
 def fail(text: str) -> None:
@@ -160,15 +155,15 @@ def test_secrets_in_a_traceback_are_not_kept(kept):
     assert "wrong token ***" in records(ring)[0]["exception"]
 
 
-def test_tokens_of_the_configuration_and_the_environment_are_known(tmp_path, monkeypatch, restored):
+def test_tokens_of_the_configuration_and_the_environment_are_known(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-the-hub")
     file = tmp_path / "token"
     file.write_text(SECRET)
     file.chmod(0o600)
     openai = {"listen": "127.0.0.1:1", "token_file": "token", "models": ["austen"]}
     ring = log_ring(node_config(tmp_path, "node", openai=openai))
-    configure_logging("info", "json", stream=io.StringIO(), ring=ring)
-    logging.getLogger("kwaainet_bridge.x").info("%s and a-token-of-the-hub", SECRET)
+    with logging_to(ring):
+        logging.getLogger("kwaainet_bridge.x").info("%s and a-token-of-the-hub", SECRET)
     assert records(ring)[0]["event"] == "*** and ***"
     file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"admin\.token_file.*chmod 600"):

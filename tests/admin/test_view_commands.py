@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-import structlog
 import torch
 import trio
-from admin_support import free_port
+from admin_support import free_port, logging_to
 from node_support import NOWHERE, PREFIX, node_config, running_node
 from typer.testing import CliRunner
 
@@ -29,7 +28,6 @@ from kwaainet_bridge.errors import ConfigError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.client import Directory, Swarm, open_session
 from kwaainet_bridge.hivemind.peer import open_peer
 from kwaainet_bridge.node.log_ring import LogRing
-from kwaainet_bridge.node.logs import configure_logging
 
 log = logging.getLogger("kwaainet_bridge.tests")
 OPTIONS = {"level": "debug", "last": 200, "follow": False, "as_json": False}
@@ -38,15 +36,9 @@ OPTIONS = {"level": "debug", "last": 200, "follow": False, "as_json": False}
 @pytest.fixture
 def logged():
     """A ring that has this process' log, and nothing else has it."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     ring = LogRing()
-    configure_logging("debug", "json", stream=io.StringIO(), ring=ring)
-    yield ring
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("kwaainet_bridge").setLevel(logging.NOTSET)
-    structlog.reset_defaults()
+    with logging_to(ring):
+        yield ring
 
 
 async def shown(capsys, show, *arguments, **options) -> str:

@@ -24,6 +24,7 @@ from kwaainet_bridge.hivemind.peer import open_peer
 from kwaainet_bridge.kwaai.client import KwaaiClient
 from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.node.admin.views import blocks_view, sessions_view
+from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.readiness import BLOCKS
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.wire import msgpack
@@ -343,16 +344,19 @@ async def test_blocks_that_are_served_are_in_the_phase_of_their_model(phase):
     assert row["tensor_parallel"] == 2
 
 
-async def test_loading_tells_which_blocks_come_and_a_model_that_fails_tells_why(tmp_path):
-    seen = []
-    config = node_config(tmp_path, "node", blocks="2:5")
-    async with running_node(config) as node:
+async def test_loading_tells_which_blocks_come(tmp_path, monkeypatch):
+    seen, note = [], ModelState.note_loading
+
+    def noted(model: ModelState, progress: LoadProgress) -> None:
+        note(model, progress)
+        seen.append((progress.blocks_done, model.coming))
+
+    monkeypatch.setattr(ModelState, "note_loading", noted)
+    async with running_node(node_config(tmp_path, "node", blocks="2:5")) as node:
+        await node.serving()
         model = next(iter(node.state.models.values()))
-        while model.phase is not Phase.SERVING:
-            seen.append(model.coming)
-            with trio.move_on_after(0.02):
-                await node.state.wait_changed()
-        assert range(2, 5) in seen
+        assert {done for done, _ in seen} == {0, 1, 2, 3}
+        assert all(coming == range(2, 5) for _, coming in seen)
         assert model.coming is None
         assert [row["block"] for row in blocks_view(node.state)["blocks"]] == [2, 3, 4]
         assert sessions_view(node.state)["total"] == 0

@@ -7,14 +7,12 @@ import logging
 from contextlib import asynccontextmanager
 
 import pytest
-import structlog
 import trio
-from admin_support import asking, free_port, served, until
+from admin_support import asking, free_port, logging_to, served, until
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress
 from kwaainet_bridge.node.log_ring import LogRing
-from kwaainet_bridge.node.logs import configure_logging
 from kwaainet_bridge.node.state import NodeState
 
 log = logging.getLogger("kwaainet_bridge.tests")
@@ -23,18 +21,13 @@ log = logging.getLogger("kwaainet_bridge.tests")
 @pytest.fixture
 async def kept():
     """A node's state whose ring has this process' log."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     state = NodeState()
     state.logs = LogRing()
-    configure_logging("debug", "json", ring=state.logs)
-    logging.getLogger("kwaainet_bridge.node").setLevel("ERROR")  # of the admin side itself
-    yield state
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("kwaainet_bridge").setLevel(logging.NOTSET)
-    logging.getLogger("kwaainet_bridge.node").setLevel(logging.NOTSET)
-    structlog.reset_defaults()
+    own = logging.getLogger("kwaainet_bridge.node")
+    own.setLevel("ERROR")  # what the admin side itself logs is none of these tests' business
+    with logging_to(state.logs):
+        yield state
+    own.setLevel(logging.NOTSET)
 
 
 @asynccontextmanager
