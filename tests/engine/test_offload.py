@@ -71,9 +71,10 @@ async def test_the_longest_idle_leaves_and_comes_back_as_it_was(
         close(await one.step(hidden[:2, 31:]), expected[:2, 31:])
         close(await two.step(hidden[2:, 31:]), expected[2:, 31:])
         assert host_bytes(engine) == 0
+        offload = engine._room.offload
     assert engine.cache_bytes_left == engine.cache_bytes_total
-    assert engine._room.offload is not None
-    assert not engine._room.offload.holdings
+    assert offload is not None
+    assert not offload.holdings
 
 
 async def test_nobody_leaves_while_there_is_room_or_before_its_time(

@@ -102,3 +102,26 @@ async def test_a_session_that_lasts_too_long_is_told_so(
         await call.receive(timeout=10)
         with pytest.raises(HandlerError, match=r"lasted longer than 0\.3 s"):
             await call.receive(timeout=10)
+
+
+async def test_a_request_that_is_still_being_sent_keeps_no_weights_in_memory(
+    hosts: tuple[MemoryHost, MemoryHost],
+) -> None:
+    """The next blocks may need the room, and a peer may take three minutes for its request."""
+    host, caller = hosts
+    client = RpcClient(caller)
+    async with AsyncExitStack() as stack:
+        async with serving(host, range(2), ServingCounts()) as server:
+            stream = client.stream(SERVER, methods.RPC_FORWARD_STREAM, open_timeout=5)
+            call = await stack.enter_async_context(stream)
+            await call.send(step(0))
+            await trio.testing.wait_all_tasks_blocked()
+            engine = server.span.engine
+            held = [weakref.ref(engine._span), weakref.ref(engine._room.prefixes)]
+            assert all(each() is not None for each in held)
+        del server, engine
+        gc.collect()
+        assert [each() for each in held] == [None, None]
+        await call.end()
+        with pytest.raises(HandlerError):
+            await call.receive(timeout=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Hashable
 from contextlib import ExitStack, asynccontextmanager, closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -24,10 +25,12 @@ from kwaainet_bridge.engine.prefix import PrefixCache, PrefixUse
 from kwaainet_bridge.engine.requests import check_batch_tokens, check_blocks, check_hidden, check_prompts
 from kwaainet_bridge.engine.session import Session
 from kwaainet_bridge.engine.weights.cache import WeightCache, cache_of
-from kwaainet_bridge.errors import AllocationFailed, InvalidRequest
+from kwaainet_bridge.errors import AllocationFailed, EngineError, InvalidRequest
 
 if TYPE_CHECKING:
+    from kwaainet_bridge.engine.parallel import LeadingRunner
     from kwaainet_bridge.engine.runner import Runner
+    from kwaainet_bridge.engine.span import Span
 
 
 class Engine:
@@ -68,10 +71,8 @@ class Engine:
         """The same of all."""
         self.tensor_parallel = config.tensor_parallel
         """How many processes share each block."""
-        self._span = span
-        self._runner = loaded.runner
         self._compute = loaded.compute
-        self._loaded = loaded
+        self._loaded: LoadedSpan | None = loaded
         self._files = files
 
     @classmethod
@@ -169,7 +170,7 @@ class Engine:
         def refusal(when: str) -> str:
             return f"Could not allocate {num_bytes} bytes {when}: out of memory"
 
-        room = self._room
+        room, runner = self._room, self._runner
         if batch_size * pages_for(max(1, max_length)) > room.budget.pages:
             raise AllocationFailed(refusal("immediately"))
         promised = batch_size * pages_for(max(1, min(max_length, defaults.CACHE_PROMISE_TOKENS)))
@@ -177,7 +178,7 @@ class Engine:
             await room.offload.make_room(room.budget, room.inner(blocks), promised)
         await room.budget.take(room.inner(blocks), promised, timeout=timeout, refusal=refusal)
         session = Session(
-            self._runner,
+            runner,
             self._compute,
             room,
             blocks,
@@ -209,9 +210,10 @@ class Engine:
         """
         self._check_adapter(adapter)
         prompts = self._check_batch(hidden, blocks, prompts)
+        runner = self._runner
 
         def pieces(_contended: object) -> Generator[None, None, torch.Tensor]:
-            return self._runner.forward(hidden.detach(), blocks, prompts, adapter)
+            return runner.forward(hidden.detach(), blocks, prompts, adapter)
 
         output: torch.Tensor = await self._compute.run(Pieces(pieces, peer), Priority.BATCH)
         return output
@@ -242,9 +244,10 @@ class Engine:
             raise InvalidRequest(
                 f"gradients of the outputs must be {list(hidden.shape)}, got {list(grad_output.shape)}"
             )
+        runner = self._runner
 
         def pieces(_contended: object) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
-            return self._runner.backward(hidden.detach(), grad_output.detach(), blocks, prompts, adapter)
+            return runner.backward(hidden.detach(), grad_output.detach(), blocks, prompts, adapter)
 
         grads: tuple[torch.Tensor, torch.Tensor | None] = await self._compute.run(
             Pieces(pieces, peer), Priority.BATCH
@@ -262,10 +265,26 @@ class Engine:
     async def aclose(self) -> None:
         """Stop computing: waiting work fails with EngineError, the running piece ends, the thread is joined.
 
-        Not cancellable for as long as that piece takes. Open sessions stay accounted for until they are left.
+        Not cancellable for as long as that piece takes. Once open sessions are left, too, the memory is free, whoever
+        still has the engine: a request that is being received, say.
         """
-        await self._loaded.aclose()
-        self._files.close()
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            await loaded.aclose()
+            self._compute.merged = None
+            self._room = replace(self._room, prefixes=None, offload=None)
+            self._files.close()
+
+    @property
+    def _runner(self) -> Runner | LeadingRunner:
+        if self._loaded is None:
+            raise EngineError("the engine is closed")
+        return self._loaded.runner
+
+    @property
+    def _span(self) -> Span:
+        assert self._loaded is not None
+        return self._loaded.span
 
     def _check_adapter(self, adapter: str | None) -> None:
         if adapter is not None and adapter not in self.adapters:
