@@ -38,6 +38,8 @@ KINDS = {
     "averaging.runs.prefix": "text without a dot",
     "averaging.runs.group_bits": "zeros and ones",
     "averaging.peers": "list of peer ids",
+    "peers.allow": "list of peer ids",
+    "peers.deny": "list of peer ids",
     "admin.listen": "`unix`, `unix:<path>`, `<IP address>:<port>` or `off`",
     "openai.listen": "`<IP address>:<port>`, `unix:<path>` or `off`",
 }

@@ -425,6 +425,7 @@ def test_every_condition_has_a_remedy_of_its_own():
         "bootstrap petals",
         "announced kwaainet",
         "averaging run {x}",
+        "idle",
     ]
     told = [remedy_of(name) for name in names]
     assert len(set(told)) == len(names)

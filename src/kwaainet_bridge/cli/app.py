@@ -176,7 +176,7 @@ def config_check(path: Annotated[Path, typer.Argument(help="Configuration file."
 
 @config_app.command("migrate")
 def config_migrate(
-    path: Annotated[Path, typer.Argument(help="Configuration file.", metavar="FILE")],
+    path: Annotated[Path, typer.Argument(help="Configuration file.")],
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit code 1 if the file has an older layout.")
     ] = False,

@@ -33,8 +33,7 @@ class NodeConfig(Section):
     """A whole node."""
 
     version: Annotated[int, Field(ge=1)] = layouts.present()
-    """Layout of the file. There has been one so far; ``kwaainet-bridge config migrate`` will lead from older to newer
-    ones."""
+    """Layout of the file. There has been one so far; ``config migrate`` will lead from older to newer ones."""
     identity: IdentityConfig = IdentityConfig()
     listen: ListenAddresses = defaults.LISTEN_ADDRESSES
     """Where to listen: ``/ip4/<address>/tcp/<port>`` or ``/ip6/…``. Port 0 takes any free one. An empty list

@@ -41,6 +41,9 @@ _REMEDIES: Final = {
         "See what the peers answered; if none was asked, name a peer that is up in networks.{rest}.bootstrap. "
         "It is tried again every 2 minutes."
     ),
+    "idle": (
+        "See what the driver says; with idle.watch: off the node does not look. It is tried again every 5 seconds."
+    ),
     "averaging": (
         "See that a peer of the run {rest} is up and shares its state, and that the prefix of the run is the one "
         "it uses. It is tried again by itself."
