@@ -62,6 +62,19 @@ async def test_every_compression_over_hosts(compression):
         assert server._exchange.memory.used == 0
 
 
+async def test_tensors_are_taken_again_once_other_blocks_are_served():
+    """A node that moves drains what it served before."""
+    values = {"a": torch.randn(3)}
+    async with two_hosts() as (pair, inbox, server):
+        async with server.serving(object()):
+            await server.drain()
+            with pytest.raises(TensorRefused, match="the node stops"):
+                await send_tensors(pair.client_host, pair.peer, values, timeout=30)
+        async with server.serving(object()):
+            await send_tensors(pair.client_host, pair.peer, values, timeout=30)
+        assert list(inbox.names) == ["a"]
+
+
 async def test_bfloat16_scalars_and_refusals_over_hosts():
     values = torch.randn(3, 100_000).to(torch.bfloat16)
     async with (
