@@ -354,10 +354,14 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=ROOT / "build" / "soak", help="folder of logs and the report"
     )
+    parser.add_argument(
+        "--kill-every", type=float, default=60.0, help="seconds that a client lives (default: %(default)s)"
+    )
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    report = trio.run(soak_node, work, StockEnvironment.find(work), options.minutes * 60)
+    stock = StockEnvironment.find(work)
+    report = trio.run(partial(soak_node, work, stock, options.minutes * 60, kill_every=options.kill_every))
     (work / "soak.json").write_text(json.dumps(report, indent=1))
     del report["samples"]
     print(json.dumps(report, indent=1))

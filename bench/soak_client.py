@@ -25,6 +25,15 @@ CLOSE_ENOUGH = 1e-3
 """Relative error of passes and gradients."""
 
 
+def _through_blocks(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What enters the final norm, with its graph."""
+    caught: list[torch.Tensor] = []
+    hook = model.norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    model(inputs_embeds=hidden)
+    hook.remove()
+    return caught[0]
+
+
 class SoakCommands(Commands):
     """What :class:`Commands` can, and load of all kinds."""
 
@@ -39,7 +48,7 @@ class SoakCommands(Commands):
         for tokens in PASS_TOKENS:
             hidden = models.local.model.embed_tokens(torch.randint(3, 200, (1, tokens))).detach()
             inputs = hidden.clone().requires_grad_()
-            output = self._local_blocks(models, inputs)
+            output = _through_blocks(models.local.model, inputs)
             (gradient,) = torch.autograd.grad(output.square().sum(), inputs)
             self._passes.append((hidden, output.detach(), gradient))
 

@@ -282,6 +282,10 @@ class Driver(Process):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(GRACE_SECONDS)
         self.kill()
+
+    def kill(self) -> None:
+        """As above; its log is closed."""
+        super().kill()
         self._errors.close()
 
 
