@@ -99,8 +99,13 @@ class AdminClient:
             raise RemoteError(f"what answers at {self.where} is no node: {answer.text[:100]!r}") from e
         if answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY and isinstance(value, dict):
             raise ConfigError(str(value.get("error")))
+        if answer.status_code == httpx.codes.CONFLICT and isinstance(value, dict):
+            raise RemoteError(str(value.get("error")))
         if not answer.is_success or not isinstance(value, dict):
-            raise RemoteError(f"what answers at {self.where} is no node: HTTP {answer.status_code}")
+            raise RemoteError(
+                f"what answers at {self.where} is no node: HTTP {answer.status_code}; one of an older "
+                "version knows fewer commands"
+            )
         return value
 
 

@@ -9,31 +9,32 @@ from typing import Any
 import typer
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.cli.admin_client import AdminClient, asking
+from kwaainet_bridge.cli.admin_client import asking
 from kwaainet_bridge.cli.printing import counted
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import NetworkError
 
 
 def drain(config: NodeConfig, *, wait: bool, as_json: bool) -> None:
-    """Have the node drain and end; with ``wait`` return once it has. Raises what :class:`.AdminClient` raises."""
+    """Have the node drain and end; with ``wait`` return once it has. Raises what asking a node raises."""
     with asking(config) as node:
         before = node.get("/api/status")
         answer = node.post("/api/drain")
         sessions = counted(answer["sessions"], "session")
         _tell(answer, f"drains: {sessions}, {answer['drain_seconds']:g} s at most for them", as_json=as_json)
-        if wait:
-            _wait_until_gone(node, before)
-            if not as_json:
-                typer.echo("has ended")
+    if wait:
+        _wait_until_gone(config, before)
+        if not as_json:
+            typer.echo("has ended")
 
 
-def _wait_until_gone(node: AdminClient, before: dict[str, Any]) -> None:
+def _wait_until_gone(config: NodeConfig, before: dict[str, Any]) -> None:
     """Return once nobody answers there any more, or a node that has started since."""
     while True:
         time.sleep(defaults.CONTROL_PERIOD_SECONDS)
         try:
-            now = node.get("/api/status")
+            with asking(config) as node:  # anew: a client that finds its socket gone leaves its own end open
+                now = node.get("/api/status")
         except NetworkError:
             return
         if now["uptime_seconds"] < before["uptime_seconds"]:
