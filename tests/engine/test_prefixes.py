@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -558,3 +559,41 @@ async def test_a_step_back_that_finds_no_room_leaves_the_session_where_it_was(
             output = await session.step(further)
             close(output, llama(torch.cat([mine, further], 1))[:, PAGE + 3 :])
     assert engine.cache_bytes_left == engine.cache_bytes_total
+
+
+async def test_long_outputs_are_copied_beside_the_event_loop(
+    engine: Engine, llama: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a long prompt have a hundred megabytes. A cancellation that comes then is too late."""
+    monkeypatch.setattr(defaults, "INLINE_BYTES", 2 * PAGE * HIDDEN * 4 - 1)
+    hidden, copies = torch.randn(1, PROMPT, HIDDEN), []
+    clone, cat = torch.Tensor.clone, torch.cat
+
+    def note(copy: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            copies.append(threading.get_ident())
+            return copy(*args, **kwargs)
+
+        return noted
+
+    run = engine._compute.run
+
+    async def cancel(*args: Any) -> Any:
+        result = await run(*args)
+        scope.cancel()
+        return result
+
+    for _ in range(2):
+        async with engine.open_session(ALL, 1, 128, peer="a") as session:
+            with monkeypatch.context() as noting, trio.CancelScope() as scope:
+                noting.setattr(engine._compute, "run", cancel)
+                noting.setattr(torch.Tensor, "clone", note(clone))
+                noting.setattr(torch, "cat", note(cat))
+                output = await session.step(hidden)
+            close(output, llama(hidden))
+            assert session.position == PROMPT
+            assert threading.get_ident() not in copies
+            assert copies
+            copies.clear()
+    assert engine._room.prefixes is not None
+    assert len(engine._room.prefixes) == 3

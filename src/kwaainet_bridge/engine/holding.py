@@ -131,11 +131,11 @@ class Holding:
             keys, found, dataclasses.replace(step, hidden=hidden, start=start, rows=rows, copies=copies)
         )
 
-    def keep(self, keys: Sequence[Key], start: int, output: torch.Tensor) -> None:
+    async def keep(self, keys: Sequence[Key], start: int, output: torch.Tensor) -> None:
         """The step at ``start`` with these keys has run: its whole pages and their outputs are for others, too."""
         if self._prefix is not None:
             self._prefix.settle()
-            self._promised -= self._prefix.keep(keys, start, output)
+            self._promised -= await self._prefix.keep(keys, start, output)
 
     def close(self) -> None:
         """Give back everything. No step may be running."""

@@ -19,6 +19,7 @@ import torch
 import trio
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.engine.aside import aside
 from kwaainet_bridge.engine.budget import PageBudget
 from kwaainet_bridge.engine.pages import PageAllocator, PageTable
 
@@ -71,6 +72,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept
+
     @property
     def use(self) -> PrefixUse:
         return PrefixUse(self._found * PAGE, self._computed * PAGE, self._max_bytes - self._room)
@@ -102,7 +106,10 @@ class PrefixCache:
             self._budget.give_back(kept.blocks, 1)
 
     def keep(self, key: Key, blocks: range, page: int, output: torch.Tensor) -> KeptPage | None:
-        """Keep a page that a session has, which was promised to it and now is to the cache; None if it is not kept."""
+        """Keep a page that a session has, which was promised to it and now is to the cache; None if it is not kept.
+
+        ``output`` is nobody else's.
+        """
         size = self._bytes(blocks, output)
         if key in self._kept:
             return None
@@ -111,7 +118,7 @@ class PrefixCache:
                 return None
         self._room -= size
         self._allocator.share(blocks, [page])
-        kept = self._kept[key] = KeptPage(key, blocks, page, output.clone(), 1)
+        kept = self._kept[key] = KeptPage(key, blocks, page, output, 1)
         return kept
 
     def evict(self, blocks: range | None = None) -> bool:
@@ -180,22 +187,28 @@ class SessionPrefix:
             self._shared |= dict(enumerate(taken, start // PAGE))
         return [kept.output for kept in taken]
 
-    def keep(self, keys: Sequence[Key], start: int, output: torch.Tensor) -> int:
+    async def keep(self, keys: Sequence[Key], start: int, output: torch.Tensor) -> int:
         """The step at ``start`` with these keys has run: keep its pages; how many the cache now answers for.
 
-        ``output`` [1, T, H] is that of the whole step. Pages that the session has from the cache are passed over.
+        ``output`` [1, T, H] is that of the whole step. Pages that the session has from the cache are passed over. Not
+        cancellable.
         """
+        first = start // PAGE
+        new = [
+            (first + number, key, output[0, number * PAGE : (number + 1) * PAGE])
+            for number, key in enumerate(keys)
+            if first + number not in self._shared and key not in self._cache
+        ]
+        copies = await aside(sum(part.nbytes for *_, part in new), lambda: [part.clone() for *_, part in new])
         count = 0
         (row,) = self._table.rows
-        for number, key in enumerate(keys):
-            index = start // PAGE + number
-            if index in self._shared:
-                continue
-            part = output[0, number * PAGE : (number + 1) * PAGE]
-            kept = self._cache.keep(key, self._table.blocks, row[index], part)
+        for (index, key, _), copy in zip(new, copies, strict=True):
+            kept = self._cache.keep(key, self._table.blocks, row[index], copy)
             if kept is not None:
                 self._shared[index] = kept
                 count += 1
+            elif key not in self._cache:
+                break  # no room; those behind it would never be found
         if keys:
             self._digest, self._hashed = keys[-1].digest, start + len(keys) * PAGE
         return count

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kwaainet_bridge import defaults
+from kwaainet_bridge.engine.aside import aside
 from kwaainet_bridge.engine.compute import ComputeThread, Merged, Pieces
 from kwaainet_bridge.engine.holding import CacheRoom, Holding
 from kwaainet_bridge.engine.requests import check_hidden, check_hypo_ids, check_prompts
@@ -151,8 +152,10 @@ class Session:
         outputs = [output[None] for output in begun.found]
         if begun.rest is not None:
             outputs.append(await self._alone(self._work(begun.rest)))
-        output = torch.cat(outputs, 1) if begun.found else outputs[0]
-        holding.keep(begun.keys, step.start, output)
+        output = outputs[0]
+        if begun.found:
+            output = await aside(sum(part.nbytes for part in outputs), lambda: torch.cat(outputs, 1))
+        await holding.keep(begun.keys, step.start, output)
         return output
 
     def _work(self, step: Step) -> Merged | Pieces:
