@@ -85,6 +85,10 @@ class Process:
         with self._changed:
             self._changed.wait_for(lambda: found() is not None or self.returncode is not None, timeout)
             value = found()
+        if value is None and self.returncode is not None:
+            self._threads[0].join(GRACE_SECONDS)  # it may have ended before its last lines were read
+            with self._changed:
+                value = found()
         if value is None:
             state = "still runs" if self.returncode is None else f"ended with {self.returncode}"
             raise ProcessFailed(f"{self.name}: no {what} within {timeout:g} s; it {state}\n{self.tail()}")
