@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import structlog.testing
@@ -67,7 +68,13 @@ async def supervised(address: str, state: NodeState, *, stop: trio.Event | None 
 
             async def tell() -> None:
                 known = {"NOTIFY_SOCKET": name, **environ}
-                await tell_supervisor(state, trio.Event() if stop is None else stop, environ=known, pid=7)
+                await tell_supervisor(
+                    state,
+                    trio.Event() if stop is None else stop,
+                    environ=known,
+                    pid=7,
+                    monotonic_ns=lambda: 12_345_678,
+                )
 
             nursery.start_soon(manager.read)
             nursery.start_soon(tell)
@@ -224,6 +231,55 @@ async def test_a_manager_that_is_gone_is_logged_once_and_heard_of_no_more(tmp_pa
     assert told[0]["address"] == address
 
 
+def begin(state: NodeState) -> None:
+    state.reloads_begun += 1
+    state.notify()
+
+
+def end(state: NodeState) -> None:
+    state.reloads_ended += 1
+    state.notify()
+
+
+async def test_a_paused_node_has_started(tmp_path, autojump_clock):
+    state = with_blocks()
+    async with supervised(str(tmp_path / "notify"), state) as manager:
+        state.enter(Phase.PAUSED, reason="others use the gpu")
+        heard = await manager.all()
+        assert "READY=1" in heard
+        await trio.sleep(600)
+        assert ASKED not in await manager.all()
+        state.enter(Phase.SERVING)
+        assert await manager.all() == ["STATUS=serving"]
+
+
+async def test_a_reload_is_told_from_its_beginning_to_its_end(tmp_path, autojump_clock):
+    state = with_blocks()
+    begin(state)
+    end(state)  # while it starts, the manager waits for the start
+    async with supervised(str(tmp_path / "notify"), state) as manager:
+        assert not any("RELOADING" in word for word in await manager.all())
+        state.enter(Phase.SERVING)
+        assert "READY=1" in await manager.all()
+        begin(state)
+        assert await manager.all() == ["RELOADING=1\nMONOTONIC_USEC=12345"]
+        end(state)
+        assert await manager.all() == ["READY=1"]
+        begin(state)  # one that is over before anybody looks
+        end(state)
+        assert await manager.all() == ["RELOADING=1\nMONOTONIC_USEC=12345", "READY=1"]
+
+
+def test_the_unit_reloads_by_the_command() -> None:
+    unit = Path(__file__).parents[2] / "packaging" / "systemd" / "kwaainet-bridge.service"
+    lines = dict(
+        line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line and line[0] != "#"
+    )
+    start, reload = lines["ExecStart"].split(), lines["ExecReload"].split()
+    assert (start[0], start[-2:]) == (reload[0], reload[-2:])
+    assert reload[1] == "reload"
+
+
 async def run_as_a_service(folder, **settings) -> list[str]:
     """``kwaainet-bridge run`` with a service manager; what it is told until the process has ended."""
     config = {"identity": {"kind": "ed25519"}, "listen": ["/ip4/127.0.0.1/tcp/0"], **settings}
@@ -251,5 +307,5 @@ async def run_as_a_service(folder, **settings) -> list[str]:
 @pytest.mark.slow
 async def test_the_command_tells_its_service_manager(tmp_path):
     heard = await run_as_a_service(tmp_path)
-    assert heard[0] in {"STATUS=starting", ASKED, "WATCHDOG=1"}
+    assert heard[0] in {"STATUS=starting", "STATUS=bootstrapping", ASKED, "WATCHDOG=1"}  # it starts fast
     assert heard[-1] == "STOPPING=1"
