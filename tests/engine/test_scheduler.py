@@ -222,3 +222,16 @@ def test_a_share_is_of_no_use_alone() -> None:
     jobs = [Job(Priority.BATCH, "a", pieces=10)]
     simulate(jobs, shares={"a": 0.01})
     assert len(jobs[0].runs) == 10
+
+
+def test_a_peers_passes_run_one_after_the_other() -> None:
+    """Each keeps tensors for its gradients from its first piece to its last. Prompts keep nothing, and take turns."""
+    jobs = [Job(BATCH, "a", pieces=30) for _ in range(4)] + [Job(BATCH, "b", pieces=30) for _ in range(2)]
+    prompts = [Job(INFERENCE, "c", pieces=30) for _ in range(2)]
+    for kind in (jobs, prompts):
+        simulate(kind, cost=lambda _batch: 2 * PATIENCE)
+        assert all(len(job.runs) == 30 for job in kind)
+    for one, other in ((0, 1), (1, 2), (2, 3), (4, 5)):
+        assert jobs[one].runs[-1] < jobs[other].runs[0]
+    assert jobs[4].runs[0][0] < jobs[0].runs[-1][0]  # that of another peer does not wait for them
+    assert prompts[1].runs[0] < prompts[0].runs[-1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 MAX_IDLE_PEERS = 256
@@ -38,10 +38,11 @@ class _Request:
 
 
 class FairQueue:
-    """Requests of one kind, by peer."""
+    """Requests of one kind, by peer. With ``in_turn`` none of a peer's begins before its former one has ended."""
 
-    def __init__(self, patience: float, shares: Mapping[Hashable, float]) -> None:
+    def __init__(self, patience: float, shares: Mapping[Hashable, float], *, in_turn: bool = False) -> None:
         self._patience = patience
+        self._in_turn = in_turn
         self._shares = shares
         self._requests: dict[int, _Request] = {}
         self._peers: dict[Hashable, dict[int, _Request]] = {}
@@ -91,7 +92,10 @@ class FairQueue:
         """Whose turn it is; it stays in the queue. There must be somebody."""
         peer = min(self._peers, key=lambda p: (self._given[p], next(iter(self._peers[p]))))
         chosen = next(iter(self._peers[peer].values()))
-        oldest = min(self._requests.values(), key=lambda r: (r.since, r.key))
+        waiting: Iterable[_Request] = self._requests.values()
+        if self._in_turn:
+            waiting = (next(iter(of.values())) for of in self._peers.values())
+        oldest = min(waiting, key=lambda r: (r.since, r.key))
         self._oldest_next = not self._oldest_next
         if not self._oldest_next and now - oldest.since > self._patience:
             return oldest
@@ -147,8 +151,9 @@ class Scheduler:
     _batch_since: float = 0.0
 
     def __post_init__(self) -> None:
-        step, inference, batch = (FairQueue(self.patience, self.shares) for _ in Priority)
-        self._queues = step, inference, batch
+        step, inference = (FairQueue(self.patience, self.shares) for _ in range(2))
+        # a pass keeps what its gradients need until it ends: those of one peer should not add up
+        self._queues = step, inference, FairQueue(self.patience, self.shares, in_turn=True)
 
     def __len__(self) -> int:
         return sum(map(len, self._queues))
