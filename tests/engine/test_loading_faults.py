@@ -302,6 +302,37 @@ def test_a_node_that_moves_makes_room_of_its_own(hub: LocalHub, tmp_path: Path) 
     assert not kept(tmp_path).exists()
 
 
+@pytest.mark.parametrize("by", ["quota", "disk"])
+def test_what_others_are_fetching_has_its_room(hub: LocalHub, tmp_path: Path, by: str) -> None:
+    """Several models of a node are loaded at the same time."""
+    shutil.copy(hub.folder / WEIGHTS, hub.folder / "other.safetensors")
+    room = 2 * header_bytes(hub) + 3 * ONE
+
+    def left(folder: Path) -> int:
+        return room - sum(bytes_of(path) for path in folder.glob("*/*/*.parts.json"))
+
+    one, two = (cache(tmp_path, **({"quota": room} if by == "quota" else {"free": left})) for _ in range(2))
+    refused: list[str] = []
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == 0 and total:
+            with pytest.raises(CheckpointError) as caught:
+                fetch(two, UP[:2], file="other.safetensors")
+            refused.append(str(caught.value))
+            fetch(two, UP[:1], file="other.safetensors")
+
+    fetch(one, UP[:2], meanwhile)
+    assert ["0.0 MiB of which are not in use" in text for text in refused] == [True]
+    with pytest.raises(CheckpointError, match="do not fit"):
+        fetch(two, UP[:2], file="other.safetensors")
+    one.close()
+    told = json.loads(record(tmp_path).read_text())
+    record(tmp_path).write_text(json.dumps(told | {"wanted": told["size"]}))  # as one that died has left it
+    assert cache(tmp_path).path(REPOSITORY, WEIGHTS, COMMIT) == kept(tmp_path)  # in use, and nothing comes
+    fetch(cache(tmp_path, quota=room + ONE), UP[:2], file="other.safetensors")
+    assert kept(tmp_path).exists()
+
+
 def test_two_nodes_fetch_a_file_once(hub: LocalHub, tmp_path: Path) -> None:
     weights = [cache(tmp_path), cache(tmp_path)]
     threads = [threading.Thread(target=fetch, args=(each, UP)) for each in weights]

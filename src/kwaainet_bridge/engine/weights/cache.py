@@ -86,7 +86,10 @@ class WeightCache:
                     (file, file.missing(self._ranges(file, tensors[name]))) for name, file in files.items()
                 ]
                 total = sum(stop - start for _, ranges in missing for start, stop in ranges)
-                self._make_room(total)
+                with self._room.deciding():
+                    self._make_room(total)
+                    for file, ranges in missing:
+                        file.want(sum(stop - start for start, stop in ranges))
                 done = 0
                 told(0, total)
                 for file, ranges in missing:
@@ -148,6 +151,7 @@ class WeightCache:
                 locks.callback(self._fetching.remove, file)
                 file.use()
                 file.open()
+                locks.callback(file.want, 0)
             yield
 
     def _make_room(self, needed: int) -> None:
@@ -210,7 +214,10 @@ class WeightCache:
                     yield count
             except NoRanges:
                 log.warning("%s: the server gives whole files only", shown)
-                self._make_room(file.lacking_bytes)
+                with self._room.deciding():
+                    file.want(0)
+                    self._make_room(file.lacking_bytes)
+                    file.want(file.lacking_bytes)
                 whole, start, furthest, stop = True, 0, 0, file.remote.size
             except Changed as e:
                 file.forget()

@@ -69,6 +69,7 @@ class PartialFile:
         self._use: int | None = None
         self._record = path.with_name(path.name + RECORD)
         self._parts: dict[Range, str] = {}
+        self._wanted = 0
         self._trusted: set[Range] = set()
         """Parts that this process has written or verified."""
 
@@ -93,6 +94,7 @@ class PartialFile:
             assert told is not None
             self._parts = {(start, stop): digest for start, stop, digest in told["parts"]}
             self._trusted &= self._parts.keys()
+            self._wanted = told["wanted"]
             return
         self.forget()  # another process may have the old file mapped: it keeps that, and this is a new one
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +162,13 @@ class PartialFile:
                 if at > begun:
                     self._note(file, (begun, at), digest.hexdigest())
 
+    def want(self, num_bytes: int) -> None:
+        """Have others leave room for so many bytes more than are there now; for none after an end with 0."""
+        wanted = sum(stop - start for start, stop in self.ranges) + num_bytes if num_bytes else 0
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._save()
+
     def check_whole(self) -> None:
         """If all of the file is there, compare it with what the hub says. Raises CheckpointError, and forgets it."""
         etag = self.remote.etag
@@ -175,7 +184,7 @@ class PartialFile:
         """Remove the file and what is known of it."""
         for path in (self._record, self.path):
             path.unlink(missing_ok=True)
-        self._parts, self._trusted, self.places = {}, set(), None
+        self._parts, self._trusted, self.places, self._wanted = {}, set(), None, 0
 
     def _note(self, file: Any, part: Range, digest: str) -> None:
         file.flush()
@@ -189,6 +198,7 @@ class PartialFile:
             "repository": self.remote.repository,
             "size": self.remote.size,
             "etag": self.remote.etag,
+            "wanted": self._wanted,
             "parts": [[start, stop, digest] for (start, stop), digest in sorted(self._parts.items())],
         }
         new = self._record.with_name(self._record.name + ".new")
@@ -209,14 +219,13 @@ class PartialFile:
         return digest.hexdigest()
 
 
-def bytes_of(record: Path) -> int:
-    """How much of the file that a record is about is on the disk."""
+def bytes_of(record: Path, *, coming: bool = False) -> int:
+    """How much of the file that a record is about is on the disk; with what is ``coming``, if that is said there."""
     told = _read(record)
-    return (
-        0
-        if told is None
-        else sum(stop - start for start, stop in merged((a, b) for a, b, _ in told["parts"]))
-    )
+    if told is None:
+        return 0
+    there = sum(stop - start for start, stop in merged((a, b) for a, b, _ in told["parts"]))
+    return max(there, told["wanted"]) if coming else there
 
 
 def _read(record: Path) -> dict[str, Any] | None:
@@ -224,9 +233,9 @@ def _read(record: Path) -> dict[str, Any] | None:
     try:
         told = json.loads(record.read_text())
         parts = [(int(start), int(stop), str(digest)) for start, stop, digest in told["parts"]]
-        size, etag = int(told["size"]), str(told["etag"])
+        size, etag, wanted = int(told["size"]), str(told["etag"]), int(told.get("wanted", 0))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     if not all(0 <= start < stop <= size for start, stop, _ in parts):
         return None
-    return {"size": size, "etag": etag, "parts": parts}
+    return {"size": size, "etag": etag, "wanted": min(wanted, size), "parts": parts}

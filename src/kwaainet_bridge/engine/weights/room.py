@@ -25,25 +25,37 @@ class Room:
         self._quota = quota
         self._free = free
 
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Nobody else decides within the block what there is room for."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ("room" + LOCK)):
+            yield
+
     def make(self, needed: int, *, keep: Collection[Path]) -> None:
         """Remove what was used longest ago, and neither in use nor in ``keep``, until ``needed`` bytes fit.
 
-        Raises CheckpointError if they never will, and removes nothing then.
+        Raises CheckpointError if they never will, and removes nothing then. To be called within :meth:`deciding`.
         """
         if not needed:
             return
         sizes = {path: bytes_of(path.with_name(path.name + RECORD)) for path in self._files()}
         idle = [path for path in sizes if path not in keep and _is_idle(path)]
-        held, gone = sum(sizes.values()), sum(sizes[path] for path in idle)
-        if self._lacks(held - gone, needed - gone, needed):
+        # what others are fetching is as good as there; an idle file waits for nothing that it may say
+        coming = sum(
+            bytes_of(path.with_name(path.name + RECORD), coming=True) - sizes[path]
+            for path in sizes.keys() - idle
+        )
+        held, gone = sum(sizes.values()) + coming, sum(sizes[path] for path in idle)
+        if self._lacks(held - gone, coming + needed - gone, needed):
             raise self._full(needed, held, gone)
         for path in sorted(idle, key=_last_use):
-            if not self._lacks(held, needed, needed):
+            if not self._lacks(held, coming + needed, needed):
                 break
             if remove(path):
                 log.info("%s makes room: it was used longest ago", path)
                 held -= sizes[path]
-        if self._lacks(held, needed, needed):  # others have taken room or begun to use files
+        if self._lacks(held, coming + needed, needed):  # others have taken room or begun to use files
             raise self._full(needed, held, 0)
 
     def _lacks(self, held: int, of_the_disk: int, needed: int) -> bool:
