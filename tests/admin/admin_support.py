@@ -54,7 +54,6 @@ def logging_to(ring: LogRing, level: str = "debug") -> Iterator[None]:
     root = logging.getLogger()
     handlers, before = root.handlers[:], root.level
     configure_logging(level, "json", stream=io.StringIO(), ring=ring)
-    structlog.configure(cache_logger_on_first_use=False)  # or modules' loggers would stay so
     try:
         yield
     finally:
