@@ -67,7 +67,8 @@ class Use:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
-    async def at_once(read: Callable[[], float]) -> float:  # simulated time does not wait for threads
+    # simulated time does not wait for threads
+    async def at_once(read: Callable[[], float], **_options: bool) -> float:
         await trio.lowlevel.checkpoint()
         return read()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -411,3 +412,22 @@ async def test_a_session_whose_step_is_refused_meanwhile_ends_too(desk, autojump
     if how != "drain":
         assert trio.current_time() - began < 6
     assert (desk.engine.open, desk.sessions.open_sessions) == (0, 0)
+
+
+async def test_a_session_that_steps_while_others_are_ended_is_waited_for(desk, autojump_clock, monkeypatch):
+    """Closing one takes a while, in which the client of another may begin a step."""
+    for number in (1, 2):
+        await desk.step(ONE, number, 0)
+
+    close = desk.sessions._close
+
+    async def slowly(live):
+        await trio.sleep(1)
+        await close(live)
+
+    monkeypatch.setattr(desk.sessions, "_close", slowly)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(desk.sessions.end_sessions)
+        await trio.sleep(0.5)
+        nursery.start_soon(partial(desk.step, ONE, 2, 1, seconds=5))
+    assert desk.sessions.open_sessions == 0

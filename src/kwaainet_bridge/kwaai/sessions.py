@@ -299,16 +299,19 @@ class Sessions:
         """Close all; return once those that run a step have ended it and are closed."""
         self._closing = True
         try:
-            for live in self._idle():
-                await self._end(live)
+            await self._end_idle()
             while self._counts:
                 await self._changed.wait()
         finally:
             self._closing = False
 
+    async def _end_idle(self) -> None:
+        # closing one takes a while, in which a step of another may begin
+        while idle := self._idle():
+            await self._end(idle[0])
+
     async def close(self) -> None:
         """Take no new sessions and close all; one that runs a step is closed when that has ended."""
         self.accepting = False
         self._closing = True
-        for live in self._idle():
-            await self._end(live)
+        await self._end_idle()

@@ -199,6 +199,7 @@ class Announcer:
         self._period = period
         self._clock = clock
         self._announced = False
+        self._times = 0
         self._expirations: dict[str, float] = {}
 
     @property
@@ -227,16 +228,22 @@ class Announcer:
             state = ServerState.OFFLINE
         if state is ServerState.OFFLINE and not self._announced:
             return []
-        self._announced = state is not ServerState.OFFLINE
+        if state is not ServerState.OFFLINE:
+            self._announced, self._times = True, self._times + 1
         reports: list[AnnounceReport] = []
-        offer = self.offer
+        offer, times = self.offer, self._times
 
         async def publish(publisher: Publisher, expiration: float) -> None:
             reports.append(await self._publish(publisher, offer, state, expiration))
 
-        async with trio.open_nursery() as nursery:
-            for publisher in self._publishers:
-                nursery.start_soon(publish, publisher, self._next_expiration(publisher))
+        try:
+            async with trio.open_nursery() as nursery:
+                for publisher in self._publishers:
+                    nursery.start_soon(publish, publisher, self._next_expiration(publisher))
+        finally:
+            # not before: this round may be cancelled, and whoever withdraws them then has to do it anew
+            if state is ServerState.OFFLINE and self._times == times:
+                self._announced = False
         return reports
 
     def replace(self, offer: Offer) -> None:

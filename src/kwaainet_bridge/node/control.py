@@ -110,7 +110,7 @@ class Control:
             wanted = read()
             return wanted, reader_for(wanted)
 
-        wanted, reader = await trio.to_thread.run_sync(prepare)
+        wanted, reader = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
         result = compare(self._config, wanted)
         before, self._config = self._config, merged(self._config, wanted)
         config = self._config

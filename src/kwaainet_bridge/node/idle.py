@@ -80,7 +80,8 @@ class IdleWatch:
 
     async def _look(self, read: Read, rule: IdleRule) -> None:
         try:
-            percent = await trio.to_thread.run_sync(read)
+            # a driver may hang
+            percent = await trio.to_thread.run_sync(read, abandon_on_cancel=True)  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
         except OSError as e:
             if rule is self._rule:
                 self._state.degrade(IDLE, f"what others use of the {self._config.watch} cannot be read: {e}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -10,7 +11,7 @@ from kwaainet_bridge.node.phase import Phase
 
 if TYPE_CHECKING:
     from kwaainet_bridge.node.model_state import ModelState
-    from kwaainet_bridge.node.served import ServedBlocks
+    from kwaainet_bridge.node.served import BlockServer, ServedBlocks
 
 
 class Pausing:
@@ -81,6 +82,26 @@ async def _first(stop: trio.Event, pausing: Pausing, *, asked: bool) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def keep_paused(servers: Sequence[BlockServer], pausing: Pausing) -> None:
+    """Have these take no new work while anybody asks for a pause, until cancelled."""
+    while True:
+        asked = pausing.asked
+        for server in servers:
+            if asked:
+                server.pause()
+            else:
+                server.resume()
+        await pausing.wait_until(asked=not asked)
+
+
+async def end_sessions_when_asked(served: ServedBlocks, pausing: Pausing) -> None:
+    """End those of these blocks once they are to end."""
+    await pausing.wait_to_end_sessions()
+    async with trio.open_nursery() as ending:
+        for server in served.servers:
+            ending.start_soon(server.end_sessions)
+
+
 async def stay_paused(
     served: ServedBlocks, state: ModelState, pausing: Pausing, stop: trio.Event, **facts: object
 ) -> None:
@@ -93,13 +114,7 @@ async def stay_paused(
         server.pause()
     state.enter(Phase.PAUSED, reason=pausing.reason, sessions=served.open_sessions, **facts)
 
-    async def end_sessions() -> None:
-        await pausing.wait_to_end_sessions()
-        async with trio.open_nursery() as ending:
-            for server in served.servers:
-                ending.start_soon(server.end_sessions)
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(end_sessions)
+        nursery.start_soon(end_sessions_when_asked, served, pausing)
         await pausing.wait_lifted_or(stop)
         nursery.cancel_scope.cancel()

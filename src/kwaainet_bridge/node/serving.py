@@ -26,7 +26,7 @@ from kwaainet_bridge.node.memory import available_bytes, release
 from kwaainet_bridge.node.model_state import ModelState
 from kwaainet_bridge.node.models import shown, storage_of
 from kwaainet_bridge.node.moving import Placement
-from kwaainet_bridge.node.pausing import Pausing, stay_paused
+from kwaainet_bridge.node.pausing import Pausing, end_sessions_when_asked, keep_paused, stay_paused
 from kwaainet_bridge.node.phase import Phase
 from kwaainet_bridge.node.presence import Others, Presence
 from kwaainet_bridge.node.reachability import ReachabilityWatch
@@ -151,10 +151,10 @@ class ModelService:
                 await serving.enter_async_context(network.serve(self._config, engine, publisher))
                 for network, publisher in zip(self._networks, presence.publishers, strict=True)
             ]
-            if self._pausing.asked:  # what follows may take a while
-                for server in servers:
-                    server.pause()
-            await presence.announce_online(settle=is_first)
+            async with trio.open_nursery() as announcing:  # which may take a while
+                announcing.start_soon(keep_paused, servers, self._pausing)
+                await presence.announce_online(settle=is_first)
+                announcing.cancel_scope.cancel()
             served = ServedBlocks(engine, self._state.prefixes, servers, announcer)
             try:
                 goal = await self._serve(served, stop)
@@ -187,6 +187,7 @@ class ModelService:
                     goal = await self._wait_for_goal(served, stop)
             moves = {} if goal is None else {"moves_to": shown(goal)}
             self._state.enter(Phase.DRAINING, sessions=served.open_sessions, **moves)
+            watching.start_soon(end_sessions_when_asked, served, self._pausing)
             await served.drain(self._drain_seconds)
             watching.cancel_scope.cancel()
         return goal

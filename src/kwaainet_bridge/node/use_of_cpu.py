@@ -10,7 +10,8 @@ from kwaainet_bridge.node.idle import missing
 class CpuReader:
     """Percent of all processors that others have used since it was called last; 0 at first.
 
-    Counted apart is the time of this process and of those that it has started.
+    Counted apart is the time of this process and of those that it has started. Calls raise OSError where that cannot be
+    read.
     """
 
     def __init__(self) -> None:
@@ -20,11 +21,17 @@ class CpuReader:
             raise missing("psutil", "cpu") from e
         self._psutil: Any = psutil
         self._process = psutil.Process()
-        self._before = self._times()
+        self._before: tuple[float, float, float] | None = None
 
     def __call__(self) -> float:
-        before, self._before = self._before, self._times()
-        total, busy, own = (now - then for now, then in zip(self._before, before, strict=True))
+        try:
+            now = self._times()
+        except self._psutil.Error as e:
+            raise OSError(0, f"psutil says: {e}") from e
+        before, self._before = self._before, now
+        if before is None:
+            return 0.0
+        total, busy, own = (new - old for new, old in zip(now, before, strict=True))
         # a child that has ended takes its time with it, which would count as that of others
         return 0.0 if total <= 0 or own < 0 else min(100.0, max(0.0, 100 * (busy - own) / total))
 
