@@ -63,7 +63,7 @@ def configure_logging(
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,  # 3 us for each event; a program that configures anew is heard
+        cache_logger_on_first_use=False,  # 1.5 us an event, and what is configured anew is heard
     )
 
 
