@@ -167,3 +167,41 @@ def test_the_program_is_told_by_commands_and_by_signals(tmp_path: Path) -> None:
     text = log.read_text()
     assert "configuration reloaded" in text
     assert "limits.streams" in text
+
+
+ON_A_TERMINAL = """
+import os, pty, sys
+child, terminal = pty.fork()
+if child == 0:
+    os.execv(sys.executable, [sys.executable, "-m", "kwaainet_bridge", "run", "-c", sys.argv[1]])
+seen = b""
+while b"serving " not in seen:
+    seen += os.read(terminal, 4096)
+if sys.argv[2] == "close":
+    os.close(terminal)
+else:
+    import signal
+    os.kill(child, signal.SIGHUP)
+    while b"configuration reloaded" not in seen:
+        seen += os.read(terminal, 4096)
+    os.kill(child, signal.SIGTERM)
+    while True:
+        try:
+            os.read(terminal, 4096)
+        except OSError:
+            break
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("does", ["close", "signal"])
+def test_a_terminal_that_is_closed_drains_the_node_and_a_signal_from_elsewhere_does_not(
+    tmp_path: Path, does: str
+) -> None:
+    file = tmp_path / "node.yaml"
+    file.write_text("{identity: {kind: ed25519}, listen: [/ip4/127.0.0.1/tcp/0], log: {format: json}}")
+    helper = [sys.executable, "-c", ON_A_TERMINAL, str(file), does]
+    done = subprocess.run(helper, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "0\n", done.stderr
+    assert not (tmp_path / "identity.key.sock").exists()

@@ -96,7 +96,7 @@ async def _obey(signals: AsyncIterator[int], control: Control, *, has_terminal: 
                 # no cleanup: whoever asks twice wants it gone, and a stuck computation must not prevent that
                 os._exit(128 + number)
             asked = True
-            _say("draining; once more to stop at once")
+            _say("draining; once more to stop at once", err=True)
             control.drain()
 
 
@@ -104,12 +104,12 @@ async def _reload(control: Control) -> None:
     try:
         await control.reload()
     except (ConfigError, Stopping) as e:
-        _say(f"not reloaded: {e}")
+        _say(f"not reloaded: {e}", err=True)
 
 
-def _say(text: str) -> None:
+def _say(text: str, *, err: bool = False) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        typer.echo(text, err=True)
+        typer.echo(text, err=err)
 
 
 async def _collect_garbage_once_started(state: NodeState) -> None:
@@ -147,16 +147,14 @@ async def _tell_when_serving(state: NodeState) -> None:
     """Each model, once it serves for the first time, or that there are none."""
     await state.wait_for(Phase.SERVING)
     if not state.models:
-        typer.echo(f"{SERVING_LABEL}    no blocks")
+        _say(f"{SERVING_LABEL}    no blocks")
     told: set[str] = set()
     while True:
         for model in state.models.values():
             if model.phase is Phase.SERVING and model.key not in told:
                 told.add(model.key)
                 facts = model.facts
-                typer.echo(
-                    f"{SERVING_LABEL}    {facts['prefix']} {facts['blocks']} of {facts['model_blocks']}"
-                )
+                _say(f"{SERVING_LABEL}    {facts['prefix']} {facts['blocks']} of {facts['model_blocks']}")
         await state.wait_changed()
 
 
@@ -172,7 +170,7 @@ async def _show_loading(state: NodeState, console: Console | None = None) -> Non
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with contextlib.suppress(OSError), Progress(*columns, console=console, transient=True) as bar:
         fetching = bar.add_task("fetching", visible=False, total=None)
         reading = bar.add_task("reading", visible=False, total=None)
         while state.phase in (Phase.STARTING, Phase.BOOTSTRAPPING, Phase.LOADING):
@@ -193,4 +191,4 @@ async def _tell_reachability(state: NodeState) -> None:
         verdict, evidence = state.reachability
         if verdict is not told:
             told = verdict
-            typer.echo(f"{REACHABLE_LABEL}  {verdict.value}: {evidence}")
+            _say(f"{REACHABLE_LABEL}  {verdict.value}: {evidence}")
