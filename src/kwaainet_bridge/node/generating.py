@@ -66,19 +66,32 @@ class TextModels:
         self.names = tuple(names)
         self._networks = networks
         self._load = load or load_text_model
+        self._ends: dict[str, tuple[ClientModel, Any]] = {}
         self._models: dict[str, TextModel] = {}
-        self._loading = trio.Lock()
+        self._loading = trio.CapacityLimiter(1)
 
     async def get(self, name: str) -> TextModel:
-        """One of :attr:`names`. Raises KeyError for another, CheckpointError for one that cannot be used so."""
+        """One of :attr:`names`. Raises KeyError for another, CheckpointError for one that cannot be used so.
+
+        Cancelled: it is loaded on for whoever asks next.
+        """
         if name not in self.names:
             raise KeyError(name)
-        async with self._loading:
-            if name not in self._models:
-                log.info("loading a model's ends", model=name)
-                weights, tokenizer = await trio.to_thread.run_sync(partial(self._load, name))
-                self._models[name] = TextModel(name, weights, tokenizer, self._swarm(name, weights))
+        if name not in self._models:
+            # a download may take hours: neither who leaves nor the end of the node waits for it; it goes on, and keeps
+            # the limiter meanwhile, so that there is one at a time
+            await trio.to_thread.run_sync(  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
+                partial(self._load_ends, name), abandon_on_cancel=True, limiter=self._loading
+            )
+        if name not in self._models:
+            weights, tokenizer = self._ends[name]
+            self._models[name] = TextModel(name, weights, tokenizer, self._swarm(name, weights))
         return self._models[name]
+
+    def _load_ends(self, name: str) -> None:
+        if name not in self._ends:
+            log.info("loading a model's ends", model=name)
+            self._ends[name] = self._load(name)
 
     def swarms(self) -> Mapping[str, Swarm]:
         """The swarms of those models that were asked for, by their names."""

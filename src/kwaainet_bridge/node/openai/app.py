@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import structlog
@@ -60,6 +61,7 @@ class _Endpoint:
         self._limits = limits
         self._clock = clock
         self._began = int(clock())
+        self._tokenizing = trio.CapacityLimiter(1)
 
     async def list_models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._describe(name) for name in self._models.names]})
@@ -129,7 +131,12 @@ class _Endpoint:
             raise _unknown(asked.model) from None
         except CheckpointError as e:
             raise ApiError(400, str(e), param="model") from e
-        return Answer(model, asked)
+        # a long prompt takes most of a second to become tokens, and a chat template is anybody's program
+        work = partial(Answer, model, asked)
+        answer: Answer = await trio.to_thread.run_sync(  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
+            work, abandon_on_cancel=True, limiter=self._tokenizing
+        )
+        return answer
 
 
 class _Told:
@@ -207,11 +214,18 @@ def _unknown(name: str) -> ApiError:
 async def _body(request: Request) -> bytes:
     body = bytearray()
     async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            body += chunk
+        while True:
+            try:
+                with trio.fail_after(defaults.WEB_IDLE_SECONDS):
+                    body += await anext(chunks)
+            except StopAsyncIteration:
+                return bytes(body)
+            except trio.TooSlowError:
+                raise ApiError(
+                    408, f"nothing came for {defaults.WEB_IDLE_SECONDS} s: send it whole"
+                ) from None
             if len(body) > defaults.OPENAI_BODY_BYTES:
                 raise ApiError(413, f"the request has more than {defaults.OPENAI_BODY_BYTES} bytes")
-    return bytes(body)
 
 
 def _event(value: dict[str, Any]) -> str:

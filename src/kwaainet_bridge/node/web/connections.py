@@ -6,9 +6,10 @@ import ipaddress
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -19,6 +20,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.node.web.tokens import admits
+
+if TYPE_CHECKING:
+    import h11
 
 _MAX_HEAD_BYTES: Final = 16 * 1024
 
@@ -56,9 +60,36 @@ def make_handler(
     context = WorkerContext(None)
 
     async def handle(stream: Any) -> None:
-        await TCPServer(wrapped, config, context, ConnectionState({}), stream).run()
+        await _Server(wrapped, config, context, ConnectionState({}), stream).run()
 
     return handle
+
+
+class _Server(TCPServer):
+    """Hypercorn's, of HTTP/1.1 alone.
+
+    A client of HTTP/2 that gives no room for its answer, or begins no stream, would be waited for without a limit.
+    """
+
+    async def _read_data(self) -> None:
+        made = self.protocol
+        made.protocol = _OnlyHttp1(
+            made.app,
+            made.config,
+            made.context,
+            made.task_group,
+            made.state,
+            made.ssl,
+            made.client,
+            made.server,
+            made.send,
+        )
+        await super()._read_data()
+
+
+class _OnlyHttp1(H11Protocol):
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Answer as was asked, whatever the client would rather speak."""
 
 
 class _Guard:
