@@ -716,7 +716,8 @@ KWAAI_SESSION_IDLE_SECONDS: Final = 600.0
 """A session without a request for this long is closed (KwaaiNet: 600 s). There is no message that closes one."""
 
 KWAAI_LEFT_SESSION_SECONDS: Final = 30.0
-"""A session that has been idle this long makes room for another one of the same peer where it may have no more."""
+"""A session that has been idle this long makes room for another one of the same peer, and where its peer is not
+connected any more, of anybody's."""
 
 KWAAI_DRAIN_IDLE_SECONDS: Final = 15.0
 """A server that stops takes a session for finished after this long without a request. Tokens of slow chains take

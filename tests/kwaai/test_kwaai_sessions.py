@@ -85,7 +85,17 @@ class Desk:
             lambda name: name == "m",
             clock=trio.current_time,
         )
-        self.sessions = Sessions(self.engine, self.places, nursery, clock=trio.current_time)
+        self.connected = {ONE, TWO}
+        self.sessions = self.made(nursery)
+
+    def made(self, nursery):
+        return Sessions(
+            self.engine,
+            self.places,
+            nursery,
+            connected=lambda: self.connected,
+            clock=trio.current_time,
+        )
 
     async def step(self, who, number, position, tokens=1, **how):
         async with self.sessions.step(who, number, position, tokens) as session:
@@ -242,7 +252,24 @@ async def test_a_session_that_was_left_makes_room_for_another_of_its_peer(desk, 
     assert desk.sessions.open_sessions == 8
 
 
-async def test_nobody_s_session_makes_room_for_those_of_others(desk, autojump_clock):
+async def test_sessions_of_peers_that_have_gone_make_room_for_anybody(desk, autojump_clock):
+    """They are free places from the moment on that they may be taken for left, and end when the room is needed."""
+    resized(desk, 200, 1000)
+    for number in range(4):
+        await desk.step(ONE, number, 0, 100)
+        await trio.sleep(1)
+    assert desk.sessions.room() == (1000 - 4 * 128) // 200
+    desk.connected = {TWO}
+    assert desk.sessions.room() == (1000 - 4 * 128) // 200  # it may be back in a moment
+    await trio.sleep(defaults.KWAAI_LEFT_SESSION_SECONDS)
+    assert desk.sessions.room() == 1000 // 200
+    desk.engine.cache_bytes_left -= 450  # of sessions in the other network
+    await desk.step(TWO, 1, 0, 100)  # the oldest two end for this
+    await desk.step(ONE, 3, 100, 1)  # those that are left go on
+    assert sorted(desk.sessions._live) == sorted([(ONE, 1), (ONE, 2), (ONE, 3), (TWO, 1)])
+
+
+async def test_sessions_of_peers_that_are_here_make_no_room_for_those_of_others(desk, autojump_clock):
     desk.engine.cache_bytes_left -= 15 * LENGTH
     await desk.step(ONE, 1, 0)
     await trio.sleep(defaults.KWAAI_LEFT_SESSION_SECONDS * 2)
@@ -267,7 +294,7 @@ def resized(desk, maximum, total):
     """The desk with a longest session and a cache of so many tokens."""
     desk.engine.max_length = maximum
     desk.engine.cache_bytes_total = desk.engine.cache_bytes_left = total
-    desk.sessions = Sessions(desk.engine, desk.places, desk.sessions._nursery, clock=trio.current_time)
+    desk.sessions = desk.made(desk.sessions._nursery)
     return desk
 
 

@@ -8,7 +8,7 @@ Source: KwaaiNet v0.6.2, ``kwaai-cli/src/block_rpc.rs``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
@@ -54,11 +54,12 @@ class InferenceService:
         nursery: trio.Nursery,
         counts: ServingCounts,
         *,
+        connected: Callable[[], Collection[PeerId]],
         clock: Callable[[], float],
     ) -> None:
         self._counts = counts
         self.model = model
-        self.sessions = Sessions(model.engine, places, nursery, clock=clock)
+        self.sessions = Sessions(model.engine, places, nursery, connected=connected, clock=clock)
         self._places = places
         self._nursery = nursery
 

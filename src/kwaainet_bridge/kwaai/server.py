@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from kwaainet_bridge.rpc import CallContext, RpcServer
 from kwaainet_bridge.wire import kwaai_mux, kwaai_tensor, kwaai_tensor2
 from kwaainet_bridge.wire.kwaai_inference import InferenceRequest, InferenceResponse
 from kwaainet_bridge.wire.kwaai_lease import LeaseReply, LeaseRequest
+from kwaainet_bridge.wire.peer_id import PeerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +51,14 @@ class KwaaiServer:
         protocols: KwaaiProtocols,
         nursery: trio.Nursery,
         *,
+        connected: Callable[[], Collection[PeerId]],
         clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
         self.counts = ServingCounts()
         self._protocols = protocols
         self._nursery = nursery
+        self._connected = connected
         self._clock = clock
         self._rng = rng
         self._model: ServedModel | None = None
@@ -150,7 +153,12 @@ class KwaaiServer:
     def _service(self) -> InferenceService | None:
         if self._inference is None and self._model is not None:
             self._inference = InferenceService(
-                self._model, self._places, self._nursery, self.counts, clock=self._clock
+                self._model,
+                self._places,
+                self._nursery,
+                self.counts,
+                connected=self._connected,
+                clock=self._clock,
             )
             self._inference.sessions.accepting = self._places.accepting
         return self._inference
@@ -208,7 +216,13 @@ async def serve_kwaai(
     refuses new calls and streams; running ones belong to the host and end with it.
     """
     async with trio.open_nursery() as nursery:
-        kwaai = KwaaiServer(protocols, nursery, clock=clock, rng=rng or random.SystemRandom())
+        kwaai = KwaaiServer(
+            protocols,
+            nursery,
+            connected=host.connected_peers,
+            clock=clock,
+            rng=rng or random.SystemRandom(),
+        )
         mounted = []
         if protocols.inference:
             server.mount(methods.INFERENCE, kwaai.infer)

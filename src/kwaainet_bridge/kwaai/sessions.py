@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -59,18 +59,26 @@ class Sessions:
 
     A task in ``nursery`` closes those that are idle, as long as there are any. The engine gives sessions room in the KV
     cache as they need it. No peer gets more of it than is left for all others, nor more than
-    ``defaults.KWAAI_SESSIONS_PER_PEER`` sessions; beyond, and where the cache is full, its own oldest session is closed
-    that has been idle for ``defaults.KWAAI_LEFT_SESSION_SECONDS``.
+    ``defaults.KWAAI_SESSIONS_PER_PEER`` sessions; beyond, and where the cache is full, the oldest session is closed
+    that has been idle for ``defaults.KWAAI_LEFT_SESSION_SECONDS``, of its own or of a peer that is not among
+    ``connected``: many who come, ask and go would keep all others out until their time is over.
     """
 
     def __init__(
-        self, engine: Engine, places: Places, nursery: trio.Nursery, *, clock: Callable[[], float]
+        self,
+        engine: Engine,
+        places: Places,
+        nursery: trio.Nursery,
+        *,
+        connected: Callable[[], Collection[PeerId]],
+        clock: Callable[[], float],
     ) -> None:
         self.accepting = True
         """Whether new sessions are taken; running ones go on either way."""
         self._engine = engine
         self._places = places
         self._nursery = nursery
+        self._connected = connected
         self._clock = clock
         self._live: dict[tuple[PeerId, int], _Live] = {}
         self._counts: Counter[PeerId] = Counter()
@@ -90,8 +98,11 @@ class Sessions:
         return [view for live in self._live.values() if (view := live.snapshot()) is not None]
 
     def room(self) -> int:
-        """How many more sessions of the usual length fit into the KV cache; at least one, if one can begin."""
-        left = self._engine.cache_bytes_left // self._token_bytes
+        """How many more sessions of the usual length fit into the KV cache; at least one, if one can begin.
+
+        What those hold that others' may take the place of is free.
+        """
+        left = self._engine.cache_bytes_left // self._token_bytes + sum(s.counted for s in self._left())
         return left // min(defaults.KWAAI_SESSION_TOKENS, self._longest) or int(left >= self._first(1))
 
     def uses(self) -> Mapping[PeerId, int]:
@@ -173,7 +184,7 @@ class Sessions:
     async def _count(self, live: _Live, tokens: int) -> None:
         """Have so many tokens of KV cache counted as those of the peer's session, in the place of ones that it left."""
         while not self._share.reserve(live.peer, tokens - live.counted):
-            if not await self._close_left(live.peer):
+            if not await self._close_left(live.peer, of_others=True):
                 raise Refusal(self._too_many(live.peer))
         live.counted = tokens
 
@@ -186,7 +197,8 @@ class Sessions:
             raise InvalidRequest(f"a session may have {self._longest} tokens here, {tokens} are more")
         counted = self._first(tokens)
         while (obstacle := self._obstacle(live.peer, counted)) is not None:
-            if not await self._close_left(live.peer):
+            of_others = self._counts[live.peer] < defaults.KWAAI_SESSIONS_PER_PEER
+            if not await self._close_left(live.peer, of_others=of_others):
                 raise Refusal(f"{obstacle}: try again in {self._places.retry_after} s, or another server")
         try:
             live.session = await live.opened.enter_async_context(
@@ -226,14 +238,23 @@ class Sessions:
     def _too_many(self, peer: PeerId) -> str:
         return f"your sessions hold {self._share.held(peer)} tokens of the KV cache, the rest is for others"
 
-    async def _close_left(self, peer: PeerId) -> bool:
-        """Close the peer's session that has been idle longest, if long enough that it may have been left."""
-        before = self._clock() - defaults.KWAAI_LEFT_SESSION_SECONDS
-        idle = [s for s in self._idle() if s.peer == peer and s.last_used <= before]
-        if not idle:
+    async def _close_left(self, peer: PeerId, *, of_others: bool) -> bool:
+        """Close the session that has been idle longest of those that may have been left; the peer's own come first."""
+        own = [s for s in self._idle() if s.peer == peer and s.last_used <= self._left_before]
+        left = own or (self._left() if of_others else [])
+        if not left:
             return False
-        await self._end(min(idle, key=lambda s: s.last_used))
+        await self._end(min(left, key=lambda s: s.last_used))
         return True
+
+    def _left(self) -> list[_Live]:
+        """Sessions whose peers have gone, that have been idle for so long that these will hardly come back."""
+        connected = self._connected()
+        return [s for s in self._idle() if s.last_used <= self._left_before and s.peer not in connected]
+
+    @property
+    def _left_before(self) -> float:
+        return self._clock() - defaults.KWAAI_LEFT_SESSION_SECONDS
 
     def _idle(self) -> list[_Live]:
         return [s for s in self._live.values() if s.session is not None and not s.lock.locked()]
