@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Final
 
+import structlog
 import trio
 import typer
 from rich.console import Console
@@ -35,6 +36,8 @@ from kwaainet_bridge.node.daemon import Contact, run_node
 from kwaainet_bridge.node.logs import configure_logging, log_ring
 from kwaainet_bridge.node.state import NodeState, Phase
 from kwaainet_bridge.node.supervision import tell_supervisor
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 PEER_LABEL: Final = "peer id"
 ADDRESS_LABEL: Final = "address"
@@ -86,11 +89,21 @@ def _has_terminal() -> bool:
 
 
 async def _obey(signals: AsyncIterator[int], control: Control, *, has_terminal: bool) -> None:
-    asked = False
+    asked, waits = False, False
+    reloading = trio.Lock()
+
+    async def reload() -> None:
+        nonlocal waits
+        async with reloading:
+            waits = False
+            await _reload(control)
+
     async with trio.open_nursery() as nursery:
         async for number in signals:
             if number in _hangup() and (not has_terminal or _has_terminal()):
-                nursery.start_soon(_reload, control)
+                if not waits:  # one that has not begun yet reads what the file is then
+                    waits = True
+                    nursery.start_soon(reload)
                 continue
             if asked:
                 # no cleanup: whoever asks twice wants it gone, and a stuck computation must not prevent that
@@ -105,6 +118,8 @@ async def _reload(control: Control) -> None:
         await control.reload()
     except (ConfigError, Stopping) as e:
         _say(f"not reloaded: {e}", err=True)
+    except Exception:  # whatever is wrong with reading it, the node goes on as it was
+        log.exception("configuration not reloaded")
 
 
 def _say(text: str, *, err: bool = False) -> None:

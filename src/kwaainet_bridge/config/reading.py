@@ -71,8 +71,10 @@ def _text_of(path: Path) -> str:
 def _keys_of(text: str, source: str) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # the latter for dates and numbers that are none
         raise ConfigError(f"{source}: not YAML: {e}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{source}: not YAML: it is nested too deeply") from e
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -128,8 +130,11 @@ def _anchored_model(key: str, model: ModelConfig, folder: Path) -> ModelConfig:
 def _source(key: str, name: str, folder: Path) -> str:
     """A hub repository's name as it is, a folder's absolute. Raises ConfigError for a folder that does not exist."""
     path = _absolute(key, Path(name), folder)
-    if path.is_dir():
-        return str(path)
+    try:
+        if path.is_dir():
+            return str(path)
+    except OSError as e:
+        raise ConfigError(f"{key}: {path}: {e.strerror}") from e
     if name.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"{key}: there is no folder {path}")
     return name

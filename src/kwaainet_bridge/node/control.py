@@ -16,6 +16,7 @@ from kwaainet_bridge.node.reloading import Reloaded, compare, merged
 from kwaainet_bridge.node.state import NodeState, Phase
 
 if TYPE_CHECKING:
+    from kwaainet_bridge.net import Libp2pHost
     from kwaainet_bridge.net.admission import Admission
     from kwaainet_bridge.net.limits import Limits
     from kwaainet_bridge.node.node_models import NodeModels
@@ -45,21 +46,42 @@ class Control:
         read: Callable[[], NodeConfig] | None = None,
     ) -> None:
         self.stop = stop
-        self.models: NodeModels | None = None
-        """Those of the node, once there are any."""
-        self.limits: Callable[[NodeConfig], Limits] | None = None
-        """How the limits of a host follow from a configuration."""
-        self.admission: Callable[[NodeConfig], Admission] | None = None
-        """How it follows whom a host lets in."""
         self.idle = IdleWatch(config.idle, reader_for(config), state)
         self._config = config
         self._state = state
         self._read = read
         self._lock = trio.Lock()
+        self._models: NodeModels | None = None
+        self._bound: Callable[[NodeConfig], None] | None = None
 
     @property
     def drain_seconds(self) -> float:
         return self._config.drain_seconds
+
+    def bind(
+        self,
+        host: Libp2pHost,
+        *,
+        limits: Callable[[NodeConfig], Limits],
+        admission: Callable[[NodeConfig], Admission],
+    ) -> None:
+        """Hold ``host`` to the configuration, as it was read last and from now on.
+
+        ``limits`` and ``admission`` say what follows from one for a host.
+        """
+
+        def apply(config: NodeConfig) -> None:
+            host.set_limits(limits(config))
+            host.admit(admission(config))
+
+        apply(self._config)
+        self._bound = apply
+
+    def name(self, models: NodeModels) -> None:
+        """Have ``models`` be called as the configuration says, as it was read last and from now on."""
+        self._models = models
+        for model in self._config.served_models:
+            models.rename(model.key, model.public_name)
 
     def drain(self) -> None:
         """Begin to end the node: its records are withdrawn, sessions have ``drain_seconds``."""
@@ -115,16 +137,12 @@ class Control:
         before, self._config = self._config, merged(self._config, wanted)
         config = self._config
         set_level(config.log.level)
-        host = self._state.host
-        if host is not None and self.limits is not None and config.limits != before.limits:
-            host.set_limits(self.limits(config))
-        if host is not None and self.admission is not None and config.peers != before.peers:
-            host.admit(self.admission(config))
+        if self._bound is not None and (config.limits, config.peers) != (before.limits, before.peers):
+            self._bound(config)
         if config.idle != before.idle:
             self.idle.follow(config.idle, reader)
-        if self.models is not None:
-            for model in config.served_models:
-                self.models.rename(model.key, model.public_name)
+        if self._models is not None:
+            self.name(self._models)
         log.info("configuration reloaded", applied=list(result.applied), needs_restart=list(result.restart))
         self._state.note(
             "control",

@@ -146,8 +146,7 @@ async def _run_host(
         trio.open_nursery() as services,
     ):
         state.host = host
-        host.admit(_admission(config))
-        control.limits, control.admission = lambda changed: _limits(changed.limits), _admission
+        control.bind(host, limits=lambda changed: _limits(changed.limits), admission=_admission)
         contact = Contact(host.peer_id, host.addresses())
         log.info("listening", peer_id=str(host.peer_id), addresses=list(contact.addresses))
         on_started(contact)
@@ -166,7 +165,7 @@ async def _run_host(
                 reachability=reachability,
                 drain_seconds=config.drain_seconds,
             )
-            control.models = models
+            control.name(models)
             on_models(models)
             storage = partial(_storage_for, config)
             with work:
