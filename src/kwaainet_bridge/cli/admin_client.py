@@ -18,6 +18,10 @@ from kwaainet_bridge.node.web.sockets import reachable
 from kwaainet_bridge.node.web.tokens import bearer, read_token
 
 
+class NoAnswer(NetworkError):
+    """A node runs there, and does not answer in time."""
+
+
 @contextmanager
 def asking(config: NodeConfig) -> Iterator[AdminClient]:
     """A client of the node that runs with this configuration.
@@ -44,8 +48,8 @@ def asking(config: NodeConfig) -> Iterator[AdminClient]:
 class AdminClient:
     """Asks one node. ``client`` is for what is no single question, such as a stream; ``where`` is the node's address.
 
-    Each method raises NetworkError if the node does not answer in time, ConfigError if it wants another token, and
-    RemoteError if what answers is no node, or not one of this version.
+    Each method raises NoAnswer if the node does not answer in time, another NetworkError if it breaks off, ConfigError
+    if it wants another token, and RemoteError if what answers is no node, or not one of this version.
     """
 
     def __init__(self, client: httpx.Client, where: str) -> None:
@@ -79,10 +83,7 @@ class AdminClient:
         except httpx.ConnectError as e:
             raise NetworkError(_nobody(self.where, e)) from e
         except httpx.TimeoutException as e:
-            raise NetworkError(
-                f"the node at {self.where} does not answer within {seconds:g} s: it is overloaded or hangs; its "
-                "log may tell why"
-            ) from e
+            raise _no_answer(self.where, seconds) from e
         except httpx.HTTPError as e:
             raise NetworkError(f"the node at {self.where} broke off: {e}; it may just have stopped") from e
 
@@ -119,9 +120,17 @@ def _name_of(path: Path, where: str) -> Iterator[str]:
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(defaults.STATUS_SECONDS)
                 probe.connect(name)
+        except (TimeoutError, BlockingIOError) as e:  # its queue is full
+            raise _no_answer(where, defaults.STATUS_SECONDS) from e
         except OSError as e:
             raise NetworkError(_nobody(where, e)) from e
         yield name
+
+
+def _no_answer(where: str, seconds: float) -> NoAnswer:
+    return NoAnswer(
+        f"the node at {where} does not answer within {seconds:g} s: it is overloaded or hangs; its log may tell why"
+    )
 
 
 def _nobody(where: str, error: Exception) -> str:

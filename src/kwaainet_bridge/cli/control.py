@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.cli.admin_client import asking
+from kwaainet_bridge.cli.admin_client import NoAnswer, asking
 from kwaainet_bridge.cli.printing import counted
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import NetworkError
@@ -35,6 +35,8 @@ def _wait_until_gone(config: NodeConfig, before: dict[str, Any]) -> None:
         try:
             with asking(config) as node:  # anew: a client that finds its socket gone leaves its own end open
                 now = node.get("/api/status")
+        except NoAnswer:  # it may be busy, or hang: it has not ended
+            continue
         except NetworkError:
             return
         if now["uptime_seconds"] < before["uptime_seconds"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Sequence
@@ -43,9 +44,12 @@ def migrate(path: Path, *, check: bool, migrations: Sequence[Migration] = MIGRAT
     if check:
         return False
     try:
-        with backup.open("x", encoding="utf-8") as old:
-            old.write(text)
-        _replace(path, written)
+        _write(backup, text, like=path)
+        try:
+            _replace(path.resolve(), written)
+        except OSError:
+            backup.unlink()
+            raise
     except FileExistsError as e:
         raise ConfigError(f"{backup} exists already: move it away, and try again") from e
     except OSError as e:
@@ -55,9 +59,27 @@ def migrate(path: Path, *, check: bool, migrations: Sequence[Migration] = MIGRAT
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it sees the old one or the new one whole; it keeps its mode."""
+    """Write a file so that whoever reads it sees the old one or the new one whole; it keeps its owner and its mode."""
     beside = path.with_name(f"{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
-    beside.replace(path)
+    beside.unlink(missing_ok=True)
+    _write(beside, text, like=path)
+    try:
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, text: str, *, like: Path) -> None:
+    """Make a file with the owner and the mode of ``like``; until it has both it is this user's alone."""
+    path.touch(mode=0o600, exist_ok=False)
+    try:
+        path.write_text(text, encoding="utf-8")
+        status = like.stat()
+        if hasattr(os, "chown"):
+            with contextlib.suppress(PermissionError):  # who may not give it away owns it
+                os.chown(path, status.st_uid, status.st_gid)
+        path.chmod(status.st_mode & 0o777)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
