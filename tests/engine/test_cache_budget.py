@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -264,3 +265,50 @@ async def test_a_small_cache_under_many_opens_and_cancellations(llama_folder: An
         async with engine.open_session(range(BLOCKS), 1, 49):
             raise AssertionError
     await engine.aclose()
+
+
+async def test_who_needs_little_passes_one_for_whom_there_is_no_room_yet(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    budget, log, release = PageBudget(100, 1), [], trio.Event()
+    async with trio.open_nursery() as nursery:
+        for pages, timeout, growing in [(80, 0, False), (40, 20, True), (10, 60, False), (30, 20, True)]:
+            nursery.start_soon(partial(hold, growing=growing), budget, pages, timeout, log, release)
+            await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(5)
+        async with reserve(budget, 20, 20, growing=True):
+            assert trio.current_time() == 5
+        assert log == [80]  # what begins waits for both
+        budget.give_back(ONE, 10)
+        await trio.testing.wait_all_tasks_blocked()
+        assert log == [80, 30]
+        await trio.sleep(16)
+        assert log == [80, 30, "no 40 within 20 s"]
+        release.set()
+    assert budget.take_now(ONE, 10)
+    assert budget.left == 100
+    assert log[-1] == 10
+
+
+async def test_a_prompt_that_waits_for_room_keeps_no_session_from_its_next_token(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defaults, "CACHE_PROMISE_TOKENS", PAGE)
+    monkeypatch.setattr(defaults, "CACHE_AHEAD_TOKENS", 0)
+    engine = await Engine.load(EngineConfig(str(llama_folder), cache_tokens=16 * PAGE))
+    everything = range(BLOCKS)
+    async with (
+        aclosing(engine),
+        engine.open_session(everything, 1, 15 * PAGE, peer="a") as large,
+        engine.open_session(everything, 1, 8 * PAGE, peer="b") as session,
+        trio.open_nursery() as nursery,
+    ):
+        await session.step(torch.randn(1, PAGE, HIDDEN))
+        nursery.start_soon(large.step, torch.randn(1, 15 * PAGE, HIDDEN))
+        await trio.testing.wait_all_tasks_blocked()
+        assert engine._room.budget.growing
+        with trio.fail_after(defaults.CACHE_GROWTH_SECONDS / 2):
+            for _ in range(2 * PAGE):
+                await session.step(torch.randn(1, 1, HIDDEN))
+        assert engine._room.budget.growing
+        nursery.cancel_scope.cancel()

@@ -22,6 +22,8 @@ class PageBudget:
     """Counts promised pages of each block exactly. It allocates nothing itself.
 
     Those who wait are admitted in the order of arrival, but sessions that live and grow before those that are to begin.
+    Of the former each is admitted once there is room for it: one that waits for much, as a long prompt does, keeps no
+    other from its next token.
     ``blocks`` are numbered from 0.
     """
 
@@ -70,7 +72,7 @@ class PageBudget:
         given up and nothing is promised.
         """
         queue = self._growing if growing else self._beginning
-        waiting = bool(self._growing or (self._beginning and not growing))
+        waiting = not growing and bool(self._growing or self._beginning)
         # who does not wait takes no turn from those who do: nearly all clients ask this way
         if (timeout <= 0 or not waiting) and self.take_now(blocks, pages):
             return
@@ -99,8 +101,11 @@ class PageBudget:
         self._admit()
 
     def _admit(self) -> None:
-        for queue in (self._growing, self._beginning):
-            while queue and self.take_now(queue[0].blocks, queue[0].pages):
-                queue.popleft().granted.set()
-            if queue:
+        for waiter in list(self._growing):
+            if self.take_now(waiter.blocks, waiter.pages):
+                self._growing.remove(waiter)
+                waiter.granted.set()
+        while not self._growing and self._beginning:
+            if not self.take_now(self._beginning[0].blocks, self._beginning[0].pages):
                 return
+            self._beginning.popleft().granted.set()
