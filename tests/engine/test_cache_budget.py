@@ -299,12 +299,12 @@ async def test_a_prompt_that_waits_for_room_keeps_no_session_from_its_next_token
     everything = range(BLOCKS)
     async with (
         aclosing(engine),
-        engine.open_session(everything, 1, 15 * PAGE, peer="a") as large,
+        engine.open_session(everything, 1, 16 * PAGE, peer="a") as large,
         engine.open_session(everything, 1, 8 * PAGE, peer="b") as session,
         trio.open_nursery() as nursery,
     ):
         await session.step(torch.randn(1, PAGE, HIDDEN))
-        nursery.start_soon(large.step, torch.randn(1, 15 * PAGE, HIDDEN))
+        nursery.start_soon(large.step, torch.randn(1, 16 * PAGE, HIDDEN))
         await trio.testing.wait_all_tasks_blocked()
         assert engine._room.budget.growing
         with trio.fail_after(defaults.CACHE_GROWTH_SECONDS / 2):
