@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress
+from kwaainet_bridge.cli.run import _hangup, _has_terminal
 from kwaainet_bridge.engine.weights.locks import lock_alone, lock_shared
 from kwaainet_bridge.errors import CheckpointError, ConfigError
 from kwaainet_bridge.node.web.sockets import listening, reachable
@@ -42,6 +44,13 @@ def test_without_sockets_in_the_file_system_a_port_is_asked_for(tmp_path: Path, 
         pass
     with listening(TcpAddress("127.0.0.1", 0), key="admin.listen"):
         pass
+
+
+def test_without_terminals_of_unix_a_node_has_none(monkeypatch):
+    monkeypatch.delattr(os, "O_NOCTTY")
+    monkeypatch.delattr(signal, "SIGHUP")
+    assert not _has_terminal()
+    assert _hangup() == []
 
 
 def no_mode(*_: object) -> None:

@@ -148,3 +148,25 @@ async def test_processes_that_may_not_be_looked_at_do_not_end_the_node(
     with trio.fail_after(10):
         while IDLE not in state.degraded:
             await state.wait_changed()
+
+
+async def test_another_rule_is_followed_at_once_though_a_driver_does_not_answer(
+    nursery: trio.Nursery,
+) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    def hangs() -> float:
+        asked.set()
+        answers.wait(30)
+        return 0.0
+
+    state = NodeState()
+    watch = IdleWatch(RULE, hangs, state)
+    nursery.start_soon(watch.run)
+    try:
+        await trio.to_thread.run_sync(asked.wait)
+        watch.follow(RULE, lambda: 100.0)
+        with trio.fail_after(10):
+            await state.pausing.wait_until(asked=True)
+    finally:
+        answers.set()

@@ -81,6 +81,8 @@ def _hangup() -> list[signal.Signals]:
 
 
 def _has_terminal() -> bool:
+    if not hasattr(os, "O_NOCTTY"):  # Windows
+        return False
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
     except OSError:

@@ -70,13 +70,16 @@ class IdleWatch:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            if self._read is None:
+            async with trio.open_nursery() as nursery:
+                if self._read is not None:
+                    nursery.start_soon(self._watch, self._read, self._rule)
                 await self._changed.wait()
-                continue
-            await self._look(self._read, self._rule)
-            changed = self._changed
-            with trio.move_on_after(defaults.IDLE_PERIOD_SECONDS):
-                await changed.wait()
+                nursery.cancel_scope.cancel()
+
+    async def _watch(self, read: Read, rule: IdleRule) -> None:
+        while True:
+            await self._look(read, rule)
+            await trio.sleep(defaults.IDLE_PERIOD_SECONDS)
 
     async def _look(self, read: Read, rule: IdleRule) -> None:
         try:
