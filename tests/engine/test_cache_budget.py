@@ -312,3 +312,15 @@ async def test_a_prompt_that_waits_for_room_keeps_no_session_from_its_next_token
                 await session.step(torch.randn(1, 1, HIDDEN))
         assert engine._room.budget.growing
         nursery.cancel_scope.cancel()
+
+
+async def test_memory_is_taken_once_however_often_pages_are_used(llama_folder: Path) -> None:
+    engine = await Engine.load(EngineConfig(str(llama_folder), cache_tokens=16 * PAGE, share_prefixes="off"))
+    async with aclosing(engine):
+        page = engine.cache_bytes_total // 16
+        assert engine.cache_bytes_untaken == engine.cache_bytes_total
+        for pages, taken in [(3, 3), (2, 3), (5, 5), (5, 5)]:
+            async with engine.open_session(range(BLOCKS), 1, 8 * PAGE) as session:
+                await session.step(torch.randn(1, pages * PAGE, HIDDEN))
+            assert engine.cache_bytes_left == engine.cache_bytes_total
+            assert engine.cache_bytes_untaken == (16 - taken) * page

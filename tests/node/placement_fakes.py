@@ -36,6 +36,7 @@ def span(start: int, end: int, peer: PeerId, throughput: float = 1.0) -> Span:
 class FakeEngine:
     cache_bytes_total = 100 * MIB
     cache_bytes_left = 100 * MIB
+    cache_bytes_untaken = 100 * MIB
     cache_bytes_per_token = 1024
     weights_bytes = 400 * MIB
 

@@ -293,6 +293,19 @@ async def test_what_does_not_fit_into_memory_is_refused_with_numbers(autojump_cl
         await world.serving("two")
 
 
+async def test_what_a_cache_has_taken_before_is_not_subtracted_again(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sessions have ended, and the memory stays with it."""
+    world = World("one", memory=1000 * MIB)
+    async with world.running():
+        await world.serving("one")
+        monkeypatch.setattr(FakeEngine, "cache_bytes_untaken", 30 * MIB)
+        world.memory = 530 * MIB
+        world.models.add(config("two"))
+        await world.serving("two")
+
+
 async def test_two_that_load_at_once_do_not_count_the_same_memory(autojump_clock: MockClock) -> None:
     world = World("one", "two", memory=999 * MIB)
     async with world.running():

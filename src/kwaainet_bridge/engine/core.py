@@ -139,6 +139,11 @@ class Engine:
         """Bytes of KV cache that are promised to no session."""
         return self._room.budget.left * self._room.page_bytes
 
+    @property
+    def cache_bytes_untaken(self) -> int:
+        """Bytes of KV cache that no session has had yet: on a CPU the system is still to give memory for them."""
+        return self._room.allocator.unused * self._room.page_bytes
+
     @asynccontextmanager
     async def open_session(
         self,

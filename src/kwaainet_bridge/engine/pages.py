@@ -38,6 +38,8 @@ class PageAllocator:
         everything = (1 << pages) - 1
         self._everything = everything
         self._free = [everything] * blocks
+        self._used = [0] * blocks
+        """Pages of each block that anybody has or has had."""
         self._claims = Claims(blocks)
         self._owners: dict[tuple[int, int], int] = {}
         """By page and first block: two sessions that share blocks never have the same page there."""
@@ -45,6 +47,11 @@ class PageAllocator:
     def free(self, block: int) -> int:
         """Pages of one block that nobody has."""
         return self._free[block].bit_count()
+
+    @property
+    def unused(self) -> int:
+        """Pages that nobody has had yet, those of all blocks together."""
+        return sum(self.pages - used.bit_count() for used in self._used)
 
     def common(self, blocks: range) -> int:
         """Pages that are free on all of ``blocks``: what a session there could take."""
@@ -110,6 +117,7 @@ class PageAllocator:
             all_taken.append(taken)
         for block in blocks:
             self._free[block] &= ~mask
+            self._used[block] |= mask
         for page in chain.from_iterable(all_taken):
             self._owners[page, blocks.start] = 1
         return all_taken

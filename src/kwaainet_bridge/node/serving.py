@@ -92,7 +92,7 @@ class ModelService:
         if self._config.device != "cpu":  # there a cache is taken whole when it is made
             return coming
         engines = (self._loaded, self._serving)
-        return coming + sum(engine.cache_bytes_left for engine in engines if engine is not None)
+        return coming + sum(engine.cache_bytes_untaken for engine in engines if engine is not None)
 
     async def run(self, stop: trio.Event, *, join: Callable[[], Awaitable[None]] | None = None) -> None:
         """Load, announce JOINING, serve, announce ONLINE; move where blocks are needed more; drain once told to stop.
