@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import trio
 import trio.testing
 
@@ -19,7 +20,7 @@ from kwaainet_bridge.config import OpenAIConfig
 from kwaainet_bridge.node.generating import TextModels
 from kwaainet_bridge.node.openai import server
 from kwaainet_bridge.node.openai.app import _Endpoint
-from kwaainet_bridge.node.openai.bodies import ApiError, CompletionRequest
+from kwaainet_bridge.node.openai.bodies import ApiError, CompletionRequest, read_body
 from kwaainet_bridge.node.openai.limits import Limits
 from kwaainet_bridge.node.openai.server import open_openai
 from kwaainet_bridge.node.state import NodeState
@@ -138,3 +139,35 @@ async def test_prompts_become_tokens_beside_the_event_loop() -> None:
     assert threading.get_ident() not in threads
     with pytest.raises(ApiError, match="holds no token"):
         await app._answer(CompletionRequest.model_validate({"model": "one", "prompt": []}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", float("inf")),
+        ("repetition_penalty", float("nan")),
+    ],
+)
+def test_numbers_with_which_nothing_can_be_computed_are_refused_by_their_key(key: str, value: float) -> None:
+    """Else they would be a traceback in the node's log, and an answer of 500."""
+    body = json.dumps({"model": "one", "prompt": "a", key: value}).encode()
+    with pytest.raises(ApiError, match=f"^{key}") as caught:
+        read_body(CompletionRequest, body)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(("temperature", "samples"), [(0, False), (1e-320, False), (0.001, True)])
+def test_a_temperature_of_next_to_nothing_is_none(temperature: float, *, samples: bool) -> None:
+    asked = CompletionRequest.model_validate({"model": "one", "prompt": "a", "temperature": temperature})
+    assert asked.sampling.do_sample is samples
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), 0])
+def test_seeds_that_torch_takes(seed: int) -> None:
+    asked = CompletionRequest.model_validate({"model": "one", "prompt": "a", "seed": seed})
+    assert asked.seed is not None
+    torch.Generator().manual_seed(asked.seed)

@@ -19,6 +19,10 @@ UNSUPPORTED: Final = (
 """What would change the answer and is not done here: refused where it is set to anything but nothing."""
 
 
+_NO_TEMPERATURE: Final = 1e-6
+"""Up to there the likeliest token wins in any case, and what is divided by less may be no number any more."""
+
+
 class ApiError(Exception):
     """What a client is told in the place of an answer."""
 
@@ -69,10 +73,10 @@ class _Asked(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     n: Literal[1] = 1
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] = []
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None  # as torch takes them
     stream: bool = False
     stream_options: _StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -94,8 +98,8 @@ class _Asked(BaseModel):
     def sampling(self) -> Sampling:
         try:
             return Sampling(
-                do_sample=self.temperature > 0,
-                temperature=self.temperature or 1.0,
+                do_sample=self.temperature > _NO_TEMPERATURE,
+                temperature=self.temperature if self.temperature > _NO_TEMPERATURE else 1.0,
                 top_k=self.top_k,
                 top_p=self.top_p,
                 repetition_penalty=self.repetition_penalty,
