@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from node_support import TINY, node_config
 from structlog.testing import capture_logs
 
 from kwaainet_bridge.cli.run import _obey
-from kwaainet_bridge.config import NodeConfig, load_config
+from kwaainet_bridge.config import NodeConfig, load_config, parse_config
 from kwaainet_bridge.errors import ConfigError
 from kwaainet_bridge.node import daemon
 from kwaainet_bridge.node.control import Control
@@ -118,3 +119,23 @@ async def test_what_is_reloaded_while_the_node_starts_applies(
             config, state, stop, on_started=lambda _contact: None, on_models=on_models, control=control
         )
     assert names == ["me"]
+
+
+async def test_a_rule_that_has_not_changed_is_not_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads may be gone for now, which is no reason to refuse other changes."""
+    before = parse_config("idle: {watch: cpu}", "test")
+    wanted = parse_config("{idle: {watch: cpu}, limits: {streams: 32}}", "test")
+    control = Control(before, NodeState(), trio.Event(), read=lambda: wanted)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert (await control.reload()).applied == ("limits.streams",)
+
+
+async def test_a_rule_is_of_the_gpus_that_the_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = parse_config("model: {device: 'cuda:0'}", "test")
+    wanted = parse_config("{model: {device: 'cuda:1'}, idle: {watch: gpu}}", "test")
+    read: list[NodeConfig] = []
+    control = Control(before, NodeState(), trio.Event(), read=lambda: wanted)
+    monkeypatch.setattr("kwaainet_bridge.node.control.reader_for", read.append)
+    result = await control.reload()
+    assert (result.applied, result.restart) == (("idle.watch",), ("model.device",))
+    assert [(c.idle.watch, c.served_models[0].device) for c in read] == [("gpu", "cuda:0")]

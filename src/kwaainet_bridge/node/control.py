@@ -130,12 +130,13 @@ class Control:
     async def _reload(self, read: Callable[[], NodeConfig]) -> Reloaded:
         def prepare() -> tuple[NodeConfig, Read | None]:
             wanted = read()
-            return wanted, reader_for(wanted)
+            config = merged(before, wanted)
+            return wanted, reader_for(config) if config.idle != before.idle else None
 
+        before = self._config
         wanted, reader = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)  # type: ignore[call-arg]  # the stubs of trio-typing are older than trio
-        result = compare(self._config, wanted)
-        before, self._config = self._config, merged(self._config, wanted)
-        config = self._config
+        result = compare(before, wanted)
+        self._config = config = merged(before, wanted)
         set_level(config.log.level)
         if self._bound is not None and (config.limits, config.peers) != (before.limits, before.peers):
             self._bound(config)
