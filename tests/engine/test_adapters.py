@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -227,3 +228,13 @@ def test_two_of_one_name(tmp_path: Path) -> None:
 def test_adapters_do_not_go_with_several_processes() -> None:
     with pytest.raises(ConfigError, match="adapters do not go with tensor_parallel"):
         EngineConfig("model", adapters=("one",), tensor_parallel=2)
+
+
+async def test_two_of_one_name_leave_nothing_in_memory(tmp_path: Path) -> None:
+    save("llama3.1", tmp_path / "model")
+    adapters = [make_adapter(tmp_path / parent / "same", tmp_path / "model") for parent in ("a", "b")]
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError, match="two are called same"):
+        await Engine.load(EngineConfig(str(tmp_path / "model"), adapters=tuple(map(str, adapters))))
+    left = set(threading.enumerate()) - before
+    assert "compute" not in {thread.name for thread in left}

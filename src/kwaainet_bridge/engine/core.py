@@ -101,6 +101,7 @@ class Engine:
         Cancelled: the block being read is finished first, a download is kept as far as it is; nothing stays in
         memory.
         """
+        names_of(config.adapters)  # before anything is in memory
         with ExitStack() as files:
             if weights is None and download is hub_download:
                 weights = files.enter_context(closing(cache_of(config.storage)))
