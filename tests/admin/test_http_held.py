@@ -10,9 +10,12 @@ import h2.settings
 import pytest
 import trio
 from admin_support import asking, served
+from test_chat import Endpoint
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.admin_address import UnixAddress
+from kwaainet_bridge.node.openai.sharing import SharedApp
+from kwaainet_bridge.node.state import NodeState
 
 
 async def until_closed(stream: trio.SocketStream) -> bytes:
@@ -63,3 +66,38 @@ async def test_a_client_that_would_rather_speak_http2_is_answered_as_it_asked(tm
     async with served(address), asking(address) as client:
         answer = await client.get("/livez", headers=upgrade)
         assert (answer.status_code, answer.text, answer.http_version) == (200, "ok\n", "HTTP/1.1")
+
+
+@pytest.mark.parametrize("after", [b"G", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_who_asks_again_before_the_answer_and_leaves_is_not_waited_for(
+    tmp_path: Path, after: bytes, *, at_once: bool
+) -> None:
+    """What comes before an answer is not read until that is sent, nor is the end of what a client sends."""
+    address, state, endpoint = UnixAddress(tmp_path / "node.sock"), NodeState(), Endpoint()
+    state.openai = SharedApp(endpoint.make, token=None)
+    request = b"GET /v1/wait HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    async with served(address, state=state, openai=True):
+        async with await trio.open_unix_socket(str(address.path)) as client:
+            with trio.fail_after(10):
+                await client.send_all(request + after if at_once else request)
+                await endpoint.waiting.wait()
+                if not at_once:
+                    await client.send_all(after)
+        with trio.fail_after(10):
+            await endpoint.left.wait()
+
+
+async def test_who_asks_again_as_soon_as_answered_is_answered(tmp_path: Path) -> None:
+    address = UnixAddress(tmp_path / "node.sock")
+    request = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    async with served(address), await trio.open_unix_socket(str(address.path)) as client:
+        with trio.fail_after(20):
+            for together in (1, 3):
+                for _ in range(100):
+                    await client.send_all(request * together)
+                    told = b""
+                    while told.count(b"ok\n") < together:
+                        more = await client.receive_some()
+                        assert more
+                        told += more

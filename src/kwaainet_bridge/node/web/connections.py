@@ -8,10 +8,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import trio
 from hypercorn.config import Config
+from hypercorn.events import Closed
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import wrap_app
 from starlette.requests import Request
@@ -23,6 +25,8 @@ from kwaainet_bridge.node.web.tokens import admits
 
 if TYPE_CHECKING:
     import h11
+
+    from kwaainet_bridge.node.web.server import BoundedStream
 
 _MAX_HEAD_BYTES: Final = 16 * 1024
 
@@ -43,7 +47,7 @@ class Access:
 
 def make_handler(
     app: ASGIApp, access: Access, *, silent_seconds: int | None = defaults.WEB_IDLE_SECONDS
-) -> Callable[[Any], Awaitable[None]]:
+) -> Callable[[BoundedStream], Awaitable[None]]:
     """What serves one connection, given its stream. Raises what Hypercorn raises for what it did not foresee.
 
     ``silent_seconds``: how long a client may send nothing, while it is answered, too; None for as long as it likes.
@@ -59,8 +63,8 @@ def make_handler(
     wrapped = wrap_app(guarded, config.wsgi_max_body_size, "asgi")
     context = WorkerContext(None)
 
-    async def handle(stream: Any) -> None:
-        await _Server(wrapped, config, context, ConnectionState({}), stream).run()
+    async def handle(stream: BoundedStream) -> None:
+        await _Server(wrapped, config, context, stream).run()
 
     return handle
 
@@ -68,8 +72,14 @@ def make_handler(
 class _Server(TCPServer):
     """Hypercorn's, of HTTP/1.1 alone.
 
-    A client of HTTP/2 that gives no room for its answer, or begins no stream, would be waited for without a limit.
+    A client of HTTP/2 that gives no room for its answer, or begins no stream, would be waited for without a limit. So
+    would one that asks again before it is answered, and leaves: nothing is read then.
     """
+
+    def __init__(self, app: Any, config: Config, context: WorkerContext, stream: BoundedStream) -> None:
+        as_hypercorn_has_it: Any = stream
+        super().__init__(app, config, context, ConnectionState({}), as_hypercorn_has_it)
+        self._bounded = stream
 
     async def _read_data(self) -> None:
         made = self.protocol
@@ -84,10 +94,26 @@ class _Server(TCPServer):
             made.server,
             made.send,
         )
-        await super()._read_data()
+        try:
+            await super()._read_data()
+        except trio.TooSlowError:  # of _Soon
+            self._bounded.is_gone()
+            await made.handle(Closed())
+
+
+class _Soon(EventWrapper):
+    """That the next request can be read, which is while the last bytes of an answer are on their way."""
+
+    async def wait(self) -> None:
+        with trio.fail_after(defaults.WEB_LINGER_SECONDS):
+            await super().wait()
 
 
 class _OnlyHttp1(H11Protocol):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.can_read = _Soon()
+
     async def _check_protocol(self, event: h11.Request) -> None:
         """Answer as was asked, whatever the client would rather speak."""
 

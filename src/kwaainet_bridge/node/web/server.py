@@ -84,8 +84,12 @@ class BoundedStream:
             received = await self._stream.receive_some(max_bytes)
         finally:
             if not received:
-                self.scope.deadline = trio.current_time() + defaults.WEB_LINGER_SECONDS
+                self.is_gone()
         return received
+
+    def is_gone(self) -> None:
+        """Have who serves it end soon."""
+        self.scope.deadline = trio.current_time() + defaults.WEB_LINGER_SECONDS
 
     async def send_all(self, data: bytes) -> None:
         with trio.move_on_after(defaults.WEB_SEND_SECONDS) as limit:
