@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import trio
+from node_support import node_config, running_node
 from placement_fakes import A, span
 from test_pausing import PausedWorld
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kwaainet_bridge.config import IdleConfig
+from kwaainet_bridge.errors import CapacityDenied
+from kwaainet_bridge.kwaai.mux_client import open_mux
+from kwaainet_bridge.net import HostConfig, open_host
+from kwaainet_bridge.net.identity import Identity
 from kwaainet_bridge.node.idle import IDLE, IdleWatch
 from kwaainet_bridge.node.phase import Phase
 from kwaainet_bridge.node.state import NodeState
@@ -170,3 +176,34 @@ async def test_another_rule_is_followed_at_once_though_a_driver_does_not_answer(
             await state.pausing.wait_until(asked=True)
     finally:
         answers.set()
+
+
+# --- what needs no blocks
+
+
+async def test_a_paused_node_without_blocks_passes_nobody_on_to_its_local_endpoint(tmp_path: Path) -> None:
+    """KwaaiNet's peers may use another server of its owner's through the node."""
+    async with running_node(node_config(tmp_path, "first")) as first:
+        config = node_config(
+            tmp_path,
+            "node",
+            networks={"petals": None, "kwaainet": {"bootstrap": [first.address]}},
+            protocols={"kwaai_mux": {"endpoint": "http://127.0.0.1:1", "paths": ["/v1/*"]}},
+        )
+        async with (
+            running_node(config) as node,
+            open_host(HostConfig(Identity.generate("ed25519"), listen=())) as host,
+        ):
+            await node.serving()
+            peer = await host.connect(node.address)
+            async with open_mux(host, peer, open_timeout=5) as mux:
+                assert (await mux.lease(timeout=5)).lease_id
+                assert (await mux.request("POST", "/v1/chat/completions", timeout=5))[0] == 502
+                node.state.pausing.ask("operator", "paused")
+                await node.state.wait_for(Phase.PAUSED)
+                with pytest.raises(CapacityDenied):
+                    await mux.lease(timeout=5)
+                assert (await mux.request("POST", "/v1/chat/completions", timeout=5))[0] == 503
+                node.state.pausing.lift()
+                await node.serving()
+                assert (await mux.lease(timeout=5)).lease_id

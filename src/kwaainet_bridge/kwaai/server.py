@@ -86,7 +86,7 @@ class KwaaiServer:
         self._model = model
         self.counts = self.counts if counts is None else counts
         if "_places" in self.__dict__:  # they may have been drained of another model's sessions
-            self._places.accepting, self._places.paused = True, False
+            self._places.accepting = True
         if "_exchange" in self.__dict__:
             self._exchange.stopping = False
         try:

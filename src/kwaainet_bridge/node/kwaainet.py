@@ -29,6 +29,7 @@ from kwaainet_bridge.node.averaging import AveragingService
 from kwaainet_bridge.node.bootstrap import BootstrapWatch
 from kwaainet_bridge.node.generating import nothing_to_read
 from kwaainet_bridge.node.models import kwaainet_prefix, storage_of
+from kwaainet_bridge.node.pausing import keep_paused
 from kwaainet_bridge.node.state import NodeState
 from kwaainet_bridge.node.surveying import models_to_show
 from kwaainet_bridge.rpc import RpcClient, RpcServer
@@ -59,6 +60,8 @@ class KwaaiSide:
         """Keep in touch with the swarm, and help its averagers, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.watch.run)
+            # whoever serves blocks does so, too; leases and the local endpoint are there without any
+            nursery.start_soon(keep_paused, [self._server], self._state.pausing)
             if self._averaging.runs:
                 await self.watch.first_round()
                 nursery.start_soon(self._averaging.run)
