@@ -9,11 +9,11 @@ import h2.connection
 import h2.settings
 import pytest
 import trio
-from admin_support import asking, served
+from admin_support import asking, free_port, served
 from test_chat import Endpoint
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.admin_address import UnixAddress
+from kwaainet_bridge.admin_address import TcpAddress, UnixAddress
 from kwaainet_bridge.node.openai.sharing import SharedApp
 from kwaainet_bridge.node.state import NodeState
 
@@ -101,3 +101,18 @@ async def test_who_asks_again_as_soon_as_answered_is_answered(tmp_path: Path) ->
                         more = await client.receive_some()
                         assert more
                         told += more
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_pages_of_other_sites_hold_no_places_by_pictures(site: str) -> None:
+    """Browsers tell no origin of what a page shows, but whose page it is."""
+    address = TcpAddress("127.0.0.1", free_port())
+    async with served(address), asking(address) as client:
+        for path in ("/api/events", "/api/logs?follow=1", "/api/status"):
+            shown = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
+            assert (await client.get(path, headers=shown)).status_code == 403
+        link = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+        assert (await client.get("/", headers=link)).status_code == 200
+        for own in ("same-origin", "none"):
+            headers = {"Sec-Fetch-Site": own, "Sec-Fetch-Mode": "cors"}
+            assert (await client.get("/api/status", headers=headers)).status_code == 200

@@ -138,7 +138,7 @@ class _Guard:
             host = request.headers.get("host", "")
             if not _is_local(host):
                 return PlainTextResponse("this is served to this machine only\n", status_code=421)
-            if not _is_of(request.headers.get("origin"), host):
+            if not _is_of(request.headers.get("origin"), host) or _is_shown_elsewhere(request):
                 return PlainTextResponse(
                     "pages of other sites may not ask: open this node's own page\n", status_code=403
                 )
@@ -164,6 +164,12 @@ def _is_of(origin: str | None, host: str) -> bool:
     A page cannot read what it gets from elsewhere, but what it sends would be done.
     """
     return origin is None or origin.partition("://")[2] == host
+
+
+def _is_shown_elsewhere(request: Request) -> bool:
+    """Whether a browser asks for a page of another site, as for a picture: without an origin. Links there are good."""
+    site, mode = request.headers.get("sec-fetch-site"), request.headers.get("sec-fetch-mode")
+    return site in ("cross-site", "same-site") and mode != "navigate"
 
 
 def _is_local(host: str) -> bool:
