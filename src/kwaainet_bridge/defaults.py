@@ -719,6 +719,12 @@ KWAAI_LEFT_SESSION_SECONDS: Final = 30.0
 """A session that has been idle this long makes room for another one of the same peer, and where its peer is not
 connected any more, of anybody's."""
 
+KWAAI_ROOM_SECONDS: Final = 2.0
+"""How often a server looks whether the KV cache, which other protocols' sessions share, has room."""
+
+KWAAI_ROOM_SHARE: Final = 0.25
+"""With less of the cache free than this, sessions end that peers left which are not connected any more."""
+
 KWAAI_DRAIN_IDLE_SECONDS: Final = 15.0
 """A server that stops takes a session for finished after this long without a request. Tokens of slow chains take
 a second or two each."""

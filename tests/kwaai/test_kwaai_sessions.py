@@ -252,8 +252,9 @@ async def test_a_session_that_was_left_makes_room_for_another_of_its_peer(desk, 
     assert desk.sessions.open_sessions == 8
 
 
-async def test_sessions_of_peers_that_have_gone_make_room_for_anybody(desk, autojump_clock):
+async def test_sessions_of_peers_that_have_gone_make_room_for_anybody(desk, autojump_clock, monkeypatch):
     """They are free places from the moment on that they may be taken for left, and end when the room is needed."""
+    monkeypatch.setattr(defaults, "KWAAI_ROOM_SHARE", 0.0)
     resized(desk, 200, 1000)
     for number in range(4):
         await desk.step(ONE, number, 0, 100)
@@ -267,6 +268,25 @@ async def test_sessions_of_peers_that_have_gone_make_room_for_anybody(desk, auto
     await desk.step(TWO, 1, 0, 100)  # the oldest two end for this
     await desk.step(ONE, 3, 100, 1)  # those that are left go on
     assert sorted(desk.sessions._live) == sorted([(ONE, 1), (ONE, 2), (ONE, 3), (TWO, 1)])
+
+
+async def test_sessions_of_peers_that_have_gone_leave_room_for_other_protocols(desk, autojump_clock):
+    """Nobody of those asks for it here; what peers hold that are connected stays."""
+    resized(desk, 200, 1000)
+    for number in range(2):
+        await desk.step(ONE, number, 0, 100)
+        await trio.sleep(1)
+    await desk.step(TWO, 1, 0, 100)
+    desk.connected = {TWO}
+    await trio.sleep(defaults.KWAAI_LEFT_SESSION_SECONDS + 3)
+    assert desk.sessions.open_sessions == 3  # there is room
+    desk.engine.cache_bytes_left -= 480  # of sessions in the other network
+    await trio.sleep(defaults.KWAAI_ROOM_SECONDS + 1)
+    assert sorted(desk.sessions._live) == sorted([(ONE, 1), (TWO, 1)])
+    assert desk.engine.cache_bytes_left >= 250
+    desk.engine.cache_bytes_left -= 200
+    await trio.sleep(defaults.KWAAI_ROOM_SECONDS + 1)
+    assert list(desk.sessions._live) == [(TWO, 1)]
 
 
 async def test_sessions_of_peers_that_are_here_make_no_room_for_those_of_others(desk, autojump_clock):

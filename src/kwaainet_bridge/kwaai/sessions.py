@@ -260,17 +260,24 @@ class Sessions:
         return [s for s in self._live.values() if s.session is not None and not s.lock.locked()]
 
     async def _tend(self) -> None:
-        """Close what is idle for too long, until there are no sessions."""
+        """Close what is idle for too long, and make room for other protocols' sessions, until there are no sessions."""
         try:
             while self._counts:
                 first = min(s.last_used for s in self._live.values() if s.session is not None)
                 wait = max(1.0, first + self._idle_seconds - self._clock())  # one that runs may be overdue
                 changed = self._changed
-                with trio.move_on_after(wait):
+                with trio.move_on_after(min(wait, defaults.KWAAI_ROOM_SECONDS)):
                     await changed.wait()
                 await self.close_idle(self._clock())
+                await self._keep_room()
         finally:
             self._is_tended = False
+
+    async def _keep_room(self) -> None:
+        """Close sessions that were left while too little of the KV cache is free: others do not ask for it here."""
+        least = self._engine.cache_bytes_total * defaults.KWAAI_ROOM_SHARE
+        while self._engine.cache_bytes_left < least and (left := self._left()):
+            await self._end(min(left, key=lambda s: s.last_used))
 
     async def close_idle(self, now: float) -> None:
         """Close the sessions whose last request ended too long before ``now``."""
