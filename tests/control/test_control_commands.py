@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -119,7 +119,16 @@ def test_waiting_ends_with_the_node_or_another_start_of_it(monkeypatch: pytest.M
     assert uptimes == []
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """Children have SIGHUP by default, though the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, lambda *_: None)  # a handler, which no child inherits
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangups")
 def test_the_program_is_told_by_commands_and_by_signals(tmp_path: Path) -> None:
     settings = {
         "identity": {"kind": "ed25519"},
@@ -195,6 +204,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("does", ["close", "signal"])
 def test_a_terminal_that_is_closed_drains_the_node_and_a_signal_from_elsewhere_does_not(
     tmp_path: Path, does: str

@@ -50,7 +50,11 @@ async def signalled(control: Control, *numbers: int) -> None:
     await _obey(signals(), control, has_terminal=False)
 
 
-async def test_a_defect_in_reading_ends_no_node() -> None:
+async def test_a_defect_in_reading_ends_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        signal, "getsignal", lambda _: signal.SIG_IGN
+    )  # of whoever runs the tests under nohup
+
     def read() -> NodeConfig:
         raise ZeroDivisionError
 

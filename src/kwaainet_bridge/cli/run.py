@@ -39,6 +39,9 @@ from kwaainet_bridge.node.supervision import tell_supervisor
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
+HANGUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
+"""None on Windows."""
+
 PEER_LABEL: Final = "peer id"
 ADDRESS_LABEL: Final = "address"
 JOIN_LABEL: Final = "join with"
@@ -76,8 +79,7 @@ async def run_until_signalled(config: NodeConfig, *, read: Callable[[], NodeConf
 
 def _hangup() -> list[signal.Signals]:
     """SIGHUP where there is one, and where whoever has started this process has not told it to ignore it (nohup)."""
-    number = getattr(signal, "SIGHUP", None)
-    return [] if number is None or signal.getsignal(number) is signal.SIG_IGN else [number]
+    return [] if HANGUP is None or signal.getsignal(HANGUP) is signal.SIG_IGN else [HANGUP]
 
 
 def _has_terminal() -> bool:
@@ -102,7 +104,7 @@ async def _obey(signals: AsyncIterator[int], control: Control, *, has_terminal: 
 
     async with trio.open_nursery() as nursery:
         async for number in signals:
-            if number in _hangup() and (not has_terminal or _has_terminal()):
+            if number == HANGUP and (not has_terminal or _has_terminal()):
                 if not waits:  # one that has not begun yet reads what the file is then
                     waits = True
                     nursery.start_soon(reload)
