@@ -46,7 +46,7 @@ SETTLED_SECONDS = 60.0
 WITHIN = 120.0
 FLAT = 1.05
 """Most that memory may be at the end, in multiples of what it was when a quarter was over."""
-WARM_SECONDS = 600.0
+WARM_SECONDS = 1200.0
 """Shorter runs say nothing about memory: the allocators and the sessions of KwaaiNet, which have no end, still grow."""
 
 
