@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kwaainet_bridge.admin_address import TcpAddress, UnixAddress
+from kwaainet_bridge.cli import run
 from kwaainet_bridge.cli.run import _hangup, _has_terminal
 from kwaainet_bridge.engine.weights.locks import lock_alone, lock_shared
 from kwaainet_bridge.errors import CheckpointError, ConfigError
@@ -48,7 +48,7 @@ def test_without_sockets_in_the_file_system_a_port_is_asked_for(tmp_path: Path, 
 
 def test_without_terminals_of_unix_a_node_has_none(monkeypatch):
     monkeypatch.delattr(os, "O_NOCTTY")
-    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(run, "HANGUP", None)
     assert not _has_terminal()
     assert _hangup() == []
 
