@@ -6,24 +6,23 @@ import json
 import socket
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import trio
-from admin_support import check_documented, free_port
+from admin_support import answering, check_documented, free_port
 from node_support import NOWHERE, node_config, running_node
 
 from kwaainet_bridge import defaults
 from kwaainet_bridge.cli import status as command
-from kwaainet_bridge.cli.status import show_status
+from kwaainet_bridge.cli import watching
+from kwaainet_bridge.cli.status import STATUS
+from kwaainet_bridge.cli.watching import show_view
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import ConfigError, NetworkError, RemoteError
 
 
 def show(config: NodeConfig, *, as_json: bool = False) -> None:
-    show_status(config, watch=False, as_json=as_json)
+    show_view(config, STATUS, watch=False, as_json=as_json)
 
 
 async def test_a_running_node_is_shown(tmp_path, capsys):
@@ -58,8 +57,8 @@ async def test_watching_goes_on_until_it_is_interrupted(tmp_path, capsys, monkey
 
     config = node_config(tmp_path, "node")
     async with running_node(config):
-        monkeypatch.setattr(command.time, "sleep", sleep)
-        await trio.to_thread.run_sync(lambda: show_status(config, watch=True, as_json=True))
+        monkeypatch.setattr(watching.time, "sleep", sleep)
+        await trio.to_thread.run_sync(lambda: show_view(config, STATUS, watch=True, as_json=True))
         monkeypatch.undo()
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert len(told) == 3
@@ -78,7 +77,7 @@ def test_what_averages_is_shown(capsys):
         "last_missing_elements": 0,
         "banned": [{"peer": "12D3KooWcccccc", "kind": "late", "reason": "late\x1b[2J", "at": 1.0}],
     }
-    command._draw_averaging({"my run": run}, command.console())
+    command._draw_averaging({"my run": run}, watching.console())
     text = capsys.readouterr().out
     assert "my run     averaging  2      3       2.5 MB    4.0 MB  aaaaaa, bbbbbb" in text
     assert "12D3KooWcccccc  late  late?[2J" in text
@@ -134,30 +133,6 @@ def test_a_node_that_hangs(tmp_path, monkeypatch):
         hung.listen()
         with pytest.raises(NetworkError, match=r"does not answer within 0\.2 s"):
             show(config)
-
-
-@contextmanager
-def answering(body: bytes):
-    """An HTTP server that answers everything so; its port."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.mark.parametrize(

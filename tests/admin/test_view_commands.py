@@ -7,22 +7,20 @@ import json
 import logging
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 import trio
-from admin_support import free_port, logging_to
+from admin_support import answering, free_port, logging_to
 from node_support import NOWHERE, PREFIX, node_config, running_node
 from typer.testing import CliRunner
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.cli import log_view, views
+from kwaainet_bridge.cli import log_view, watching
 from kwaainet_bridge.cli.app import app
 from kwaainet_bridge.cli.log_view import show_logs
-from kwaainet_bridge.cli.views import BLOCKS, PEERS, SESSIONS, show_view
+from kwaainet_bridge.cli.views import BLOCKS, PEERS, SESSIONS
+from kwaainet_bridge.cli.watching import show_view
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import ConfigError, NetworkError, RemoteError
 from kwaainet_bridge.hivemind.client import Directory, Swarm, open_session
@@ -199,7 +197,7 @@ async def test_a_view_is_watched_until_it_is_interrupted(tmp_path, capsys, monke
 
     config = node_config(tmp_path, "node")
     async with running_node(config):
-        monkeypatch.setattr(views.time, "sleep", sleep)
+        monkeypatch.setattr(watching.time, "sleep", sleep)
         text = await shown(capsys, show_view, config, BLOCKS, watch=True, as_json=True)
         monkeypatch.undo()
     assert len([line for line in text.splitlines() if line.startswith("{")]) == 2
@@ -267,30 +265,6 @@ async def test_another_token_is_refused(tmp_path, capsys, logged):
                 await shown(capsys, show_logs, config("b"), **OPTIONS | {"follow": follow})
 
 
-@contextmanager
-def answering(body: bytes):
-    """An HTTP server that answers everything so; its port."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -343,7 +317,7 @@ def test_records_in_colours_on_a_terminal_only(capsys):
 
 
 def test_rows_of_what_is_rare(capsys):
-    out = views.console()
+    out = watching.console()
     peer = {
         "peer": "12D3KooWaaaaaa",
         "address": None,

@@ -277,9 +277,10 @@ def status(
     """Show what the node of this configuration, which runs on this machine, does and whether it is well."""
     node_config = load(config, {})
 
-    from kwaainet_bridge.cli.status import show_status
+    from kwaainet_bridge.cli.status import STATUS
+    from kwaainet_bridge.cli.watching import show_view
 
-    show_status(node_config, watch=watch, as_json=as_json)
+    show_view(node_config, STATUS, watch=watch, as_json=as_json)
 
 
 add_view_commands(app)

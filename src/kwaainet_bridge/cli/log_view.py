@@ -16,7 +16,8 @@ from rich.text import Text
 from kwaainet_bridge import defaults
 from kwaainet_bridge.cli.admin_client import AdminClient, asking
 from kwaainet_bridge.cli.printing import console, printable
-from kwaainet_bridge.cli.views import check_schema
+from kwaainet_bridge.cli.views import SCHEMA
+from kwaainet_bridge.cli.watching import check_schema
 from kwaainet_bridge.config import NodeConfig
 from kwaainet_bridge.errors import NetworkError, RemoteError
 
@@ -45,7 +46,7 @@ def show_logs(config: NodeConfig, *, level: str, last: int, follow: bool, as_jso
             if as_json:
                 typer.echo(json.dumps(told))
                 return
-            check_schema(told)
+            check_schema(told, SCHEMA)
             with _taken_for_records():
                 _draw(told, out)
             return

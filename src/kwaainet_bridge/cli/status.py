@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import time
 from typing import Any, Final
 
-import typer
 from rich.console import Console
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.cli.admin_client import asking
-from kwaainet_bridge.cli.printing import console, counted, duration, print_table, printable
-from kwaainet_bridge.config import NodeConfig
-from kwaainet_bridge.errors import RemoteError
-
-_SCHEMA: Final = 2  # of the status that is understood here
+from kwaainet_bridge.cli.printing import counted, duration, print_table, printable
+from kwaainet_bridge.cli.watching import View
 
 
-def show_status(config: NodeConfig, *, watch: bool, as_json: bool) -> None:
-    """Print the status of the node with this configuration, again and again if it is to be watched, until Ctrl-C.
-
-    Raises ConfigError if the node has no admin side; NetworkError if none answers; RemoteError if it answers something
-    else than a status.
-    """
-    out = console()
-    with asking(config) as node:
-        while True:
-            status = node.get("/api/status")
-            if as_json:
-                typer.echo(json.dumps(status))
-            else:
-                if watch and out.is_terminal:
-                    out.clear()
-                if status.get("schema") != _SCHEMA:
-                    raise RemoteError(
-                        f"the node is of another version ({status.get('version')!r:.40}): use its own "
-                        "kwaainet-bridge, or --json"
-                    )
-                try:
-                    draw(status, out)
-                except (KeyError, TypeError, AttributeError, ValueError) as e:
-                    raise RemoteError(f"what answered sent no status of a node: {e!r:.200}") from e
-            if not watch:
-                return
-            try:
-                time.sleep(defaults.STATUS_WATCH_SECONDS)
-            except KeyboardInterrupt:
-                return
-
-
-def draw(status: dict[str, Any], out: Console) -> None:
+def _draw(status: dict[str, Any], out: Console) -> None:
     """Print a status for people. KeyError and its kin for an object that is none."""
     phase, verdict = status["phase"], status["reachability"]
     ready = "ready" if status["ready"] else "NOT READY"
@@ -195,3 +156,6 @@ def _ms(seconds: float) -> str:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
+
+
+STATUS: Final = View("/api/status", 2, _draw)

@@ -13,7 +13,7 @@ from kwaainet_bridge.cli.options import ConfigOption, JsonOption, load
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kwaainet_bridge.cli.views import View
+    from kwaainet_bridge.cli.watching import View
 
 WatchOption = Annotated[bool, typer.Option("--watch", help="Look again every 2 seconds, until Ctrl-C.")]
 
@@ -66,7 +66,7 @@ def logs(
 
 
 def _show(config: Path | None, view: View, *, watch: bool, as_json: bool) -> None:
-    from kwaainet_bridge.cli.views import show_view
+    from kwaainet_bridge.cli.watching import show_view
 
     show_view(load(config, {}), view, watch=watch, as_json=as_json)
 

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
-import typer
 from rich.console import Console
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.cli.admin_client import asking
-from kwaainet_bridge.cli.printing import console, counted, duration, print_table, printable
-from kwaainet_bridge.config import NodeConfig
-from kwaainet_bridge.errors import RemoteError
+from kwaainet_bridge.cli.printing import counted, duration, print_table, printable
+from kwaainet_bridge.cli.watching import View
 
 SCHEMA: Final = 1
 """Of the views that are understood here."""
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """One of the node's views, and what prints it; KeyError and its kin for an object that is none."""
-
-    path: str
-    draw: Callable[[dict[str, Any], Console], None]
-
-
-def show_view(config: NodeConfig, view: View, *, watch: bool, as_json: bool) -> None:
-    """Print a view of the node with this configuration, again and again if it is to be watched, until Ctrl-C.
-
-    Raises ConfigError if the node has no admin side or wants another token; NetworkError if none answers; RemoteError
-    if it answers something else.
-    """
-    out = console()
-    with asking(config) as node:
-        while True:
-            told = node.get(view.path)
-            if as_json:
-                typer.echo(json.dumps(told))
-            else:
-                if watch and out.is_terminal:
-                    out.clear()
-                check_schema(told)
-                try:
-                    view.draw(told, out)
-                except (KeyError, TypeError, AttributeError, ValueError) as e:
-                    raise RemoteError(f"what answered sent no such view of a node: {e!r:.200}") from e
-            if not watch:
-                return
-            try:
-                time.sleep(defaults.STATUS_WATCH_SECONDS)
-            except KeyboardInterrupt:
-                return
-
-
-def check_schema(told: dict[str, Any]) -> None:
-    """Raise RemoteError for an answer of another version."""
-    if told.get("schema") != SCHEMA:
-        raise RemoteError(
-            f"the node is of another version (it answers in schema {told.get('schema')!r:.40}): use its own "
-            "kwaainet-bridge, or --json"
-        )
 
 
 def _say(out: Console, text: str) -> None:
@@ -219,6 +167,6 @@ def _short(peer: str) -> str:
     return f"…{peer[-6:]}"
 
 
-PEERS: Final = View("/api/peers", _draw_peers)
-SESSIONS: Final = View("/api/sessions", _draw_sessions)
-BLOCKS: Final = View("/api/blocks", _draw_blocks)
+PEERS: Final = View("/api/peers", SCHEMA, _draw_peers)
+SESSIONS: Final = View("/api/sessions", SCHEMA, _draw_sessions)
+BLOCKS: Final = View("/api/blocks", SCHEMA, _draw_blocks)
