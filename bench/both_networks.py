@@ -32,7 +32,7 @@ MIB = 1024 * 1024
 PROMPT = [1, 42, 99, 7, 300]
 TOKENS = 64
 TEXTS = 3
-"""Of each client. A KwaaiNet client has room for four at once: its sessions have no end."""
+"""Of each client."""
 SETTLE_SECONDS = 1.0
 """Between the last token and the reading."""
 TARGET = 1.05

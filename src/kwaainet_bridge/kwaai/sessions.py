@@ -249,7 +249,7 @@ class Sessions:
 
     def _left(self) -> list[_Live]:
         """Sessions whose peers have gone, that have been idle for so long that these will hardly come back."""
-        connected = self._connected()
+        connected = set(self._connected())
         return [s for s in self._idle() if s.last_used <= self._left_before and s.peer not in connected]
 
     @property
