@@ -600,9 +600,13 @@ cores a block takes some four times as long for 64 tokens as for one."""
 MAX_TREE_TOKENS: Final = MERGED_STEP_TOKENS
 """Candidates of one tree step: it always runs within one batch of steps, and its mask is small."""
 
-ONE_THREAD_WEIGHTS: Final = 1 << 20
-"""Tokens of a batch of steps times weights of a block up to which one thread computes alone: a tenth of a millisecond
-of arithmetic, which a second thread shortens by less than it takes to wake it where the machine is busy."""
+ONE_THREAD_PRODUCTS: Final = 1 << 23
+"""Work on a block up to which one thread computes alone: weights times tokens, and reading a weight counts as
+``READ_PRODUCTS``. It is half a millisecond, which a second thread shortens by less than it takes to wake it for each of
+a block's operations where the machine is busy: measured with a client of 64 sessions beside the node, on two cores."""
+
+READ_PRODUCTS: Final = 8
+"""What reading a weight from memory costs, in products with it."""
 
 PIECE_TOKENS: Final = 512
 """Batch times tokens that one block processes at once: bounds activation memory and how long others wait. On CPUs 256

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from engine_support import BLOCKS, HIDDEN, Reference, close
 
 from kwaainet_bridge import defaults
-from kwaainet_bridge.engine import Engine
+from kwaainet_bridge.engine import Engine, EngineConfig
 from kwaainet_bridge.errors import InvalidRequest
 
 ALL = range(BLOCKS)
@@ -115,3 +118,28 @@ async def test_prompts_must_fit(engine: Engine, hidden: torch.Tensor, shape: tup
         InvalidRequest, match=r"prompts must be floating-point \[6, 3 or 1, at most 12, 64\], got"
     ):
         await engine.forward(hidden, ALL, random(*shape))
+
+
+@pytest.mark.parametrize("products", [0, 1 << 40])
+async def test_small_passes_keep_to_one_thread(
+    llama_folder: Path, hidden: torch.Tensor, monkeypatch: pytest.MonkeyPatch, products: int
+) -> None:
+    monkeypatch.setattr(defaults, "ONE_THREAD_PRODUCTS", products)
+    threads: set[int] = set()
+    engine = await Engine.load(EngineConfig(str(llama_folder), threads=2))
+    try:
+        run = engine._span.run
+
+        def counting(*given: Any, **more: Any) -> torch.Tensor:
+            threads.add(torch.get_num_threads())
+            return run(*given, **more)
+
+        monkeypatch.setattr(engine._span, "run", counting)
+        output = await engine.forward(hidden, ALL)
+        await engine.backward(hidden, torch.ones_like(output), ALL)
+        async with engine.open_session(ALL, hidden.shape[0], 16) as session:
+            await session.step(hidden[:, :1])
+        assert threads == {1 if products else 2}
+        assert await engine._compute.run(torch.get_num_threads) == 2
+    finally:
+        await engine.aclose()

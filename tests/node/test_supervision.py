@@ -197,7 +197,7 @@ async def test_a_watchdog_without_a_time_is_logged(tmp_path, autojump_clock, tex
 
 @pytest.mark.parametrize("environ", [{}, {"NOTIFY_SOCKET": ""}])
 async def test_without_a_service_manager_it_returns(environ):
-    with trio.fail_after(1):
+    with trio.fail_after(5):
         await tell_supervisor(NodeState(), trio.Event(), environ=environ)
 
 

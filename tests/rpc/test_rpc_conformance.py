@@ -270,7 +270,7 @@ async def test_server_reads_on_until_the_end_of_stream(pair):
         await stream.read(10)
     assert waiting.cancelled_caught  # the server has not closed
     await stream.write(frames.encode_end())
-    with trio.fail_after(2):
+    with trio.fail_after(5):
         assert await stream.read(10) == b""
     await stream.close()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from typing import TypeVar
 
 import outcome
 import torch
@@ -20,6 +21,8 @@ from kwaainet_bridge.engine.span import Span
 from kwaainet_bridge.engine.step import Step
 from kwaainet_bridge.errors import ConfigError
 
+T = TypeVar("T")
+
 
 class Runner:
     """Runs steps on a span and its KV cache."""
@@ -29,7 +32,7 @@ class Runner:
         self._store = store
         self.hidden_size = int(span.model.config.hidden_size)
         self.dtype = span.dtype
-        self._block_weights = span.weight_bytes(span.blocks.start) // span.dtype.itemsize
+        self._block_weights: int = span.weight_bytes(span.blocks.start) // span.dtype.itemsize
 
     @classmethod
     def make(cls, config: EngineConfig, span: Span) -> Runner:
@@ -54,7 +57,8 @@ class Runner:
         self, hidden: torch.Tensor, blocks: range, prompts: torch.Tensor | None, adapter: str | None
     ) -> Generator[None, None, torch.Tensor]:
         """[B, T, H] through ``blocks``, see :func:`passes.forward`."""
-        return passes.forward(self._span, hidden, blocks=blocks, prompts=prompts, adapter=adapter)
+        pieces = passes.forward(self._span, hidden, blocks=blocks, prompts=prompts, adapter=adapter)
+        return self._of_pass(pieces, hidden)
 
     def backward(
         self,
@@ -65,9 +69,16 @@ class Runner:
         adapter: str | None,
     ) -> Generator[None, None, tuple[torch.Tensor, torch.Tensor | None]]:
         """Gradients of that, see :func:`passes.backward`."""
-        return passes.backward(
+        pieces = passes.backward(
             self._span, hidden, grad_output, blocks=blocks, prompts=prompts, adapter=adapter
         )
+        return self._of_pass(pieces, hidden)
+
+    def _of_pass(self, pieces: Generator[None, None, T], hidden: torch.Tensor) -> Generator[None, None, T]:
+        return _alone(pieces) if self._is_small(hidden.shape[0] * hidden.shape[1]) else pieces
+
+    def _is_small(self, tokens: int) -> bool:
+        return (defaults.READ_PRODUCTS + tokens) * self._block_weights <= defaults.ONE_THREAD_PRODUCTS
 
     def run_merged(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
         """The outputs [B, T, H] of each, on the CPU, from one ragged batch.
@@ -81,7 +92,7 @@ class Runner:
         return [next(outputs) if isinstance(done, outcome.Value) else done for done in copied]
 
     def _run_copied(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
-        small = sum(step.tokens for step in steps) * self._block_weights <= defaults.ONE_THREAD_WEIGHTS
+        small = self._is_small(sum(step.tokens for step in steps))
         try:
             with _one_thread() if small else nullcontext():
                 return [outcome.Value(output) for output in self._run_together(steps)]
@@ -189,6 +200,19 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _alone(pieces: Generator[None, None, T]) -> Generator[None, None, T]:
+    """The same pieces, each computed in this thread alone."""
+    with closing(pieces):
+        while True:
+            with _one_thread():
+                try:
+                    next(pieces)
+                except StopIteration as end:
+                    result: T = end.value
+                    return result
+            yield
 
 
 def _prompted(state: torch.Tensor, block: int, steps: Sequence[Step]) -> torch.Tensor:
