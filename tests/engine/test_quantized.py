@@ -15,7 +15,7 @@ from family_models import save
 from torch.nn.functional import linear
 
 from kwaainet_bridge.engine import Engine, EngineConfig, packed
-from kwaainet_bridge.engine.int8 import Int8Linear
+from kwaainet_bridge.engine.int8 import Int8Linear, input_levels
 from kwaainet_bridge.engine.packed import PackedLinear
 from kwaainet_bridge.engine.quantized import MixedInt8Linear, Nf4Linear, check, quantise
 from kwaainet_bridge.errors import CheckpointError, ConfigError
@@ -25,7 +25,7 @@ ERRORS = {Nf4Linear: 0.12, MixedInt8Linear: 0.015}
 """Of a matrix' output, relative, by norms; 0.092 and 0.009 were measured."""
 BITS = {Nf4Linear: 4.2, MixedInt8Linear: 8.2}
 """Of a weight, with its share of the scales."""
-OF_MODEL = {"int8": (0.015, 0.26), "nf4": (0.1, 0.14)}
+OF_MODEL = {"int8": (0.015 * 127 / input_levels(), 0.26), "nf4": (0.1, 0.14)}
 """Of a model of three blocks: distance of its output, and half of that of gradients; memory beside that in float32."""
 
 
