@@ -26,7 +26,8 @@ ERRORS = {Nf4Linear: 0.12, MixedInt8Linear: 0.015}
 BITS = {Nf4Linear: 4.2, MixedInt8Linear: 8.2}
 """Of a weight, with its share of the scales."""
 OF_MODEL = {"int8": (0.015 * 127 / input_levels(), 0.26), "nf4": (0.1, 0.14)}
-"""Of a model of three blocks: distance of its output, and half of that of gradients; memory beside that in float32."""
+"""Of a model of three blocks: distance of its output, and half of that of gradients, which grow as levels are fewer;
+memory beside that in float32."""
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:

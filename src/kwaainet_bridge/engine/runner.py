@@ -75,9 +75,11 @@ class Runner:
         return self._of_pass(pieces, hidden)
 
     def _of_pass(self, pieces: Generator[None, None, T], hidden: torch.Tensor) -> Generator[None, None, T]:
-        return _alone(pieces) if self._is_small(hidden.shape[0] * hidden.shape[1]) else pieces
+        """The pieces of a pass over ``hidden``, on as many threads as it is worth."""
+        return _on_one_thread(pieces) if self._is_small(hidden.shape[0] * hidden.shape[1]) else pieces
 
     def _is_small(self, tokens: int) -> bool:
+        """Whether a second thread would not pay for so many tokens."""
         return (defaults.READ_PRODUCTS + tokens) * self._block_weights <= defaults.ONE_THREAD_PRODUCTS
 
     def run_merged(self, steps: Sequence[Step]) -> Sequence[outcome.Outcome[torch.Tensor]]:
@@ -202,7 +204,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _alone(pieces: Generator[None, None, T]) -> Generator[None, None, T]:
+def _on_one_thread(pieces: Generator[None, None, T]) -> Generator[None, None, T]:
     """The same pieces, each computed in this thread alone."""
     with closing(pieces):
         while True:
