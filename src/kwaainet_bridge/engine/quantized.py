@@ -13,7 +13,7 @@ import torch
 from kwaainet_bridge.engine import int8
 from kwaainet_bridge.engine.config import Quantization
 from kwaainet_bridge.engine.int8 import SMALLEST, Int8Linear
-from kwaainet_bridge.engine.packed import PackedLinear
+from kwaainet_bridge.engine.linear import PackedLinear
 from kwaainet_bridge.errors import ConfigError
 
 BLOCK: Final = 64

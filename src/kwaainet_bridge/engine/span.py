@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kwaainet_bridge.engine import attention, lora, packed, quantized
+from kwaainet_bridge.engine import attention, linear, lora, quantized
 from kwaainet_bridge.engine.adapters import Adapter
 from kwaainet_bridge.engine.attention import RaggedCache, Rule
 from kwaainet_bridge.engine.checkpoint import Checkpoint
@@ -58,7 +58,9 @@ class Span:
         self._parts = {block: self._find(block) for block in blocks}
         self.quantization: Quantization = "none"
         """What :meth:`load` makes of large matrices."""
-        self._packs = self.device.type == "cpu" and self._own is None and packed.supported(self.dtype)
+        self._linear = linear.quicker(self.dtype) if self.device.type == "cpu" else None
+        if self._own is not None and self._linear is linear.PackedLinear:
+            self._linear = None  # these layers read rows of weights themselves
 
     @property
     def repeats(self) -> bool:
@@ -114,8 +116,8 @@ class Span:
                     f"{self._checkpoint.name} cannot be quantised: in block {block} large linear layers have "
                     f"{done / weights:.0%} of the weights; set model.quantization to none"
                 )
-        if self._packs and self.share is None:
-            packed.pack(layer)
+        if self._linear is not None and self.share is None:
+            linear.replace(layer, self._linear)
 
     def adapt(self, block: int, adapters: Sequence[Adapter]) -> None:
         """Have these adapters at hand in a block that is loaded. Raises CheckpointError for one that does not fit."""
