@@ -36,7 +36,9 @@ def layers(
     return kept, outer["large"]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, WIDENED_FROM - 1, WIDENED_FROM, 17, SPLIT_UP_TO, SPLIT_UP_TO + 1])
+@pytest.mark.parametrize(
+    "tokens", [1, 2, 5, WIDENED_FROM - 1, WIDENED_FROM, 17, SPLIT_UP_TO, SPLIT_UP_TO + 1]
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("made", "dtype"), KINDS)
 def test_it_is_the_linear_layer(made: Made, dtype: torch.dtype, tokens: int, *, bias: bool) -> None:

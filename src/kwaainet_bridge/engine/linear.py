@@ -11,8 +11,8 @@ Which calls are quickest depends on the processor's registers, the dtype and the
   hidden size 1024, float32, in ms: rows, packed, split; one token 34, 31, 20; four 92, 42, 40; sixteen 100, 53, 52; 128
   310, 215, 215; 1024 1850, 1620, 1650.)
 - Half precision without kernels for it is multiplied in float32 from ``WIDENED_FROM`` tokens on: torch's own way takes
-  the same time for each token. (the same, four blocks, bfloat16, torch's own and widened: 16 tokens 99 and 46, 128 tokens
-  726 and 150.)
+  the same time for each token. (the same, four blocks, bfloat16, torch's own way and widened: 16 tokens 99 and 46, 128
+  tokens 726 and 150.)
 """
 
 from __future__ import annotations
@@ -109,7 +109,11 @@ def quicker(dtype: torch.dtype) -> type[PackedLinear | SplitLinear] | None:
         return SplitLinear
     if _has_kernels(dtype):
         return PackedLinear
-    if registers in ("AVX2", "AVX512") and dtype in (torch.bfloat16, torch.float16) and _has_kernels(torch.float32):
+    if (
+        registers in ("AVX2", "AVX512")
+        and dtype in (torch.bfloat16, torch.float16)
+        and _has_kernels(torch.float32)
+    ):
         return SplitLinear
     return None
 
