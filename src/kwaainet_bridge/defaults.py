@@ -634,6 +634,13 @@ SCHEDULER_PATIENCE_SECONDS: Final = 0.5
 """After so long in the queue a piece of a forward or backward pass runs although sessions step, and a request although
 its peer had more than its share. Two pieces a second leave most of the time to sessions."""
 
+GATHER_SHARE: Final = 0.5
+"""How long steps wait for others after a batch, as a share of what that took. A batch of twice as many takes less than
+two of them: while steps come in time, nothing is lost by waiting for so long, and while they do not, a third."""
+
+GATHER_MAX_PAUSE: Final = 64
+"""Batches without such waiting at most, after it was in vain several times in a row: it loses below 1 % then."""
+
 PAGE_TOKENS: Final = 16
 """Tokens of one page of the KV cache: half of it is what a sequence wastes on average."""
 

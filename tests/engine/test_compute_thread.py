@@ -6,12 +6,13 @@ import gc
 import threading
 import weakref
 
+import outcome
 import pytest
 import torch
 import trio
 import trio.testing
 
-from kwaainet_bridge.engine.compute import ComputeThread, Priority
+from kwaainet_bridge.engine.compute import ComputeThread, Merged, Priority
 from kwaainet_bridge.engine.scheduler import Scheduler
 from kwaainet_bridge.errors import AllocationFailed, EngineError
 
@@ -214,6 +215,34 @@ async def test_a_caller_that_is_cancelled_while_the_thread_dies(monkeypatch: pyt
         compute._thread.join(5)  # its result is on the way to the loop, which has not turned since
         scope.cancel()
     assert results == ["the compute thread has died of SystemExit: 3"]
+    await compute.aclose()
+
+
+async def test_a_step_that_waited_for_others_runs_in_the_end() -> None:
+    """Nothing else wakes the thread: two steps ran, and one of the sessions does not come again."""
+    gates = [Gate(), Gate()]
+    sizes = []
+
+    def merged(steps: list[int]) -> list[outcome.Outcome[int]]:
+        sizes.append(len(steps))
+        if len(sizes) <= len(gates):
+            gates[len(sizes) - 1]()
+        return [outcome.Value(step) for step in steps]
+
+    compute = ComputeThread(merged=merged)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(compute.run, Merged(0, 1))
+        await gates[0].wait_entered()
+        for step in (1, 2):
+            nursery.start_soon(compute.run, Merged(step, 1))
+        await trio.testing.wait_all_tasks_blocked()
+        gates[0].open()
+        await gates[1].wait_entered()
+        gates[1].open()
+    with trio.fail_after(10):
+        assert await compute.run(Merged(3, 1)) == 3
+        assert await compute.run(Merged(4, 1)) == 4
+    assert sizes == [1, 2, 1, 1]
     await compute.aclose()
 
 

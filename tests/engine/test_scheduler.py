@@ -59,9 +59,11 @@ def simulate(
         advance(now)
         chosen = scheduler.next(now)
         if not chosen:
-            if not coming:
+            wake = [scheduler.held_until] if scheduler.held_until is not None else []
+            wake += [jobs[coming[0]].arrives] if coming else []
+            if not wake:
                 break
-            now = max(now, jobs[coming[0]].arrives)
+            now = max(now, min(wake))
             continue
         batch = [of_key[key] for key in chosen]
         history.append((now, batch))

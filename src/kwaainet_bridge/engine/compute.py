@@ -196,7 +196,8 @@ class ComputeThread:
                     break
                 if self._closing:
                     return {}
-                self._changed.wait()
+                until = self._scheduler.held_until
+                self._changed.wait(None if until is None else max(0.0, until - self._clock()))
             batch = {key: self._requests[key] for key in keys}
             for request in batch.values():
                 request.started = request.running = True

@@ -3,7 +3,8 @@
 Three kinds of requests wait here. A *step* is small: all steps that are ready, of any session, run as one ragged batch
 through all blocks. Everything larger is a sequence of pieces, of which one runs at a time: a long prompt (*inference*),
 or a forward or backward pass (*batch*). Inference goes first: a batch of steps and a piece of a prompt take turns where
-both wait, and pieces of other passes run when neither does, or when they have waited for ``patience`` seconds.
+both wait, and pieces of other passes run when neither does, or when they have waited for ``patience`` seconds. Where
+nothing else waits, steps are held back a moment for others that are about to come (:mod:`.gathering`).
 
 Among peers, whoever has been given least of its share comes first, except that every other choice goes to whoever has
 waited longest, if that is more than ``patience``; so nobody waits for ever, however many others come.
@@ -15,6 +16,8 @@ import enum
 import heapq
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from kwaainet_bridge.engine.gathering import Gathering
 
 MAX_IDLE_PEERS = 256
 """Peers without requests of which is remembered what they were given."""
@@ -47,6 +50,8 @@ class FairQueue:
         self._requests: dict[int, _Request] = {}
         self._peers: dict[Hashable, dict[int, _Request]] = {}
         self._given: dict[Hashable, float] = {}
+        self.tokens = 0
+        """Of all requests together."""
         self._level = 0.0
         """What the peer had been given that was chosen last: newcomers start from here, not from nothing."""
         self._oldest_next = False
@@ -59,6 +64,7 @@ class FairQueue:
 
     def add(self, request: _Request) -> None:
         self._requests[request.key] = request
+        self.tokens += request.tokens
         if request.peer not in self._peers:
             self._peers[request.peer] = {}
             self._given[request.peer] = max(self._given.get(request.peer, 0.0), self._level)
@@ -66,6 +72,7 @@ class FairQueue:
 
     def remove(self, key: int) -> None:
         request = self._requests.pop(key)
+        self.tokens -= request.tokens
         mine = self._peers[request.peer]
         del mine[key]
         if not mine:
@@ -149,6 +156,9 @@ class Scheduler:
     _last_inference: Priority = Priority.INFERENCE
     _last_step: float = float("-inf")
     _batch_since: float = 0.0
+    _gathering: Gathering = field(default_factory=Gathering)
+    held_until: float | None = None
+    """When :meth:`next` is to be asked again if nothing changes before, after it held steps back."""
 
     def __post_init__(self) -> None:
         step, inference = (FairQueue(self.patience, self.shares) for _ in range(2))
@@ -183,8 +193,13 @@ class Scheduler:
         return bool(self._queues[Priority.STEP]) or now - self._last_step < self.patience
 
     def next(self, now: float) -> list[int]:
-        """The steps that run together, or the one request of which a piece runs; empty if nothing waits."""
+        """The steps that run together, or the one request of which a piece runs; empty if nothing does."""
         steps, prompts, passes = self._queues
+        self.held_until = None
+        if steps and not prompts and not passes and steps.tokens < self.batch_tokens:
+            self.held_until = self._gathering.held_until(now, len(steps))
+            if self.held_until is not None:
+                return []
         if passes and (now - self._batch_since >= self.patience or not (steps or prompts)):
             self._running_kind = Priority.BATCH
         elif steps and (self._last_inference is Priority.INFERENCE or not prompts):
@@ -216,4 +231,6 @@ class Scheduler:
                     queue.touch(request.key, now)
             if self._running_kind is Priority.BATCH:
                 self._batch_since = now
+        else:
+            self._gathering.ended(now, seconds, len(self._running) + len(self._queues[Priority.STEP]))
         self._running = []
