@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,6 +28,8 @@ class PagedStore:
         self.blocks = blocks
         self.kv_heads = heads[0]
         self.device = device
+        self.token_bytes = 2 * heads[0] * heads[1] * dtype.itemsize
+        """Of the keys and values of one token in one block."""
         self._storage = torch.empty(shape, dtype=dtype, device=device)
         self._of_block = [(pair[0], pair[1]) for pair in self._storage]
 
@@ -64,6 +67,32 @@ class PagedStore:
         part.index_copy_(3, targets, part.index_select(3, sources))
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences of one new token each that attend in one call: their keys and values are copied next to each other."""
+
+    members: frozenset[int]
+    """Which of the batch's sequences."""
+    rows: torch.Tensor
+    """int64 [members]: where their tokens are in the batch."""
+    slots: torch.Tensor
+    """int64 [members * longest]: where their keys and values lie; a short one's last slot stands for what it lacks."""
+    mask: torch.Tensor | None
+    """bool [members, 1, 1, longest]: what each has; None if all have as much."""
+
+    def attend(
+        self, single: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule
+    ) -> torch.Tensor:
+        """[members, kv_heads, heads / kv_heads, head_dim] of queries [N, ...] over a block's keys and values."""
+        count = len(self.rows)
+        key, value = (
+            tensor.index_select(1, self.slots).unflatten(1, (count, -1)).transpose(0, 1)
+            for tensor in (keys, values)
+        )
+        query = single if len(single) == count else single.index_select(0, self.rows)
+        return scaled_dot_product_attention(query, key, value, attn_mask=self.mask, scale=rule.scaling)
+
+
 class RaggedBatch:
     """The plan of one batch, the same for all blocks: made once, used by every layer."""
 
@@ -83,12 +112,8 @@ class RaggedBatch:
             in_one_run = pages[used - 1] - pages[0] == used - 1 and all(
                 pages[i + 1] - pages[i] == 1 for i in range(used - 1)
             )
-            if in_one_run:
-                base = pages[0] * page
-                slots += range(base + start, base + end)
-            else:
-                base = None
-                slots += [pages[t // page] * page + t % page for t in range(start, end)]
+            base = pages[0] * page if in_one_run else None
+            slots += _slots(pages, base, start, end)
             self._parts.append((offset, count, end, base))
             offset += count
         self.tokens = offset
@@ -103,6 +128,7 @@ class RaggedBatch:
         self._indices: dict[tuple[int, int], torch.Tensor] = {}
         self._all_slots: torch.Tensor | None = None
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._groups: dict[int | None, _Group | None] = {}
 
     def write(self, block: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the batch's keys and values [1, kv_heads, N, head_dim] into their pages."""
@@ -115,13 +141,17 @@ class RaggedBatch:
         _, heads, tokens, size = query.shape
         # the heads that share keys stand as the queries of one head, see attention.causal
         single = query.view(keys.shape[0], -1, tokens, size).permute(2, 0, 1, 3)
-        outputs = []
+        group = self._group(rule.window) if rule.plain else None
+        if group is not None and len(group.members) == tokens:
+            return group.attend(single, keys, values, rule).reshape(1, tokens, heads, size)
+        whole = query.new_empty(tokens, *single.shape[1:])
+        if group is not None:
+            whole.index_copy_(0, group.rows, group.attend(single, keys, values, rule))
         for index, (offset, count, end, base) in enumerate(self._parts):
+            if group is not None and index in group.members:
+                continue
             tree = self.sequences[index].tree
-            first = 0
-            if rule.window is not None:
-                lowest = end - count if tree is None else tree.base
-                first = max(0, lowest - rule.window + 1)
+            first = self._first(index, rule.window)
             if base is not None:
                 key, value = (
                     keys[None, :, base + first : base + end],
@@ -130,19 +160,17 @@ class RaggedBatch:
             else:
                 slots = self._gathered(index, end)[first:]
                 key, value = keys.index_select(1, slots)[None], values.index_select(1, slots)[None]
-            if tree is not None:
-                part = query[:, :, offset : offset + count]
-                allowed = self._mask(index, rule.window)[:, first:]
-                attended = attention.masked(part, key, value, rule, allowed)
-                outputs.append(attended.transpose(1, 2).reshape(count, keys.shape[0], -1, size))
-            elif count == 1 and rule.plain:
+            if count == 1 and tree is None and rule.plain:
                 part = single[offset : offset + 1]
-                outputs.append(scaled_dot_product_attention(part, key, value, scale=rule.scaling))
-            else:
-                part = query[:, :, offset : offset + count]
+                attended = scaled_dot_product_attention(part, key, value, scale=rule.scaling)
+                whole[offset : offset + 1] = attended
+                continue
+            part = query[:, :, offset : offset + count]
+            if tree is None:
                 attended = attention.causal(part, key, value, rule)
-                outputs.append(attended.transpose(1, 2).reshape(count, keys.shape[0], -1, size))
-        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            else:
+                attended = attention.masked(part, key, value, rule, self._mask(index, rule.window)[:, first:])
+            whole[offset : offset + count] = attended.transpose(1, 2).reshape(count, keys.shape[0], -1, size)
         return whole.reshape(1, tokens, heads, size)
 
     def gather(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,6 +187,48 @@ class RaggedBatch:
             )
         keys, values = (tensor.index_select(1, self._all_slots)[None] for tensor in pair)
         return keys, values
+
+    def _first(self, index: int, window: int | None) -> int:
+        """The first position that any of a sequence's queries sees."""
+        if window is None:
+            return 0
+        _, count, end, _ = self._parts[index]
+        tree = self.sequences[index].tree
+        return max(0, (end - count if tree is None else tree.base) - window + 1)
+
+    def _group(self, window: int | None) -> _Group | None:
+        """The sequences for which a copy of what they see costs less than a call of their own, if they are enough."""
+        if window not in self._groups:
+            self._groups[window] = self._find_group(window)
+        return self._groups[window]
+
+    def _find_group(self, window: int | None) -> _Group | None:
+        most = min(defaults.GROUPED_TOKENS, defaults.GROUPED_BYTES // self.store.token_bytes)
+        seen = [
+            (index, end - self._first(index, window))
+            for index, (_, count, end, _) in enumerate(self._parts)
+            if count == 1 and self.sequences[index].tree is None
+        ]
+        seen = [(index, length) for index, length in seen if length <= most]
+        if len(seen) < defaults.GROUPED_SEQUENCES:
+            return None
+        lengths = [length for _, length in seen]
+        longest = max(lengths)
+        slots: list[int] = []
+        for index, length in seen:
+            _, _, end, base = self._parts[index]
+            slots += _slots(self.sequences[index].pages, base, end - length, end)
+            slots += slots[-1:] * (longest - length)
+        mask = None
+        if min(lengths) < longest:
+            mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None]
+            mask = mask.to(self.store.device)
+        return _Group(
+            members=frozenset(index for index, _ in seen),
+            rows=torch.tensor([self._parts[index][0] for index, _ in seen], device=self.store.device),
+            slots=torch.tensor(slots, device=self.store.device),
+            mask=mask,
+        )
 
     def _mask(self, index: int, window: int | None) -> torch.Tensor:
         """bool [count, end]: what the nodes of a tree see of their sequence."""
@@ -189,6 +259,13 @@ def visible(part: SequencePart, window: int | None = None) -> torch.Tensor:
         query_at = torch.tensor(part.positions())
         allowed &= key_at[None] > query_at[:, None] - window
     return allowed
+
+
+def _slots(pages: Sequence[int], base: int | None, start: int, end: int) -> Sequence[int]:
+    """Where the tokens ``start`` to ``end`` of a sequence lie, which is from ``base`` on if that is one run."""
+    if base is not None:
+        return range(base + start, base + end)
+    return [_slot(pages, token) for token in range(start, end)]
 
 
 def _slot(pages: Sequence[int], token: int) -> int:
