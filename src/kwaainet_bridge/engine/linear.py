@@ -18,7 +18,6 @@ Which calls are quickest depends on the processor's registers, the dtype and the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,8 +39,6 @@ LEAST_PARTS = 4
 
 WIDENED_FROM = 9
 """Tokens from which on half precision is widened, which costs a pass over the weights."""
-
-Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
