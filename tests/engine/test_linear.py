@@ -68,6 +68,28 @@ def test_rows_that_cannot_be_halved(rows: int) -> None:
         torch.testing.assert_close(quick(inputs), plain(inputs))
 
 
+@pytest.mark.parametrize("weights", [1, 512 * 100, 512 * 320, 1 << 24])
+def test_a_matrix_is_widened_piece_by_piece(weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "WIDENED_WEIGHTS", weights)
+    most = []
+    product = linear._split_product
+
+    def note(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        most.append(weight.numel())
+        return product(rows, weight, bias)
+
+    monkeypatch.setattr(linear, "_split_product", note)
+    plain, quick = layers(SplitLinear, torch.bfloat16, bias=True)
+    inputs = torch.randn(3, WIDENED_FROM, 512).bfloat16().requires_grad_()
+    output = quick(inputs)
+    expected = inputs.double() @ plain.weight.double().T + plain.bias.double()
+    torch.testing.assert_close(output, expected.bfloat16(), rtol=2e-2, atol=1e-4)
+    (grad,) = torch.autograd.grad(output.sum(), inputs)
+    torch.testing.assert_close(grad[0, 0].float(), plain.weight.float().sum(0), rtol=2e-2, atol=1e-2)
+    assert max(most) <= max(weights, 512)
+    assert sum(most) == 512 * 320
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     """Widened: what float32 gives, rounded; the weights' own dtype is what is kept in memory."""

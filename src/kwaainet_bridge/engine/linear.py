@@ -17,7 +17,9 @@ Which calls are quickest depends on the processor's registers, the dtype and the
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,6 +41,9 @@ LEAST_PARTS = 4
 
 WIDENED_FROM = 9
 """Tokens from which on half precision is widened, which costs a pass over the weights."""
+
+WIDENED_WEIGHTS = 1 << 24
+"""Weights that are widened at a time: 64 MiB beside the matrix, however large that is."""
 
 
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
@@ -72,7 +77,6 @@ class SplitLinear(torch.nn.Linear):  # type: ignore[misc]  # as above
     def __init__(self, plain: torch.nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight, self.bias = plain.weight, plain.bias
-        self._parts = _parts(self.out_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as above
         return _with_gradient(self, input)
@@ -80,23 +84,32 @@ class SplitLinear(torch.nn.Linear):  # type: ignore[misc]  # as above
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., out] of [..., in], without a graph."""
         rows = hidden.reshape(-1, self.in_features)
-        wide, tokens = self.weight.dtype is torch.float32, rows.shape[0]
-        if not wide and tokens < WIDENED_FROM:
+        if self.weight.dtype is torch.float32:
+            output = _split_product(rows, self.weight, self.bias)
+        elif len(rows) < WIDENED_FROM:
             return linear(hidden, self.weight, self.bias)
-        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
-        rows = rows.float()
-        output = _kernel(rows, weight, bias) if tokens > SPLIT_UP_TO else self._split(rows, weight, bias)
-        return output.to(hidden.dtype).reshape(*hidden.shape[:-1], self.out_features)
+        else:
+            wide = rows.float()
+            output = torch.cat(
+                [_split_product(wide, *part).to(hidden.dtype) for _, *part in self._widened()], 1
+            )
+        return output.reshape(*hidden.shape[:-1], self.out_features)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """[..., in], of the inputs, for [..., out], of the outputs."""
-        return linear(grad.float(), self.weight.float().t()).to(grad.dtype)
+        if self.weight.dtype is torch.float32:
+            return linear(grad, self.weight.t())
+        whole = grad.new_zeros(*grad.shape[:-1], self.in_features, dtype=torch.float32)
+        for where, weight, _ in self._widened():
+            whole += linear(grad[..., where].float(), weight.t())
+        return whole.to(grad.dtype)
 
-    def _split(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        parts = weight.view(self._parts, -1, self.in_features).transpose(1, 2)
-        outputs = torch.bmm(rows.expand(self._parts, *rows.shape), parts)
-        output = outputs.transpose(0, 1).reshape(len(rows), self.out_features)
-        return output if bias is None else output.add_(bias)
+    def _widened(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """Some of the outputs at a time: which, and their weights and biases in float32."""
+        count = max(1, WIDENED_WEIGHTS // self.in_features)
+        for first in range(0, self.out_features, count):
+            where = slice(first, first + count)
+            yield where, self.weight[where].float(), None if self.bias is None else self.bias[where].float()
 
 
 def quicker(dtype: torch.dtype) -> type[PackedLinear | SplitLinear] | None:
@@ -148,9 +161,22 @@ def _kernel(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return output
 
 
-def _parts(rows: int) -> int:
+def _split_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """[N, out] of [N, in] with weights in rows, all float32."""
+    if len(rows) > SPLIT_UP_TO:
+        return _kernel(rows, weight, bias)
+    parts = _parts(len(weight), torch.get_num_threads())
+    outputs = torch.bmm(
+        rows.expand(parts, *rows.shape), weight.view(parts, -1, rows.shape[1]).transpose(1, 2)
+    )
+    output = outputs.transpose(0, 1).reshape(len(rows), len(weight))
+    return output if bias is None else output.add_(bias)
+
+
+@functools.lru_cache
+def _parts(rows: int, threads: int) -> int:
     """The fewest equal parts of so many rows that are enough, or one."""
-    least = max(LEAST_PARTS, torch.get_num_threads())
+    least = max(LEAST_PARTS, threads)
     return next((parts for parts in range(least, 4 * least + 1) if rows % parts == 0), 1)
 
 
