@@ -35,7 +35,12 @@ class Run:
 
 
 def decode(
-    away: list[Callable[[], float]], *, cost: Cost = memory_bound, until: float = 60.0, gather: bool = True
+    away: list[Callable[[], float]],
+    *,
+    cost: Cost = memory_bound,
+    until: float = 60.0,
+    gather: bool = True,
+    tokens: int = 1,
 ) -> Run:
     """One session for each of ``away``, which says how long after a reply it comes again."""
     scheduler, run, now, last = Scheduler(BATCH_TOKENS, 0.5), Run(), 0.0, 0.0
@@ -48,7 +53,7 @@ def decode(
             at, session = coming.pop(0)
             key = next(keys)
             sessions[key] = session
-            scheduler.submit(key, Priority.STEP, at, peer=session)
+            scheduler.submit(key, Priority.STEP, at, peer=session, tokens=tokens)
 
     ready_since: float | None = None
     while now < until:
@@ -158,6 +163,25 @@ def test_what_fills_a_batch_is_not_held() -> None:
     scheduler.submit(8, Priority.STEP, 2.0)
     assert scheduler.next(2.0) == []
     assert scheduler.held_until == 2.0 + GATHER_SHARE
+
+
+@pytest.mark.parametrize(("sessions", "tokens"), [(2, 40), (3, 30), (100, 1)])
+def test_steps_that_do_not_fit_into_one_batch_do_not_wait_for_each_other(sessions: int, tokens: int) -> None:
+    away = [lambda: 0.049] * sessions
+    gathered = decode(away, cost=lambda _steps: 0.1, tokens=tokens)
+    apart = decode(away, cost=lambda _steps: 0.1, tokens=tokens, gather=False)
+    assert gathered.steps >= 0.99 * apart.steps
+
+
+def test_nothing_is_held_for_long_after_a_batch_that_took_very_long() -> None:
+    scheduler = Scheduler(BATCH_TOKENS, 0.5)
+    for key in range(2):
+        scheduler.submit(key, Priority.STEP, 0.0, peer=key)
+    scheduler.next(0.0)
+    scheduler.done(20.0, 20.0)
+    scheduler.submit(2, Priority.STEP, 20.0)
+    assert scheduler.next(20.0) == []
+    assert scheduler.held_until == 20.5
 
 
 @pytest.mark.parametrize("kind", [Priority.INFERENCE, Priority.BATCH])

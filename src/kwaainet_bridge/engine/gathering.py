@@ -3,7 +3,8 @@
 Sessions that decode come again soon after a batch has answered them, one after the other. Were the first to come to run
 at once, it would run alone while the others pile up behind it: they fall into two batches that take turns, each at
 nearly the price of one with all. So after a batch of steps those that come first wait for as many as ran or waited when
-it ended: never longer than a share of what that batch took, and less and less often where too few come in time.
+it ended, if these fit into one: never longer than a share of what that batch took, nor than half a second, and less and
+less often where too few come in time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Gathering:
     _until: float = float("-inf")
     _ready_at_first: int | None = None
     """How many there were when they began to be held back; None while they are not."""
-    _misses: int = 0
+    _pause: int = 0
+    """Batches to leave out after it was last in vain."""
     _batches_left_out: int = 0
 
     def ended(self, now: float, seconds: float, steps: int) -> None:
@@ -31,7 +33,8 @@ class Gathering:
             self._batches_left_out -= 1
             self._expected = 0
         else:
-            self._expected, self._until = steps, now + defaults.GATHER_SHARE * seconds
+            longest = min(defaults.GATHER_SHARE * seconds, defaults.SCHEDULER_PATIENCE_SECONDS)
+            self._expected, self._until = steps, now + longest
 
     def held_until(self, now: float, ready: int) -> float | None:
         """When the ``ready`` steps should run at the latest, if they are to wait for others; None: now."""
@@ -47,6 +50,5 @@ class Gathering:
     def _judge(self, came: int, missing: int) -> None:
         """Having waited paid if most of those came that were missing."""
         self._ready_at_first = None
-        self._misses = 0 if 2 * came >= missing else self._misses + 1
-        if self._misses:
-            self._batches_left_out = min(1 << self._misses, defaults.GATHER_MAX_PAUSE)
+        self._pause = 0 if 2 * came >= missing else min(max(2, 2 * self._pause), defaults.GATHER_MAX_PAUSE)
+        self._batches_left_out = self._pause

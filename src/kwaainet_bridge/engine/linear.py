@@ -90,9 +90,9 @@ class SplitLinear(torch.nn.Linear):  # type: ignore[misc]  # as above
             return linear(hidden, self.weight, self.bias)
         else:
             wide = rows.float()
-            output = torch.cat(
-                [_split_product(wide, *part).to(hidden.dtype) for _, *part in self._widened()], 1
-            )
+            output = hidden.new_empty(len(rows), self.out_features)
+            for where in self._pieces():
+                output[:, where] = _split_product(wide, *self._widened(where))
         return output.reshape(*hidden.shape[:-1], self.out_features)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
@@ -100,16 +100,18 @@ class SplitLinear(torch.nn.Linear):  # type: ignore[misc]  # as above
         if self.weight.dtype is torch.float32:
             return linear(grad, self.weight.t())
         whole = grad.new_zeros(*grad.shape[:-1], self.in_features, dtype=torch.float32)
-        for where, weight, _ in self._widened():
-            whole += linear(grad[..., where].float(), weight.t())
+        for where in self._pieces():
+            whole += linear(grad[..., where].float(), self._widened(where)[0].t())
         return whole.to(grad.dtype)
 
-    def _widened(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-        """Some of the outputs at a time: which, and their weights and biases in float32."""
+    def _pieces(self) -> Iterator[slice]:
+        """Of the outputs, each with as many weights as are widened at a time."""
         count = max(1, WIDENED_WEIGHTS // self.in_features)
-        for first in range(0, self.out_features, count):
-            where = slice(first, first + count)
-            yield where, self.weight[where].float(), None if self.bias is None else self.bias[where].float()
+        return (slice(first, first + count) for first in range(0, self.out_features, count))
+
+    def _widened(self, where: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weights and biases of a piece in float32."""
+        return self.weight[where].float(), None if self.bias is None else self.bias[where].float()
 
 
 def quicker(dtype: torch.dtype) -> type[PackedLinear | SplitLinear] | None:

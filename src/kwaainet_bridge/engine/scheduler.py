@@ -232,5 +232,8 @@ class Scheduler:
             if self._running_kind is Priority.BATCH:
                 self._batch_since = now
         else:
-            self._gathering.ended(now, seconds, len(self._running) + len(self._queues[Priority.STEP]))
+            waiting = self._queues[Priority.STEP]
+            tokens = waiting.tokens + sum(request.tokens for request in self._running)
+            fit = tokens <= self.batch_tokens  # else they will not run together, however long they wait
+            self._gathering.ended(now, seconds, len(self._running) + len(waiting) if fit else 0)
         self._running = []
