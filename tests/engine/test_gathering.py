@@ -173,40 +173,33 @@ def test_steps_that_do_not_fit_into_one_batch_do_not_wait_for_each_other(session
     assert gathered.steps >= 0.99 * apart.steps
 
 
-def test_nothing_is_held_for_long_after_a_batch_that_took_very_long() -> None:
+def one_of_two(after: float) -> Scheduler:
+    """Two steps ran together for so many seconds, and one has come again, as number 2: it is held."""
     scheduler = Scheduler(BATCH_TOKENS, 0.5)
     for key in range(2):
         scheduler.submit(key, Priority.STEP, 0.0, peer=key)
-    scheduler.next(0.0)
-    scheduler.done(20.0, 20.0)
-    scheduler.submit(2, Priority.STEP, 20.0)
-    assert scheduler.next(20.0) == []
-    assert scheduler.held_until == 20.5
+    assert scheduler.next(0.0) == [0, 1]
+    scheduler.done(after, after)
+    scheduler.submit(2, Priority.STEP, after)
+    assert scheduler.next(after) == []
+    return scheduler
+
+
+def test_nothing_is_held_for_long_after_a_batch_that_took_very_long() -> None:
+    assert one_of_two(after=20.0).held_until == 20.5
 
 
 @pytest.mark.parametrize("kind", [Priority.INFERENCE, Priority.BATCH])
 def test_nothing_is_held_beside_other_work(kind: Priority) -> None:
     """The thread would compute that meanwhile, and whoever waits for it has waited longer."""
-    scheduler = Scheduler(BATCH_TOKENS, 0.5)
-    for key in range(2):
-        scheduler.submit(key, Priority.STEP, 0.0, peer=key)
-    assert scheduler.next(0.0) == [0, 1]
-    scheduler.done(1.0, 1.0)
-    scheduler.submit(2, Priority.STEP, 1.0)
-    assert scheduler.next(1.0) == []
+    scheduler = one_of_two(after=1.0)
     scheduler.submit(3, kind, 1.1)
     assert scheduler.next(1.1) in ([2], [3])
     assert scheduler.held_until is None
 
 
 def test_held_steps_can_be_cancelled() -> None:
-    scheduler = Scheduler(BATCH_TOKENS, 0.5)
-    for key in range(2):
-        scheduler.submit(key, Priority.STEP, 0.0, peer=key)
-    scheduler.next(0.0)
-    scheduler.done(1.0, 1.0)
-    scheduler.submit(2, Priority.STEP, 1.0)
-    assert scheduler.next(1.0) == []
+    scheduler = one_of_two(after=1.0)
     scheduler.cancel(2)
     assert scheduler.next(1.1) == []
     assert scheduler.held_until is None

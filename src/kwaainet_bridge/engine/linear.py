@@ -190,6 +190,6 @@ def _has_kernels(dtype: torch.dtype) -> bool:
         probe = torch.ops.mkldnn._reorder_linear_weight(torch.zeros(32, 32, dtype=dtype), PACKED_FOR)  # noqa: SLF001  # as above
         _kernel(torch.zeros(1, 32, dtype=dtype), probe, None)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        log.debug("no kernels for %s on this processor: %s", dtype, str(error).partition("\n")[0])
+        log.info("oneDNN has no kernels for %s on this processor: %s", dtype, str(error).partition("\n")[0])
         return False
     return True

@@ -197,7 +197,10 @@ class RaggedBatch:
         return max(0, (end - count if tree is None else tree.base) - window + 1)
 
     def _group(self, window: int | None) -> _Group | None:
-        """The sequences for which a copy of what they see costs less than a call of their own, if they are enough."""
+        """The sequences for which copies of what they see cost less than calls of their own, if they are enough.
+
+        The plan is made once for all blocks of the batch, and pays from about three on.
+        """
         if window not in self._groups:
             self._groups[window] = self._find_group(window)
         return self._groups[window]

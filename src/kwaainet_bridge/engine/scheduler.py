@@ -157,7 +157,7 @@ class Scheduler:
     _last_step: float = float("-inf")
     _batch_since: float = 0.0
     _gathering: Gathering = field(default_factory=Gathering)
-    held_until: float | None = None
+    held_until: float | None = field(default=None, init=False)
     """When :meth:`next` is to be asked again if nothing changes before, after it held steps back."""
 
     def __post_init__(self) -> None:
