@@ -78,7 +78,8 @@ def test_both_ends_are_those_of_the_whole_model(name: str, save_family: Callable
     scores = client.logits(variable)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, logits, rtol=0, atol=1e-6)
-    torch.testing.assert_close(client.logits(last[:, -1]), logits[:, -1], rtol=0, atol=1e-6)
+    # fewer rows may be summed in another order: a few units in the last place
+    torch.testing.assert_close(client.logits(last[:, -1]), logits[:, -1], rtol=1e-6, atol=1e-6)
     assert torch.autograd.grad(scores.sum(), variable)[0].abs().max() > 0
     assert client.num_blocks == model.config.num_hidden_layers
 

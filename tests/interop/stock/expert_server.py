@@ -12,6 +12,7 @@ import sys
 import torch
 from hivemind.dht import DHT
 from hivemind.moe.server import ModuleBackend, Server
+from hivemind.moe.server.dht_handler import DHTHandlerThread
 from hivemind.proto.runtime_pb2 import CompressionType
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
 from lines import Lines
@@ -30,11 +31,26 @@ def expert(compression: int) -> ModuleBackend:
     )
 
 
+class LateDeclaration(DHTHandlerThread):
+    """Declares the experts once the server is ready. The stock thread does while the server forks its handlers and
+    pools, and one that is forked while the thread holds a lock never starts.
+    """
+
+    server: Server
+
+    def run(self) -> None:
+        self.server.ready.wait()
+        super().run()
+
+
 def main() -> None:
     lines = Lines()
     dht = DHT(host_maddrs=["/ip4/127.0.0.1/tcp/0"], start=True, use_ipfs=False)
     experts = [expert(compression) for compression in CompressionType.values()]
-    Server(dht, {e.name: e for e in experts}, num_connection_handlers=1, start=True, device="cpu")
+    server = Server(dht, {e.name: e for e in experts}, num_connection_handlers=1, device="cpu")
+    server.dht_handler_thread = LateDeclaration(server.module_backends, dht, daemon=True)
+    server.dht_handler_thread.server = server
+    server.run_in_background(await_ready=True)
     addresses = [str(address) for address in dht.get_visible_maddrs()]
     lines.event("ready", peer=dht.peer_id.to_base58(), addresses=addresses)
     sys.stdin.read()
