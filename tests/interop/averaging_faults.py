@@ -97,6 +97,7 @@ class _FaultyClientStream:
         if wire.saboteur.strikes(SAYS, number):
             await wire.saboteur.fault.act(wire, message)
         else:
+            wire.saboteur.count_unanswered(1)
             await wire.stream.send(message, **options)
 
     async def end(self, **options: Any) -> None:
@@ -108,6 +109,7 @@ class _FaultyClientStream:
         if wire._returned:
             return wire._returned.pop()
         message = await wire.stream.receive(**options)
+        wire.saboteur.count_unanswered(-1)
         number, wire._received = wire._received, wire._received + 1
         if wire.saboteur.strikes(HEARS, number):
             await wire.saboteur.fault.act(wire, message)
@@ -156,6 +158,8 @@ class Saboteur:
         self.fired = 0
         self.struck = trio.Event()
         self.killed = trio.Event()
+        self._unanswered = 0
+        self._counted = trio.Event()
         self._peer: Peer | None = None
 
     def strikes(self, where: str, number: int) -> bool:
@@ -169,6 +173,16 @@ class Saboteur:
     async def wait_struck(self, times: int = 1) -> None:
         while self.fired < times:
             await self.struck.wait()
+
+    def count_unanswered(self, messages: int) -> None:
+        """Messages that its calls sent and that nobody answered yet, more or fewer by so many."""
+        self._unanswered += messages
+        self._counted.set()
+        self._counted = trio.Event()
+
+    async def wait_answered(self) -> None:
+        while self._unanswered:
+            await self._counted.wait()
 
     def wrap(self, peer: Peer) -> Peer:
         self._peer = peer
@@ -251,6 +265,20 @@ async def fail(wire: Wire, message: Any) -> None:
 
 async def die(wire: Wire, message: Any) -> None:
     await wire.saboteur.die()
+
+
+async def die_answered(wire: Wire, message: Any) -> None:
+    """With no part of it waiting at another member for those of the others."""
+    await wire.saboteur.wait_answered()
+    await wire.saboteur.die()
+
+
+def die_after(seconds: float) -> Action:
+    async def act(wire: Wire, message: Any) -> None:
+        await trio.sleep(seconds)
+        await wire.saboteur.die()
+
+    return act
 
 
 async def twice(wire: Wire, message: Any) -> None:

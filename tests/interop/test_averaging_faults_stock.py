@@ -22,6 +22,8 @@ from averaging_faults import (
     Saboteur,
     Wire,
     die,
+    die_after,
+    die_answered,
     end,
     fail,
     late,
@@ -72,8 +74,8 @@ def stock_peers(stock: StockEnvironment) -> Iterator[Stock]:
         yield Stock(pool, [pool.start(allreduce_timeout=ALLREDUCE_SECONDS) for _ in STOCK])
 
 
-async def survivors(swarm: Swarm, stock_peers: Stock) -> None:
-    await swarm.add_ours(OURS)
+async def survivors(swarm: Swarm, stock_peers: Stock, **ours: Any) -> None:
+    await swarm.add_ours(OURS, **ours)
     for number, peer in zip(STOCK, stock_peers.peers, strict=True):
         await swarm.use(number, peer)
 
@@ -274,7 +276,8 @@ async def test_a_follower_that(stock_peers: Stock, name: str, leader: str) -> No
 @dataclass(frozen=True)
 class Case:
     """How it ends: see ``check_fates``; what we blame it for as a sender and as a reducer; what we blame stock reducers
-    for that it harmed; whether stock peers' steps fail (None: that depends on the size of the last part).
+    for that it harmed; whether stock peers' steps fail (None: that depends on the size of the last part); how late
+    the first part of ours leaves for the others.
     """
 
     where: str
@@ -285,6 +288,7 @@ class Case:
     reducer: str | None = None
     harmed: str | None = None
     stock_fails: bool | None = False
+    ours_late: float = 0.0
 
 
 sends = partial(Case, SAYS)
@@ -318,7 +322,19 @@ PARTS = {
         ".",
     ),
     "is killed after one part": sends(
-        1, die, {"ours": "[AO]O+", "stock": "[AO]O+", "bad": "[AL]+"}, "left|late", "."
+        1, die_answered, {"ours": "[AO]O+", "stock": "[AO]O+", "bad": "[AL]+"}, "left|late", ".|^$"
+    ),
+    # a stock peer's call of a member that is gone is cancelled, and with it the future that the part's other
+    # senders wait for: its step fails
+    "is killed while its part waits for ours": sends(
+        1,
+        die_after(0.5),
+        {"ours": "AO+", "stock": "L+", "bad": "L+", **ALONE},
+        "left",
+        ".",
+        harmed="INTERNAL_ERROR",
+        stock_fails=True,
+        ours_late=1.0,
     ),
     "sends a part of another size": sends(
         1,
@@ -354,7 +370,7 @@ PARTS = {
         1, say(with_tensor(values=[b"\0" * 8])), LOST, reducer="buffer has 8 bytes"
     ),
     "is killed after one answer": averages(
-        1, die, {"ours": "[AO]+", "stock": "[AO]+", "bad": "[AL]L+"}, "left|late|^$", "."
+        1, die_answered, {"ours": "[AO]+", "stock": "[AO]+", "bad": "[AL]L+"}, "left|late|^$", "."
     ),
     "answers another size": averages(
         1, say(with_values(lambda values: values[:-1])), LOST | ALONE, reducer="has size", stock_fails=True
@@ -385,8 +401,9 @@ PARTS = {
 async def test_a_member_that(stock_peers: Stock, name: str) -> None:
     case = PARTS[name]
     saboteur = Saboteur(Fault("aggregate_part", case.where, case.at, case.act))
+    sluggard = Saboteur(Fault("aggregate_part", SAYS, 0, late(case.ours_late)))
     async with swarm_of(stock_peers.pool, size=4, part_seconds=PART_SECONDS) as swarm:
-        await survivors(swarm, stock_peers)
+        await survivors(swarm, stock_peers, wrapped=sluggard.wrap)
         bad = await saboteur.join(swarm, part_seconds=100.0)
         bad.averager.begin(gather={"number": BAD})
         await swarm.begin(*SURVIVORS, retries=False)
