@@ -14,8 +14,13 @@ FUZZ_JOBS ?= 1
 run: $(VENV)/.runtime
 	$(BIN)/kwaainet-bridge demo
 
+# the laboratory mostly waits, so it runs beside the rest; what it printed comes last
+LAB := build/netlab.log
 test: setup peers
-	$(BIN)/python -m pytest tests
+	@mkdir -p $(dir $(LAB))
+	@$(BIN)/python -m pytest tests/netlab > $(LAB) 2>&1 & lab=$$!; \
+	$(BIN)/python -m pytest tests --ignore=tests/netlab; rest=$$?; \
+	wait $$lab; lab=$$?; cat $(LAB); exit $$((rest | lab))
 
 test-fast: setup
 	$(BIN)/python -m pytest tests -m "not slow and not interop" -q
