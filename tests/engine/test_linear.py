@@ -69,13 +69,14 @@ def test_rows_that_cannot_be_halved(rows: int) -> None:
 
 
 @pytest.mark.parametrize("weights", [1, 512 * 100, 512 * 320, 1 << 24])
-def test_a_matrix_is_widened_piece_by_piece(weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "WIDENED_WEIGHTS", weights)
-    most = []
+def test_weights_and_tokens_are_widened_some_at_a_time(weights: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "WIDENED_AT_ONCE", weights)
+    most, products = [], []
     product = linear._split_product
 
     def note(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        most.append(weight.numel())
+        most.extend((weight.numel(), rows.numel()))
+        products.append(len(rows) * len(weight))
         return product(rows, weight, bias)
 
     monkeypatch.setattr(linear, "_split_product", note)
@@ -85,9 +86,10 @@ def test_a_matrix_is_widened_piece_by_piece(weights: int, monkeypatch: pytest.Mo
     expected = inputs.double() @ plain.weight.double().T + plain.bias.double()
     torch.testing.assert_close(output, expected.bfloat16(), rtol=2e-2, atol=1e-4)
     (grad,) = torch.autograd.grad(output.sum(), inputs)
-    torch.testing.assert_close(grad[0, 0].float(), plain.weight.float().sum(0), rtol=2e-2, atol=1e-2)
+    sums = plain.weight.float().sum(0).expand(grad.shape)
+    torch.testing.assert_close(grad.float(), sums, rtol=2e-2, atol=1e-2)
     assert max(most) <= max(weights, 512)
-    assert sum(most) == 512 * 320
+    assert sum(products) == 3 * WIDENED_FROM * 320
 
 
 @pytest.mark.parametrize("dtype", HALF)

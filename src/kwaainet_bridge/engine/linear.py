@@ -42,8 +42,8 @@ LEAST_PARTS = 4
 WIDENED_FROM = 9
 """Tokens from which on half precision is widened, which costs a pass over the weights."""
 
-WIDENED_WEIGHTS = 1 << 24
-"""Weights that are widened at a time: 64 MiB beside the matrix, however large that is."""
+WIDENED_AT_ONCE = 1 << 24
+"""Weights, inputs and outputs that are in float32 at a time: 64 MiB of each, of any matrix and for any tokens."""
 
 
 class PackedLinear(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
@@ -89,25 +89,33 @@ class SplitLinear(torch.nn.Linear):  # type: ignore[misc]  # as above
         elif len(rows) < WIDENED_FROM:
             return linear(hidden, self.weight, self.bias)
         else:
-            wide = rows.float()
             output = hidden.new_empty(len(rows), self.out_features)
-            for where in self._pieces():
-                output[:, where] = _split_product(wide, *self._widened(where))
+            for some in self._tokens(len(rows)):
+                wide = rows[some].float()
+                for where in self._pieces():
+                    output[some, where] = _split_product(wide, *self._widened(where))
         return output.reshape(*hidden.shape[:-1], self.out_features)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """[..., in], of the inputs, for [..., out], of the outputs."""
         if self.weight.dtype is torch.float32:
             return linear(grad, self.weight.t())
-        whole = grad.new_zeros(*grad.shape[:-1], self.in_features, dtype=torch.float32)
-        for where in self._pieces():
-            whole += linear(grad[..., where].float(), self._widened(where)[0].t())
-        return whole.to(grad.dtype)
+        rows = grad.reshape(-1, self.out_features)
+        result = grad.new_empty(len(rows), self.in_features)
+        for some in self._tokens(len(rows)):
+            wide = grad.new_zeros((), dtype=torch.float32)
+            for where in self._pieces():
+                wide = wide + linear(rows[some, where].float(), self._widened(where)[0].t())
+            result[some] = wide
+        return result.reshape(*grad.shape[:-1], self.in_features)
+
+    def _tokens(self, count: int) -> Iterator[slice]:
+        """The inputs and outputs that are widened at a time."""
+        return _slices(count, max(self.in_features, self.out_features))
 
     def _pieces(self) -> Iterator[slice]:
-        """Of the outputs, each with as many weights as are widened at a time."""
-        count = max(1, WIDENED_WEIGHTS // self.in_features)
-        return (slice(first, first + count) for first in range(0, self.out_features, count))
+        """The outputs whose weights are widened at a time."""
+        return _slices(self.out_features, self.in_features)
 
     def _widened(self, where: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weights and biases of a piece in float32."""
@@ -173,6 +181,12 @@ def _split_product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     )
     output = outputs.transpose(0, 1).reshape(len(rows), len(weight))
     return output if bias is None else output.add_(bias)
+
+
+def _slices(count: int, width: int) -> Iterator[slice]:
+    """Of so many rows of ``width`` numbers, each with as many as are widened at a time."""
+    some = max(1, WIDENED_AT_ONCE // width)
+    return (slice(first, first + some) for first in range(0, count, some))
 
 
 @functools.lru_cache
