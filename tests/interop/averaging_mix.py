@@ -77,6 +77,7 @@ async def stock_peer(
         seed=-1 if options.pop("not_finite", False) else seed,
         prefix=PREFIX,
         compression=compression,
+        held=options.pop("held", False),
         options=QUICK | {"target_group_size": size} | options,
     )
     return peer

@@ -213,9 +213,12 @@ async def test_a_sender_that_spoils_its_values_is_left_out(stock_averagers: Driv
 async def test_a_stock_peer_that_is_killed_in_the_middle(
     stock_averagers: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It dies before it had our parts: the survivors average their own shares and keep their values for its."""
+    """It dies before it had our parts: the survivors average their own shares and keep their values for its.
+
+    It sends none itself: a part of its that waited at the other stock peer would make that one's step fail.
+    """
     async with mixed(stock_averagers, size=3) as mix:
-        doomed = await mix.add_stock(1, size=3)
+        doomed = await mix.add_stock(1, size=3, held=True)
         # as in stock optimizers; without it a stock peer waits for ever for a sender that never came
         stock = await mix.add_stock(2, size=3, next_chunk_timeout=15.0)
         original = AllReduce.run

@@ -3,7 +3,8 @@
 Commands::
 
     start {initial_peers, sizes, seed, prefix,             -> {averager, peer, addresses}; a tensor of random numbers
-           compression, options}                              for each size, of NaN if ``seed`` is negative;
+           compression, held, options}                        for each size, of NaN if ``seed`` is negative; one that is
+                                                              ``held`` joins groups, then sends and averages nothing;
                                                               ``options`` are those of DecentralizedAverager
     renew {averager, seed, settings}                       -> null; other numbers in its tensors, another size of
                                                               group, compression, bandwidth (see ``renew``)
@@ -59,6 +60,7 @@ def random_numbers(size: int, seed: int) -> torch.Tensor:
 class DecentralizedAverager(hivemind.averaging.DecentralizedAverager):
     """Can be asked what it did, and used again with other settings. Its calls carry the name of its class."""
 
+    held = False
     _last_shares: dict[str, int] | None = None
 
     def ask(self, method: str, **arguments: Any) -> Any:
@@ -102,6 +104,8 @@ class DecentralizedAverager(hivemind.averaging.DecentralizedAverager):
             peer.to_base58(): int(share)
             for peer, share in zip(group_info.peer_ids, kwargs["peer_fractions"], strict=True)
         }
+        if self.held:
+            await asyncio.Event().wait()
         await super()._run_allreduce_inplace_(tensors, group_info, group_id, **kwargs)
 
 
@@ -118,6 +122,7 @@ class Commands:
         prefix: str,
         *,
         compression: str = "NONE",
+        held: bool = False,
         options: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         dht = await asyncio.to_thread(
@@ -131,6 +136,7 @@ class Commands:
             compression=COMPRESSIONS[compression](),
             **(options or {}),
         )
+        averager.held = held
         averager.run_in_background(await_ready=False)  # sets a signal handler, so not in a thread
         await asyncio.to_thread(averager.wait_until_ready)
         self._averagers.append(averager)
