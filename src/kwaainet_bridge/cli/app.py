@@ -155,9 +155,11 @@ def run(
     if num_blocks is not None and (node_config.model is None or node_config.model.blocks_to_choose is None):
         raise ConfigError("--num-blocks says how many blocks the node chooses: give --auto, too")
 
-    # OpenMP reads this when torch is imported. Its threads otherwise spin while they wait for work, which on
-    # a machine that does anything else makes a step up to ten times slower, and costs its owner a core.
+    # OpenMP reads these when torch is imported. Its threads otherwise spin for milliseconds while they wait for
+    # work, which on a machine that does anything else makes a step up to ten times slower, and costs its owner
+    # a core. Not to spin at all costs a wake-up for each matrix; so much outlasts what lies between two.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     # What is imported now makes no garbage, and looking for it takes a third of the time. The node switches
     # the collector on again.
     gc.disable()
