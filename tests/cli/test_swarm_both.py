@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -353,8 +354,9 @@ def test_a_node_is_told_to_choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 
     monkeypatch.setattr(run, "run_until_signalled", start)
     monkeypatch.setattr("gc.disable", lambda: None)
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # it sets them where they are not
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # set first, so that they are taken away again
         monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     file = tmp_path / "node.yaml"
     file.write_text('model: {blocks: "0:4"}')
     choosing = tmp_path / "choosing.yaml"
@@ -369,6 +371,7 @@ def test_a_node_is_told_to_choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Any
         done = CliRunner().invoke(app, ["run", *words], catch_exceptions=False)
         assert done.exit_code == 0, done.output
     assert [config.model and config.model.blocks_to_choose for config in configs] == [2, 2, 3, 5, None]
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "3000")
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,15 @@ async def test_a_step_that_waited_for_others_runs_in_the_end() -> None:
     gates = [Gate(), Gate()]
     sizes: list[int] = []
     now = 0.0
+    token, held = trio.lowlevel.current_trio_token(), trio.Event()
+    compute: ComputeThread | None = None
+
+    def clock() -> float:
+        if (
+            compute is not None and compute._scheduler.held_until is not None
+        ):  # the thread asks how long to wait
+            token.run_sync_soon(held.set)
+        return now
 
     def merged(steps: list[int]) -> list[outcome.Outcome[int]]:
         nonlocal now
@@ -233,7 +242,7 @@ async def test_a_step_that_waited_for_others_runs_in_the_end() -> None:
             gates[len(sizes) - 1]()
         return [outcome.Value(step) for step in steps]
 
-    compute = ComputeThread(merged=merged, clock=lambda: now)
+    compute = ComputeThread(merged=merged, clock=clock)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(compute.run, Merged(0, 1))
         await gates[0].wait_entered()
@@ -246,8 +255,7 @@ async def test_a_step_that_waited_for_others_runs_in_the_end() -> None:
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(compute.run, Merged(3, 1))
-            while compute._scheduler.held_until is None:  # noqa: ASYNC110  # nobody is told
-                await trio.sleep(0.001)
+            await held.wait()
             assert sizes == [1, 2]
             now += defaults.SCHEDULER_PATIENCE_SECONDS
         assert await compute.run(Merged(4, 1)) == 4

@@ -276,8 +276,9 @@ async def test_a_follower_that(stock_peers: Stock, name: str, leader: str) -> No
 @dataclass(frozen=True)
 class Case:
     """How it ends: see ``check_fates``; what we blame it for as a sender and as a reducer; what we blame stock reducers
-    for that it harmed; whether stock peers' steps fail (None: that depends on the size of the last part), and
-    whether those that do leave the others at once, at whatever part they are; how late the first part of ours leaves.
+    for that it harmed; whether stock peers' steps fail (None: that depends on the size of the last part); if
+    those that do leave the others at once, at whatever part they are, which fates are certain nevertheless; how late
+    the first part of ours leaves.
     """
 
     where: str
@@ -288,7 +289,7 @@ class Case:
     reducer: str | None = None
     harmed: str | None = None
     stock_fails: bool | None = False
-    stock_leaves: bool = False
+    if_stock_leaves: dict[Any, str] | None = None
     ours_late: float = 0.0
 
 
@@ -300,6 +301,8 @@ ONCE = {"ours": "AO+", "stock": "AO+"}
 LOST = {"bad": "AL+"}
 ALONE = {("stock", "stock"): ".+", ("ours", "stock"): ".+", ("bad", "stock"): ".+"}
 """Whatever a stock peer has whose step failed."""
+ANY = {"ours": "[AO?L]+", "stock": "[AO?L]+", "bad": "[AO?L]+", ("ours", "ours"): "[AO?]+"}
+"""Nobody has what is no number, and ours averages its share."""
 LEFT = "fewer parts|no answer|INTERNAL_ERROR|^$"
 """Of a stock reducer whose step failed."""
 
@@ -336,7 +339,7 @@ PARTS = {
         reducer=".",
         harmed=LEFT,
         stock_fails=True,
-        stock_leaves=True,
+        if_stock_leaves={("ours", "ours"): "[AO]O+"},
         ours_late=1.0,
     ),
     "sends a part of another size": sends(
@@ -381,7 +384,7 @@ PARTS = {
         reducer="has size",
         harmed=LEFT,
         stock_fails=True,
-        stock_leaves=True,
+        if_stock_leaves={("bad", "ours"): "AL+"},
     ),
     "answers NaN": averages(
         1, say(with_values(spoilt)), LOST | {("bad", "stock"): "ANA+"}, reducer="not finite"
@@ -393,7 +396,7 @@ PARTS = {
         "has size|more than|^$",
         harmed=LEFT,
         stock_fails=None,
-        stock_leaves=True,
+        if_stock_leaves={},
     ),
     "answers twice": averages(
         1,
@@ -402,7 +405,7 @@ PARTS = {
         reducer="more parts|has size",
         harmed=LEFT,
         stock_fails=None,
-        stock_leaves=True,
+        if_stock_leaves={("bad", "ours"): "L+|AAL+"},
     ),
 }
 
@@ -425,10 +428,8 @@ async def test_a_member_that(stock_peers: Stock, name: str) -> None:
         stock_ended = all(isinstance(outcomes[number], dict) for number in STOCK)
         assert case.stock_fails is None or stock_ended != case.stock_fails, outcomes
         stock = {swarm.id(number) for number in STOCK}
-        if case.stock_leaves and not stock_ended:
-            # as a sender and as a reducer; but nobody has what is no number, and ours averages its share
-            anything = dict.fromkeys(("ours", "stock", "bad"), "[AO?L]+")
-            await check_fates(swarm, members, anything | {("ours", "ours"): "[AO?]+"})
+        if case.if_stock_leaves is not None and not stock_ended:
+            await check_fates(swarm, members, ANY | case.if_stock_leaves)
             assert {str(peer) for peer in result.failed_senders} <= {bad.id, *stock}
         else:
             await check_fates(swarm, members, case.fates)

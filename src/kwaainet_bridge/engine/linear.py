@@ -104,10 +104,9 @@ class SplitLinear(torch.nn.Linear):  # type: ignore[misc]  # as above
         rows = grad.reshape(-1, self.out_features)
         result = grad.new_empty(len(rows), self.in_features)
         for some in self._tokens(len(rows)):
-            wide = grad.new_zeros((), dtype=torch.float32)
-            for where in self._pieces():
-                wide = wide + linear(rows[some, where].float(), self._widened(where)[0].t())
-            result[some] = wide
+            result[some] = sum(
+                linear(rows[some, where].float(), self._widened(where)[0].t()) for where in self._pieces()
+            )
         return result.reshape(*grad.shape[:-1], self.in_features)
 
     def _tokens(self, count: int) -> Iterator[slice]:
